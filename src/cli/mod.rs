@@ -1,0 +1,44 @@
+//! The command line: one file per noun, one `Args` and one `run` per verb.
+//!
+//! Only this room prints, exits and parses arguments.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Base disks, linked clones and snapshots for virtual machines and containers.
+#[derive(Parser)]
+#[command(name = "vdisk", version)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {}
+
+/// Exit status of a command that failed.
+const FAILED: u8 = 1;
+/// Exit status of wrong usage.
+const USAGE: u8 = 64;
+
+/// Parses the command line, runs the command and says how it ended.
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { USAGE } else { 0 };
+            // A closed stdout or stderr leaves nobody to tell.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let result: vdisk::Result<u8> = match cli.verb {};
+    result.map_or_else(
+        |error| {
+            eprintln!("vdisk: {error}");
+            ExitCode::from(FAILED)
+        },
+        ExitCode::from,
+    )
+}

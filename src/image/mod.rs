@@ -1,0 +1,180 @@
+//! One layer: a file that maps guest clusters to host bytes.
+//!
+//! An image knows its own clusters and the name it records for its backing file. It opens no other
+//! file and never reads through to a lower layer: that is the chain's work.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::sync::RwLockReadGuard;
+
+use crate::addr::{GuestOffset, HostOffset, Unit};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What one layer says about a stretch of the guest disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mapping {
+    /// Plain bytes at a host offset of this layer's data file.
+    Data {
+        /// Where the first byte of the extent stands.
+        host: HostOffset,
+        /// Whether it may be overwritten where it stands: nothing else refers to it.
+        exclusive: bool,
+    },
+    /// Reads as zeroes, whatever a lower layer holds.
+    Zero {
+        /// Whether host clusters are kept for it.
+        allocated: bool,
+    },
+    /// A compressed cluster. Its descriptor is the format's own business.
+    Compressed {
+        /// The format's descriptor of where the compressed bytes stand.
+        descriptor: u64,
+    },
+    /// This layer holds nothing here: a lower layer decides, and zeroes where there is none.
+    Unallocated,
+}
+
+/// A stretch of the guest disk that one layer maps in one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First guest byte.
+    pub start: GuestOffset,
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// How it is mapped.
+    pub mapping: Mapping,
+}
+
+/// The name and format that an image records for the layer below it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    /// The name as recorded: a path, relative to the image's own directory unless absolute.
+    pub name: String,
+    /// The recorded format, as qemu-img names it; `None` where the image does not say.
+    pub format: Option<String>,
+}
+
+/// While a hold lives, no host cluster that [`Image::map`] returned is given another use.
+///
+/// A caller takes one before it maps and keeps it until its reads and writes of the mapped bytes
+/// are done. A thread takes at most one hold of an image at a time, and none while it flushes.
+#[derive(Debug)]
+pub struct Hold<'a>(
+    #[allow(dead_code, reason = "held for its lifetime")] Option<RwLockReadGuard<'a, ()>>,
+);
+
+impl<'a> Hold<'a> {
+    /// The hold of an image that never gives a cluster another use.
+    pub fn free() -> Hold<'a> {
+        Hold(None)
+    }
+
+    /// The hold of an image that waits for `guard`'s lock before it reuses clusters.
+    pub fn shared(guard: RwLockReadGuard<'a, ()>) -> Hold<'a> {
+        Hold(Some(guard))
+    }
+}
+
+/// One layer of a disk, for many threads at once.
+///
+/// Lengths and offsets are in bytes. A layer opened for reading answers every call that would
+/// change it with [`ErrorKind::ReadOnly`].
+pub trait Image: Send + Sync {
+    /// The guest disk's size in bytes.
+    fn size(&self) -> u64;
+
+    /// The unit of allocation; concurrent writers of one cluster must be serialised by the caller.
+    fn cluster(&self) -> Unit;
+
+    /// The unit of copy-on-write: a subcluster where the format has them, else the cluster.
+    fn granularity(&self) -> Unit {
+        self.cluster()
+    }
+
+    /// What the image records for the layer below.
+    fn backing(&self) -> Option<Backing> {
+        None
+    }
+
+    /// Whether changes are refused.
+    fn read_only(&self) -> bool;
+
+    /// Keeps mapped clusters from being reused; see [`Hold`].
+    fn hold(&self) -> Hold<'_> {
+        Hold::free()
+    }
+
+    /// The longest extent that starts at `at`, is mapped in one way and is at most `len` bytes.
+    /// It may be shorter than the mapping really goes on. `at` is below the size, `len` is not 0.
+    fn map(&self, at: GuestOffset, len: u64) -> Result<Extent>;
+
+    /// Reads bytes from `at` of an extent that [`map`](Image::map) returned and that is not
+    /// [`Mapping::Unallocated`]; `bufs` end within it. Takes no metadata lock.
+    fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()>;
+
+    /// Overwrites bytes of an exclusive [`Mapping::Data`] extent where they stand.
+    fn overwrite(&self, extent: &Extent, at: GuestOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
+        let _ = (extent, at, bufs);
+        Err(read_only())
+    }
+
+    /// Reserves host clusters for `at..at + len`, which is aligned to the granularity (or ends at
+    /// the disk's end) and not mapped to exclusive data. The token may cover less than asked.
+    fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {
+        let _ = (at, len);
+        Err(read_only())
+    }
+
+    /// Makes a range read as zeroes without data; aligned as for [`prepare`](Image::prepare).
+    /// `unmap` gives its host clusters back. [`ErrorKind::Unsupported`] where the format has no
+    /// zero clusters (qcow2 version 2): the caller writes zeroes instead.
+    fn zero(&self, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
+        let _ = (at, len, unmap);
+        Err(read_only())
+    }
+
+    /// Gives the clusters of a range back; aligned as for [`prepare`](Image::prepare). Where
+    /// `expose` the layer below shows through afterwards, else the range reads as zeroes or, where
+    /// the format cannot say so, is left as it is.
+    fn discard(&self, at: GuestOffset, len: u64, expose: bool) -> Result<()> {
+        let _ = (at, len, expose);
+        Err(read_only())
+    }
+
+    /// Returns when every change that completed before the call is durable.
+    fn flush(&self) -> Result<()>;
+
+    /// Changes the guest disk's size; new bytes read as zeroes, whatever a lower layer holds.
+    fn resize(&self, size: u64) -> Result<()> {
+        let _ = size;
+        Err(read_only())
+    }
+}
+
+/// Host clusters reserved for a write. Dropped without [`commit`](Allocation::commit), it gives
+/// them back.
+pub trait Allocation {
+    /// First guest byte covered.
+    fn start(&self) -> GuestOffset;
+
+    /// Bytes covered, never 0.
+    fn len(&self) -> u64;
+
+    /// Never: a token covers at least one cluster's worth.
+    fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Whether the reserved bytes already read as zeroes on the host.
+    fn reads_zero(&self) -> bool;
+
+    /// Writes into the reserved bytes, `skip` bytes after the start.
+    fn write(&self, skip: u64, bufs: &[IoSlice<'_>]) -> Result<()>;
+
+    /// Points the guest range at what was written. All of the range has been written before, or
+    /// reads as zeroes.
+    fn commit(self: Box<Self>) -> Result<()>;
+}
+
+fn read_only() -> Error {
+    Error::new(ErrorKind::ReadOnly, "the layer is open for reading only")
+}

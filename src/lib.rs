@@ -1,0 +1,16 @@
+//! One copy-on-write disk engine for virtual machines and containers.
+//!
+//! A *base* disk holds an operating system; a linked *clone* is a *delta* that holds only what
+//! changed; a *snapshot* freezes the current delta and starts a new one. Every layer is a qcow2
+//! file that QEMU opens, and QEMU's files open here.
+//!
+//! Rooms, from the ground up: [`addr`] and [`error`] serve every floor; [`storage`] keeps bytes;
+//! [`image`] is one layer; [`block`] is a flat guest disk.
+
+pub mod addr;
+pub mod block;
+pub mod error;
+pub mod image;
+pub mod storage;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,66 @@
+//! Bytes that last: one file, or something that stands in for one.
+//!
+//! This room knows no image format, no guest and no chain.
+
+use std::io::{IoSlice, IoSliceMut};
+
+use crate::error::Result;
+
+/// A growable array of bytes, for many threads at once.
+///
+/// Offsets and lengths are in bytes. Nothing is durable until [`sync`](Storage::sync) returns,
+/// and until then writes may reach the medium in any order.
+pub trait Storage: Send + Sync {
+    /// The length in bytes.
+    fn len(&self) -> Result<u64>;
+
+    /// Whether the length is 0.
+    fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Cuts or extends to `len` bytes; new bytes read as zeroes.
+    fn set_len(&self, len: u64) -> Result<()>;
+
+    /// Fills all of `bufs`, or fails. A range that ends past [`len`](Storage::len) is an error.
+    fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()>;
+
+    /// Writes all of `bufs`, or fails; extends the length where the range ends past it.
+    fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()>;
+
+    /// Makes the range read as zeroes and gives its space back where the host can.
+    /// The length does not change.
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Makes the range read as zeroes, keeping or reserving its space where the host can.
+    /// Extends the length where the range ends past it.
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Returns when every write, length change and hole that completed before is durable.
+    /// It is the one barrier.
+    fn sync(&self) -> Result<()>;
+
+    /// Where the stretch of stored data at or after `offset` begins and ends; `None` when only
+    /// holes follow. A storage that cannot tell holes answers with everything up to its length.
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        let len = self.len()?;
+        Ok((offset < len).then_some((offset, len)))
+    }
+
+    /// How many bytes of the host it takes, holes left out.
+    fn allocated(&self) -> Result<u64> {
+        self.len()
+    }
+}
+
+impl dyn Storage {
+    /// Fills one buffer; see [`Storage::read_at`].
+    pub fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_at(offset, &mut [IoSliceMut::new(buf)])
+    }
+
+    /// Writes one buffer; see [`Storage::write_at`].
+    pub fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.write_at(offset, &[IoSlice::new(buf)])
+    }
+}
