@@ -1,0 +1,14 @@
+//! The black-box tests: the `vdisk` command as a user meets it, judged by its contract and by QEMU.
+//!
+//! One harness, so that the binary is linked once. A module is a theme; a test's name is a sentence.
+//! Nothing here may use the library: what these tests know, a user's script can know.
+
+// Clippy's leave for tests covers `#[test]` functions only; here the harness may panic too.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[allow(dead_code, reason = "the themes grow into it")]
+mod host;
+#[allow(dead_code, reason = "the themes grow into it")]
+mod require;
+
+mod usage;
