@@ -5,12 +5,13 @@
 //! file that QEMU opens, and QEMU's files open here.
 //!
 //! Rooms, from the ground up: [`addr`] and [`error`] serve every floor; [`storage`] keeps bytes;
-//! [`image`] is one layer; [`block`] is a flat guest disk.
+//! [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files in it.
 
 pub mod addr;
 pub mod block;
 pub mod error;
 pub mod image;
+pub mod mount;
 pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};

@@ -2,6 +2,8 @@
 //!
 //! This room knows no image format, no guest and no chain.
 
+pub mod loopdev;
+
 use std::io::{IoSlice, IoSliceMut};
 
 use crate::error::Result;

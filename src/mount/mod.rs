@@ -1,0 +1,367 @@
+//! The file system in a disk, mounted: the disk as a file over FUSE, a loop device on that file,
+//! the kernel's file system on the loop device.
+//!
+//! Knows a [`BlockDevice`], no image format and no chain, and never prints.
+//!
+//! The FUSE mount stands in no mount namespace, and both it and the loop device live only as long
+//! as the file system that is mounted on them. A process that is killed therefore leaves one
+//! thing: the mount at the directory, every access to which fails with an I/O error until it is
+//! unmounted like any other.
+
+pub mod busy;
+pub mod partition;
+pub mod probe;
+pub mod table;
+pub mod volume;
+
+#[cfg(test)]
+mod ram;
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::Mode;
+use vdisk_fuse::{Caching, Options, Server, Tree};
+
+use crate::block::BlockDevice;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::loopdev::{LoopDevice, LoopOptions};
+
+use partition::Partition;
+use probe::{Content, FileSystem};
+use volume::{DeviceVolume, Lost};
+
+/// The name of the one file in the inner FUSE mount.
+const FILE: &str = "disk.raw";
+/// What [`LoopOptions::name`] is for our loop devices.
+pub const LOOP_NAME: &str = "vdisk";
+/// How long the kernel may take to let go of the loop device and the file after an unmount. By
+/// then everything is written: this is bookkeeping of milliseconds.
+const RELEASE: Duration = Duration::from_secs(30);
+/// The same, where nobody is told how it went.
+const RELEASE_ON_DROP: Duration = Duration::from_secs(10);
+/// How many requests the server works on at a time.
+const THREADS: usize = 4;
+
+/// What to mount, and how.
+#[derive(Debug, Clone, Default)]
+pub struct AttachOptions {
+    /// Mounts for reading only, without replaying a journal. Implied by a read-only device.
+    pub read_only: bool,
+    /// The partition that holds the file system; `None` for the whole disk.
+    pub partition: Option<u32>,
+    /// Options for the kernel's file system driver, with commas between them.
+    pub fs_options: Option<String>,
+    /// How the disk is called where the system shows its FUSE mount.
+    pub name: String,
+}
+
+/// A file system mounted by [`attach`].
+///
+/// [`detach`](Attached::detach) unmounts it and says whether everything became durable. Dropping
+/// it unmounts lazily, as far as possible and without a word.
+pub struct Attached {
+    at: PathBuf,
+    device: Arc<dyn BlockDevice>,
+    loop_number: u32,
+    file_system: &'static str,
+    read_only: bool,
+    lost: Arc<Lost>,
+    /// Taken when nothing is left to unmount.
+    server: Option<Server>,
+}
+
+/// Mounts the file system in `device` at the directory `at`, in the mount namespace of the
+/// calling thread. Threads of this process serve it until it is unmounted, by
+/// [`Attached::detach`] or by anybody else. Needs root: loop devices belong to nobody else.
+pub fn attach(
+    device: Arc<dyn BlockDevice>,
+    options: &AttachOptions,
+    at: &Path,
+) -> Result<Attached> {
+    let found = find(device.as_ref(), options.partition)?;
+    let read_only = options.read_only || device.read_only() || found.fs.read_only;
+    let volume = DeviceVolume::new(device.clone(), read_only);
+    let lost = volume.lost();
+    let mut tree = Tree::new();
+    let name = if options.name.is_empty() { LOOP_NAME.into() } else { options.name.clone() };
+    let serve = Options { name, caching: Caching::None, threads: THREADS };
+    let (server, root) = tree
+        .add(FILE, Arc::new(volume))
+        .and_then(|()| Server::detached(tree, &serve))
+        .map_err(|e| Error::io("cannot serve the disk over FUSE", e))?;
+    let stack = Stack { found: &found, read_only, options, at };
+    let mounted = vdisk_fuse::sys::apart(Some(root.as_fd()), || stack.mount(&root));
+    drop(root);
+    match mounted.map_err(|e| Error::io("cannot start a thread that mounts", e)).flatten() {
+        Ok(number) => Ok(Attached {
+            at: at.to_path_buf(),
+            device,
+            loop_number: number,
+            file_system: found.fs.name,
+            read_only,
+            lost,
+            server: Some(server),
+        }),
+        Err(error) => {
+            // With its root closed nothing holds the FUSE mount: the server ends by itself.
+            let _ = server.join_within(RELEASE_ON_DROP);
+            Err(error)
+        }
+    }
+}
+
+/// The file system to mount and where in the disk it stands.
+struct Found {
+    fs: FileSystem,
+    offset: u64,
+    /// In bytes; 0 for all that follows.
+    len: u64,
+}
+
+/// Finds the file system, or says what is there instead and what the user can do.
+fn find(device: &dyn BlockDevice, partition: Option<u32>) -> Result<Found> {
+    let size = device.size();
+    let Some(number) = partition else {
+        let content = probe::probe(device, 0, size)?;
+        if let Content::FileSystem(fs) = content {
+            return Ok(Found { fs, offset: 0, len: 0 });
+        }
+        return Err(match (partition::partitions(device)?, content) {
+            (Some(table), _) if table.is_empty() => {
+                Error::unsupported("this disk has a partition table without partitions")
+            }
+            (Some(table), _) => Error::invalid(format!(
+                "this disk has a partition table: use --partition N ({})",
+                list(device, &table)
+            )),
+            (None, Content::Other(name)) => cannot_mount("this disk", name),
+            (None, _) => Error::unsupported(
+                "no file system that can be mounted was found on this disk (it may be empty)",
+            ),
+        });
+    };
+    let Some(table) = partition::partitions(device)? else {
+        return Err(Error::invalid("this disk has no partition table: leave --partition out"));
+    };
+    let Some(found) = table.iter().find(|partition| partition.number == number) else {
+        let list = list(device, &table);
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("this disk has no partition {number} ({list})"),
+        ));
+    };
+    let Partition { offset, len, .. } = *found;
+    if offset.checked_add(len).is_none_or(|end| end > size) {
+        return Err(Error::corrupt(format!(
+            "partition {number} ({len} bytes from {offset}) reaches past the end of the disk ({size} bytes)"
+        )));
+    }
+    match probe::probe(device, offset, len)? {
+        Content::FileSystem(fs) => Ok(Found { fs, offset, len }),
+        Content::Other(name) => Err(cannot_mount(&format!("partition {number}"), name)),
+        Content::Unknown => Err(Error::unsupported(format!(
+            "no file system that can be mounted was found in partition {number}"
+        ))),
+    }
+}
+
+fn cannot_mount(what: &str, name: &str) -> Error {
+    Error::unsupported(format!("{what} holds {name}, which vdisk does not mount"))
+}
+
+/// `1: ext4 10 GiB, 2: swap 1 GiB`.
+fn list(device: &dyn BlockDevice, table: &[Partition]) -> String {
+    let words = table.iter().map(|partition| {
+        let content = probe::probe(device, partition.offset, partition.len);
+        let name = content.map_or("unreadable", |content| content.name());
+        format!("{}: {name} {}", partition.number, size(partition.len))
+    });
+    words.collect::<Vec<_>>().join(", ")
+}
+
+/// A length as people read it, to one decimal.
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut tenths = u128::from(bytes) * 10 / 1024;
+    let mut unit = 0;
+    while tenths >= 10240 && unit + 1 < UNITS.len() {
+        tenths /= 1024;
+        unit += 1;
+    }
+    match tenths % 10 {
+        0 => format!("{} {}", tenths / 10, UNITS[unit]),
+        rest => format!("{}.{rest} {}", tenths / 10, UNITS[unit]),
+    }
+}
+
+/// What stands between the FUSE mount and the directory.
+struct Stack<'a> {
+    found: &'a Found,
+    read_only: bool,
+    options: &'a AttachOptions,
+    at: &'a Path,
+}
+
+impl Stack<'_> {
+    /// Puts a loop device on the file and mounts it; returns the loop device's number. Every
+    /// step waits for our own server, so this runs [apart](vdisk_fuse::sys::apart).
+    fn mount(&self, root: &OwnedFd) -> Result<u32> {
+        let access = if self.read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
+        let file = openat(root, FILE, access | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(|e| Error::io("cannot open the disk over FUSE", e.into()))?;
+        let options = LoopOptions {
+            offset: self.found.offset,
+            len: self.found.len,
+            read_only: self.read_only,
+            name: LOOP_NAME.into(),
+        };
+        let device = LoopDevice::attach(file.as_fd(), &options)?;
+        let fs = &self.found.fs;
+        let flags = if self.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+        let no_replay = fs.no_replay.filter(|_| self.read_only);
+        let words = [no_replay, self.options.fs_options.as_deref()];
+        let data = words.into_iter().flatten().collect::<Vec<_>>().join(",");
+        mount(Some(device.path()), self.at, Some(fs.driver), flags, Some(data.as_str()))
+            .map_err(|errno| refused(fs, errno).at_path(self.at))?;
+        Ok(device.number())
+    }
+}
+
+fn refused(fs: &FileSystem, errno: Errno) -> Error {
+    let name = fs.name;
+    let text = match errno {
+        Errno::ENODEV => format!("this kernel cannot mount {name}"),
+        Errno::EINVAL | Errno::EUCLEAN | Errno::EIO => {
+            format!("the kernel refused the {name} file system (dmesg says why)")
+        }
+        _ => format!("cannot mount the {name} file system"),
+    };
+    Error::io(text, errno.into())
+}
+
+impl Attached {
+    /// The kind of file system, as people call it.
+    pub fn file_system(&self) -> &'static str {
+        self.file_system
+    }
+
+    /// Whether it was mounted for reading only.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The device number of the loop device as /proc/PID/mountinfo shows it: `7:N`.
+    pub fn loop_device(&self) -> String {
+        format!("7:{}", self.loop_number)
+    }
+
+    /// Waits until somebody else has unmounted the file system, and makes everything durable.
+    pub fn wait(mut self) -> Result<()> {
+        match self.server.take() {
+            Some(server) => self.finish(server.join()),
+            None => Ok(()),
+        }
+    }
+
+    /// Unmounts, and returns when everything is durable and no thread serves the disk any more.
+    ///
+    /// Fails with [`ErrorKind::InUse`] while somebody uses the mount. After any failure it is
+    /// unmounted lazily: what is still in use goes when its last user does.
+    pub fn detach(mut self) -> Result<()> {
+        unmount(&self.at)?;
+        let Some(server) = self.server.take() else { return Ok(()) };
+        match server.join_within(RELEASE) {
+            Ok(ended) => self.finish(ended),
+            Err(server) => {
+                // Another namespace holds a copy of the mount; it was synced, and the threads
+                // serve it on.
+                drop(server);
+                Err(still_mounted(&self.at, &self.loop_device()))
+            }
+        }
+    }
+
+    fn finish(&self, ended: std::io::Result<()>) -> Result<()> {
+        ended.map_err(|e| Error::io("the FUSE server failed", e))?;
+        if !self.read_only {
+            self.device.flush()?;
+        }
+        self.lost.check()
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let Some(server) = self.server.take() else { return };
+        let at = &self.at;
+        let _ = vdisk_fuse::sys::apart(None, || umount2(at, MntFlags::MNT_DETACH));
+        if let Ok(ended) = server.join_within(RELEASE_ON_DROP) {
+            let _ = self.finish(ended);
+        }
+    }
+}
+
+/// Writes out and unmounts the file system at `at`, of whatever kind; returns when its last
+/// change has reached the device under it. Safe to call in the process that serves it.
+///
+/// Fails with [`ErrorKind::InUse`], naming the users that can be found, while it is in use, and
+/// where not everything could be written: the file system is still mounted then.
+pub fn unmount(at: &Path) -> Result<()> {
+    vdisk_fuse::sys::apart(None, || sync_and_unmount(at))
+        .map_err(|e| Error::io("cannot start a thread that unmounts", e))
+        .flatten()
+}
+
+fn sync_and_unmount(at: &Path) -> Result<()> {
+    let failed = |what: &str, e: std::io::Error| Error::io(what, e).at_path(at);
+    let directory = File::open(at).map_err(|e| failed("cannot open the mounted directory", e))?;
+    // An unmount reports no failed write; this does.
+    nix::unistd::syncfs(&directory).map_err(|e| {
+        failed("not everything could be written to the disk; it stays mounted", e.into())
+    })?;
+    drop(directory);
+    match umount2(at, MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(()),
+        Err(Errno::EBUSY) => Err(in_use(at)),
+        Err(e) => Err(failed("cannot unmount", e.into())),
+    }
+}
+
+fn in_use(at: &Path) -> Error {
+    let text = match busy::users(at) {
+        users if users.is_empty() => "still in use; everything is written".into(),
+        users => format!("still in use by {}; everything is written", users.join(", ")),
+    };
+    Error::new(ErrorKind::InUse, text).at_path(at)
+}
+
+fn still_mounted(at: &Path, device: &str) -> Error {
+    let text = match busy::namespaces(device) {
+        holders if holders.is_empty() => "unmounted here, but the kernel still uses it".into(),
+        holders => format!(
+            "unmounted here, but still mounted in the mount namespace of {}",
+            holders.join(", ")
+        ),
+    };
+    Error::new(ErrorKind::InUse, text).at_path(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size;
+
+    #[test]
+    fn a_size_is_rounded_down_to_one_decimal() {
+        assert_eq!(size(512), "0.5 KiB");
+        assert_eq!(size(10 << 30), "10 GiB");
+        assert_eq!(size((10 << 30) + (700 << 20)), "10.6 GiB");
+        assert_eq!(size(u64::MAX), "16383.9 PiB");
+    }
+}
