@@ -10,6 +10,7 @@
 pub mod addr;
 pub mod block;
 pub mod error;
+pub mod formats;
 pub mod image;
 pub mod mount;
 pub mod storage;

@@ -1,0 +1,148 @@
+//! VHD, Virtual PC's and Hyper-V's first disk image ("vpc" for qemu-img): fixed, dynamic and
+//! differencing.
+//!
+//! A differencing disk answers for the sectors that its bitmaps name and says `Unallocated` for
+//! the others; the bitmaps of a dynamic disk carry nothing that its table does not and are not
+//! read, as some writers leave them empty.
+
+use std::io::IoSliceMut;
+use std::sync::Arc;
+
+use self::footer::{FOOTER, Footer, Header, Kind, SECTOR};
+use super::pages::{BitOrder, Cursor, Pages};
+use super::{fields, runs};
+use crate::addr::{GuestOffset, Unit};
+use crate::error::{Error, Result};
+use crate::image::{Backing, Extent, Image, Mapping};
+use crate::storage::Storage;
+
+mod footer;
+
+/// An entry of the block allocation table for a block without data.
+const FREE: u32 = u32::MAX;
+
+/// One VHD file, open for reading.
+pub struct Vhd {
+    storage: Arc<dyn Storage>,
+    pages: Pages,
+    footer: Footer,
+    /// `None` for a fixed disk.
+    header: Option<Header>,
+}
+
+impl Vhd {
+    /// Reads and checks the footer and, if the disk is not fixed, the header. The tables are read
+    /// as they are needed.
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Vhd> {
+        let footer = find_footer(&storage)?;
+        let file = storage.len()?;
+        let header = match footer.kind {
+            Kind::Fixed if footer.size > file - FOOTER => {
+                return Err(Error::corrupt(format!(
+                    "a fixed disk of {} bytes in a file of {file} bytes",
+                    footer.size
+                ))
+                .at_offset(file - FOOTER));
+            }
+            Kind::Fixed => None,
+            Kind::Dynamic | Kind::Differencing => Some(Header::read(&storage, &footer)?),
+        };
+        let pages = Pages::new(Arc::clone(&storage), Pages::DEFAULT)?;
+        Ok(Vhd { storage, pages, footer, header })
+    }
+
+    /// The disk's UUID, which its children record.
+    pub fn id(&self) -> [u8; 16] {
+        self.footer.id
+    }
+
+    /// The UUID that the parent must have, for a differencing disk.
+    pub fn parent_id(&self) -> Option<[u8; 16]> {
+        self.header.as_ref().filter(|header| header.parent.is_some()).map(|h| h.parent_id)
+    }
+
+    fn piece(&self, table: &mut Cursor<'_>, at: u64) -> Result<runs::Piece> {
+        let Some(header) = &self.header else {
+            return Ok((runs::data(at), self.footer.size - at));
+        };
+        let within = header.block.within(at);
+        let len = (header.block.bytes() - within).min(self.footer.size - at);
+        let entry = header.table + header.block.index(at) * 4;
+        let sector = u32::from_be_bytes(table.array(entry)?);
+        if sector == FREE {
+            return Ok((Mapping::Unallocated, len));
+        }
+        // Below 2^32 sectors and a block each: no sum here leaves 64 bits.
+        let bitmap = u64::from(sector) * SECTOR.bytes();
+        let host = bitmap + header.bitmap + within;
+        if host + len > self.pages.file_len() {
+            return Err(Error::corrupt(format!(
+                "the block at sector {sector} reaches past the end of the file"
+            ))
+            .at_offset(entry));
+        }
+        if self.footer.kind == Kind::Dynamic {
+            return Ok((runs::data(host), len));
+        }
+        let first = SECTOR.index(within);
+        let (here, run) = table.bits(bitmap, first, SECTOR.count(len), BitOrder::High)?;
+        let len = len.min(run * SECTOR.bytes() - SECTOR.within(within));
+        Ok((if here { runs::data(host) } else { Mapping::Unallocated }, len))
+    }
+}
+
+/// The footer at the end, else the copy at the beginning that a disk with blocks has.
+///
+/// The end decides: no guest can write there, while the first sector of a fixed disk is the
+/// guest's, who could put the header of a differencing disk there and name any file as its parent.
+fn find_footer(storage: &Arc<dyn Storage>) -> Result<Footer> {
+    let file = storage.len()?;
+    let at = file.saturating_sub(FOOTER);
+    let tail = fields::read(storage, at, FOOTER, "the VHD footer")?;
+    let last = Footer::parse(&tail, at);
+    if last.is_ok() {
+        return last;
+    }
+    let head = fields::read(storage, 0, FOOTER, "the VHD header")?;
+    match Footer::parse(&head, 0) {
+        Ok(footer) if footer.kind != Kind::Fixed => Ok(footer),
+        _ => last,
+    }
+}
+
+impl Image for Vhd {
+    fn size(&self) -> u64 {
+        self.footer.size
+    }
+
+    fn cluster(&self) -> Unit {
+        self.header.as_ref().map_or(SECTOR, |header| header.block)
+    }
+
+    fn granularity(&self) -> Unit {
+        if self.footer.kind == Kind::Differencing { SECTOR } else { self.cluster() }
+    }
+
+    fn backing(&self) -> Option<Backing> {
+        let name = self.header.as_ref()?.parent.clone()?;
+        Some(Backing { name, format: Some("vpc".to_owned()) })
+    }
+
+    fn read_only(&self) -> bool {
+        true
+    }
+
+    fn map(&self, at: GuestOffset, len: u64) -> Result<Extent> {
+        let len = runs::clip(at, len, self.footer.size)?;
+        let mut table = self.pages.cursor();
+        runs::longest(at, len, |pos| self.piece(&mut table, pos))
+    }
+
+    fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        runs::read(&self.storage, extent, at, bufs)
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}

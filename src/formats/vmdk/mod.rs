@@ -1,0 +1,240 @@
+//! VMDK, VMware's disk image: sparse and stream-optimised extents, flat files with a descriptor,
+//! and disks in several files.
+//!
+//! A descriptor names further files. They are opened by whoever holds the policy for names found
+//! inside images: [`Plan::read`] says which, [`Plan::open`] takes them.
+
+use std::io::IoSliceMut;
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use self::descriptor::Descriptor;
+use self::descriptor::Kind;
+use self::sparse::{Header, SECTOR, Sparse};
+use super::{fields, probe, runs};
+use crate::addr::{GuestOffset, Unit};
+use crate::block;
+use crate::error::{Error, Result};
+use crate::image::{Backing, Extent, Image, Mapping};
+use crate::storage::Storage;
+
+mod descriptor;
+mod sparse;
+
+/// Pages of tables that one disk keeps, shared out among its extents: 4 MiB.
+const PAGES: usize = super::pages::Pages::DEFAULT;
+
+/// A VMDK whose description was read and whose extents are still to be opened.
+pub struct Plan {
+    storage: Arc<dyn Storage>,
+    descriptor: Descriptor,
+    /// The one extent, when it stands in the same file as the description.
+    own: Option<Header>,
+}
+
+/// One VMDK, open for reading.
+pub struct Vmdk {
+    parts: Vec<Part>,
+    size: u64,
+    grain: Unit,
+    descriptor: Descriptor,
+    unpacked: Mutex<Option<Unpacked>>,
+}
+
+/// The compressed grain that was read last: a reader with small steps unpacks it once.
+#[derive(Clone)]
+struct Unpacked {
+    /// The part's start and the grain's place in its file.
+    place: (u64, u64),
+    bytes: Arc<[u8]>,
+}
+
+/// A stretch of the guest disk.
+struct Part {
+    start: u64,
+    len: u64,
+    bytes: Bytes,
+}
+
+enum Bytes {
+    Flat { storage: Arc<dyn Storage>, offset: u64 },
+    Sparse(Box<Sparse>),
+    Zero,
+}
+
+impl Plan {
+    /// Reads what the file itself says: a sparse extent's header, or a descriptor.
+    pub fn read(storage: Arc<dyn Storage>) -> Result<Plan> {
+        let len = storage.len()?;
+        let head = fields::read(&storage, 0, len.min(probe::HEAD as u64), "the VMDK header")?;
+        if !probe::vmdk(&head) {
+            return Err(Error::corrupt("not a VMDK image").at_offset(0));
+        }
+        if !head.starts_with(b"KDMV") && !head.starts_with(b"COWD") {
+            let descriptor = Descriptor::read(&storage, 0, len)?;
+            return Ok(Plan { storage, descriptor, own: None });
+        }
+        let header = Header::read(&storage)?;
+        let (at, len) = header.descriptor;
+        let descriptor = match at {
+            0 => Descriptor { create_type: "monolithicSparse".to_owned(), ..Descriptor::default() },
+            _ => Descriptor::read(&storage, at, len)?,
+        };
+        let own = (header.capacity != 0).then_some(header);
+        Ok(Plan { storage, descriptor, own })
+    }
+
+    /// The names of the files that hold the extents, relative to the image's directory unless
+    /// absolute. Empty when the image is a single file.
+    pub fn files(&self) -> &[String] {
+        if self.own.is_some() { &[] } else { &self.descriptor.files }
+    }
+
+    /// What the descriptor says.
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// The image, over the opened [`files`](Plan::files) in their order.
+    pub fn open(self, files: &[Arc<dyn Storage>]) -> Result<Vmdk> {
+        if files.len() != self.files().len() {
+            return Err(Error::invalid("a storage for each file of the descriptor is needed"));
+        }
+        if let Some(header) = self.own {
+            let (len, grain) = (header.capacity, header.grain);
+            let bytes = Bytes::Sparse(Box::new(Sparse::open(self.storage, header, PAGES)?));
+            let parts = vec![Part { start: 0, len, bytes }];
+            return Ok(Vmdk::new(parts, len, grain, self.descriptor));
+        }
+        let pages = PAGES / self.descriptor.extents.len().max(1);
+        let (mut parts, mut size, mut grain) = (Vec::new(), 0u64, None);
+        for line in self.descriptor.extents.iter().filter(|line| line.len != 0) {
+            let bytes = open_extent(line.kind, line.len, files, pages)?;
+            if let Bytes::Sparse(sparse) = &bytes {
+                grain.get_or_insert(sparse.header.grain);
+            }
+            parts.push(Part { start: size, len: line.len, bytes });
+            size = size
+                .checked_add(line.len)
+                .filter(|&size| i64::try_from(size).is_ok())
+                .ok_or_else(|| Error::corrupt("the extents are larger than any disk"))?;
+        }
+        Ok(Vmdk::new(parts, size, grain.unwrap_or(SECTOR), self.descriptor))
+    }
+}
+
+fn open_extent(kind: Kind, len: u64, files: &[Arc<dyn Storage>], pages: usize) -> Result<Bytes> {
+    let storage = |file: usize| {
+        files.get(file).cloned().ok_or_else(|| Error::invalid("a file of the image is not open"))
+    };
+    match kind {
+        Kind::Zero => Ok(Bytes::Zero),
+        Kind::Flat { file, offset } => {
+            let storage = storage(file)?;
+            fields::within(offset, len, storage.len()?, "a flat VMDK extent")?;
+            Ok(Bytes::Flat { storage, offset })
+        }
+        Kind::Sparse { file } => {
+            let storage = storage(file)?;
+            let header = Header::read(&storage)?;
+            if header.capacity < len {
+                return Err(Error::corrupt(format!(
+                    "the descriptor gives {len} bytes to an extent of {} bytes",
+                    header.capacity
+                ))
+                .at_offset(12));
+            }
+            Ok(Bytes::Sparse(Box::new(Sparse::open(storage, header, pages)?)))
+        }
+    }
+}
+
+impl Vmdk {
+    fn new(parts: Vec<Part>, size: u64, grain: Unit, descriptor: Descriptor) -> Vmdk {
+        Vmdk { parts, size, grain, descriptor, unpacked: Mutex::default() }
+    }
+
+    /// What the descriptor says: the kind of disk, its content id and its parent's.
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    fn grain(&self, part: u64, sparse: &Sparse, host: u64) -> Result<Arc<[u8]>> {
+        let held = self.unpacked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match held {
+            Some(Unpacked { place, bytes }) if place == (part, host) => return Ok(bytes),
+            _ => {}
+        }
+        let bytes: Arc<[u8]> = sparse.unpack(host)?.into();
+        let mut held = self.unpacked.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = Some(Unpacked { place: (part, host), bytes: Arc::clone(&bytes) });
+        Ok(bytes)
+    }
+
+    fn part(&self, at: u64) -> Result<&Part> {
+        let next = self.parts.partition_point(|part| part.start <= at);
+        next.checked_sub(1)
+            .and_then(|index| self.parts.get(index))
+            .filter(|part| at - part.start < part.len)
+            .ok_or_else(|| Error::invalid("past the end of the disk"))
+    }
+}
+
+impl Image for Vmdk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn cluster(&self) -> Unit {
+        self.grain
+    }
+
+    fn backing(&self) -> Option<Backing> {
+        let name = self.descriptor.parent.clone()?;
+        Some(Backing { name, format: Some("vmdk".to_owned()) })
+    }
+
+    fn read_only(&self) -> bool {
+        true
+    }
+
+    fn map(&self, at: GuestOffset, len: u64) -> Result<Extent> {
+        let len = runs::clip(at, len, self.size)?;
+        let part = self.part(at.0)?;
+        let skip = at.0 - part.start;
+        let len = len.min(part.len - skip);
+        match &part.bytes {
+            Bytes::Flat { offset, .. } => {
+                Ok(Extent { start: at, len, mapping: runs::data(offset + skip) })
+            }
+            Bytes::Zero => {
+                Ok(Extent { start: at, len, mapping: Mapping::Zero { allocated: false } })
+            }
+            Bytes::Sparse(sparse) => {
+                let mut tables = sparse.tables();
+                runs::longest(at, len, |pos| sparse.piece(&mut tables, pos - part.start))
+            }
+        }
+    }
+
+    fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        let part = self.part(extent.start.0)?;
+        match (&part.bytes, extent.mapping) {
+            (Bytes::Flat { storage, .. }, _) => runs::read(storage, extent, at, bufs),
+            (Bytes::Sparse(sparse), Mapping::Compressed { descriptor }) => {
+                runs::skip(extent, at, block::total_mut(bufs))?;
+                let grain = self.grain(part.start, sparse, descriptor)?;
+                sparse.copy(&grain, descriptor, at.0 - part.start, bufs)
+            }
+            (Bytes::Sparse(sparse), _) => runs::read(sparse.storage(), extent, at, bufs),
+            (Bytes::Zero, _) => {
+                runs::skip(extent, at, block::total_mut(bufs))?;
+                block::fill_zero(bufs);
+                Ok(())
+            }
+        }
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}
