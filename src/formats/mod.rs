@@ -13,3 +13,6 @@ pub mod vmdk;
 mod fields;
 mod pages;
 mod runs;
+
+#[cfg(test)]
+mod tests;
