@@ -5,10 +5,12 @@
 //! file that QEMU opens, and QEMU's files open here.
 //!
 //! Rooms, from the ground up: [`addr`] and [`error`] serve every floor; [`storage`] keeps bytes;
-//! [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files in it.
+//! [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files in it;
+//! [`container`] runs the programs among them.
 
 pub mod addr;
 pub mod block;
+pub mod container;
 pub mod error;
 pub mod formats;
 pub mod image;

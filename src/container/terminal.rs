@@ -1,0 +1,127 @@
+//! The user's terminal, passed on to a terminal of the container's own: job control works inside,
+//! and the program never holds the user's terminal itself.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::thread::{self, JoinHandle};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::pty::{ptsname, unlockpt};
+use rustix::stdio::{stdin, stdout};
+use rustix::termios::{
+    OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize,
+};
+
+/// Whether the user sits at both ends of the program.
+pub(super) fn wanted() -> bool {
+    isatty(stdin()) && isatty(stdout())
+}
+
+/// A running relay. When dropped, it prints what is left and gives the user's terminal back as it was.
+#[derive(Debug)]
+pub(super) struct Relay {
+    master: File,
+    name: String,
+    saved: Termios,
+    stop: Option<UnixStream>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Relay {
+    /// Makes a terminal in the container whose process 1 is `init`, which must still be ours: the path
+    /// goes through its root directory.
+    pub(super) fn start(init: i32) -> io::Result<Relay> {
+        let multiplexer = format!("/proc/{init}/root/dev/pts/ptmx");
+        let master = OpenOptions::new().read(true).write(true).open(multiplexer)?;
+        unlockpt(&master)?;
+        let name = ptsname(&master, Vec::new())?.to_string_lossy().into_owned();
+        let saved = tcgetattr(stdin())?;
+        let (stop, stopped) = UnixStream::pair()?;
+        let mut relay = Relay { master, name, saved, stop: Some(stop), threads: Vec::new() };
+        relay.resize();
+        let mut raw = relay.saved.clone();
+        raw.make_raw();
+        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
+        let (typed, ends) = (relay.master.try_clone()?, stopped.try_clone()?);
+        relay.spawn("terminal input", move || type_in(typed, &ends))?;
+        let shown = relay.master.try_clone()?;
+        relay.spawn("terminal output", move || show(shown, &stopped))?;
+        Ok(relay)
+    }
+
+    fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        self.threads.push(thread::Builder::new().name(name.into()).spawn(run)?);
+        Ok(())
+    }
+
+    /// The terminal's path in the container.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Gives the container's terminal the size of the user's.
+    pub(super) fn resize(&self) {
+        // A terminal without a size is a terminal all the same.
+        if let Ok(size) = tcgetwinsize(stdin()) {
+            let _ = tcsetwinsize(&self.master, size);
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.stop = None;
+        for thread in self.threads.drain(..) {
+            // A relay that panicked has said so.
+            let _ = thread.join();
+        }
+        // Nobody is left to hear that the terminal is gone.
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &self.saved);
+    }
+}
+
+/// From the user to the program, until the relay stops.
+fn type_in(mut master: File, stopped: &UnixStream) {
+    let mut buffer = [0; 4096];
+    while let Ok([typed, false]) = ready([stdin(), stopped.as_fd()], PollTimeout::NONE) {
+        if typed {
+            let Ok(length @ 1..) = rustix::io::read(stdin(), &mut buffer) else { return };
+            if master.write_all(buffer.get(..length).unwrap_or_default()).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// From the program to the user, until the program's side is closed and all is shown.
+fn show(mut master: File, stopped: &UnixStream) {
+    let mut buffer = [0; 4096];
+    let mut stopping = false;
+    loop {
+        // After the end: what is there, but no waiting for more.
+        let wait = if stopping { PollTimeout::ZERO } else { PollTimeout::NONE };
+        let Ok([shown, stop]) = ready([master.as_fd(), stopped.as_fd()], wait) else { return };
+        if shown {
+            let Ok(length @ 1..) = master.read(&mut buffer) else { return };
+            let bytes = buffer.get(..length).unwrap_or_default();
+            if io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()).is_err() {
+                return;
+            }
+        } else if stopping {
+            return;
+        }
+        stopping |= stop;
+    }
+}
+
+/// Which of two descriptors have something to read, or an end to tell.
+fn ready(fds: [BorrowedFd<'_>; 2], wait: PollTimeout) -> io::Result<[bool; 2]> {
+    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    match poll(&mut fds, wait) {
+        Ok(_) => Ok(fds.map(|fd| fd.any().unwrap_or(false))),
+        Err(nix::Error::EINTR) => Ok([false, false]),
+        Err(error) => Err(error.into()),
+    }
+}
