@@ -6,7 +6,7 @@
 //!
 //! Rooms, from the ground up: [`addr`] and [`error`] serve every floor; [`storage`] keeps bytes;
 //! [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files in it;
-//! [`container`] runs the programs among them.
+//! [`container`] runs the programs among them; [`virtio`] carries it into a guest.
 
 pub mod addr;
 pub mod block;
@@ -16,5 +16,6 @@ pub mod formats;
 pub mod image;
 pub mod mount;
 pub mod storage;
+pub mod virtio;
 
 pub use error::{Error, ErrorKind, Result};

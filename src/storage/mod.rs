@@ -8,6 +8,10 @@ use std::io::{IoSlice, IoSliceMut};
 
 use crate::error::Result;
 
+mod lend;
+
+pub use lend::{lend, lend_mut};
+
 /// A growable array of bytes, for many threads at once.
 ///
 /// Offsets and lengths are in bytes. Nothing is durable until [`sync`](Storage::sync) returns,
