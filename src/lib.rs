@@ -6,7 +6,8 @@
 //!
 //! Rooms, from the ground up: [`addr`] and [`error`] serve every floor; [`storage`] keeps bytes;
 //! [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files in it;
-//! [`container`] runs the programs among them; [`virtio`] carries it into a guest.
+//! [`container`] runs the programs among them; [`virtio`] carries it into a guest, and [`vm`] is
+//! such a guest.
 
 pub mod addr;
 pub mod block;
@@ -17,5 +18,6 @@ pub mod image;
 pub mod mount;
 pub mod storage;
 pub mod virtio;
+pub mod vm;
 
 pub use error::{Error, ErrorKind, Result};

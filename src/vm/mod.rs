@@ -1,0 +1,166 @@
+//! A KVM guest with one processor: memory, a kernel, a serial console and disks.
+//!
+//! It carries disks by virtio and knows nothing of what they are made of. It prints only what the
+//! guest prints, to where its caller says.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
+
+use crate::block::BlockDevice;
+use crate::error::{Error, ErrorKind, Result};
+use crate::virtio::{Block, Id, VirtioDevice};
+
+mod boot;
+mod bus;
+mod console;
+mod control;
+mod cpu;
+mod i8042;
+mod machine;
+mod memory;
+mod mmio;
+mod terminal;
+
+pub use bus::{Bus, BusDevice};
+pub use console::Streams;
+pub use control::{Control, Ended};
+pub use memory::MIN_SIZE;
+pub use mmio::{LEN as TRANSPORT_LEN, Transport};
+
+use boot::Payload;
+use console::Console;
+use machine::{Machine, Parts};
+
+/// Interrupt lines for disks: those that nothing on a PC without devices uses.
+const DISK_IRQS: [u32; 10] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 3];
+
+/// The most disks that a guest can have.
+pub const MAX_DISKS: usize = DISK_IRQS.len();
+
+/// A disk for a guest.
+pub struct Disk {
+    /// What it holds.
+    pub device: Arc<dyn BlockDevice>,
+    /// Its serial number in the guest; the first 20 bytes count.
+    pub id: String,
+}
+
+/// What a guest is made of.
+pub struct Config {
+    /// An ELF or bzImage kernel file.
+    pub kernel: std::path::PathBuf,
+    /// An initial RAM disk.
+    pub initrd: Option<std::path::PathBuf>,
+    /// What the kernel's command line holds beside the disks, which are put before it.
+    pub command_line: String,
+    /// RAM in bytes: whole pages, [`MIN_SIZE`] at least.
+    pub memory: u64,
+    /// The disks in order: /dev/vda, /dev/vdb, … in a Linux guest.
+    pub disks: Vec<Disk>,
+    /// The serial console. An input that is a terminal is put into raw mode while the guest runs.
+    pub console: Streams,
+}
+
+/// A guest that is ready to run.
+pub struct Guest {
+    machine: Machine,
+    disks: Vec<Arc<dyn BlockDevice>>,
+    console: Arc<Console>,
+    input: OwnedFd,
+    control: Arc<Control>,
+}
+
+impl Guest {
+    /// Makes a guest and loads its kernel.
+    pub fn new(config: Config) -> Result<Guest> {
+        if config.disks.len() > MAX_DISKS {
+            return Err(Error::unsupported(format!(
+                "a guest can have {MAX_DISKS} disks and was given {}",
+                config.disks.len()
+            )));
+        }
+        let kvm = open_kvm()?;
+        let control = Arc::new(Control::new()?);
+        let memory = Arc::new(memory::allocate(config.memory)?);
+        let console = Arc::new(Console::new(config.console.output, Arc::clone(&control))?);
+        let mut parts = Parts::new(Arc::clone(&memory), Arc::clone(&console), &control)?;
+        let mut line = String::new();
+        let mut disks = Vec::new();
+        for (disk, irq) in config.disks.into_iter().zip(DISK_IRQS) {
+            disks.push(Arc::clone(&disk.device));
+            let block: Box<dyn VirtioDevice> =
+                Box::new(Block::new(disk.device, Id::new(&disk.id), 1));
+            let transport = Transport::new(block, Arc::clone(&memory))?;
+            line.push_str(&parts.add_device(transport, irq)?);
+            line.push(' ');
+        }
+        line.push_str(&config.command_line);
+        let payload = Payload { kernel: config.kernel, initrd: config.initrd, command_line: line };
+        let entry = boot::load(&memory, &payload)?;
+        let machine = Machine::new(&kvm, parts, entry)?;
+        Ok(Guest { machine, disks, console, input: config.console.input, control })
+    }
+
+    /// What ends the guest from outside, from any thread.
+    pub fn control(&self) -> Arc<Control> {
+        Arc::clone(&self.control)
+    }
+
+    /// Runs the guest to its end. When this returns, all it wrote is durable and the terminal is as
+    /// it was.
+    pub fn run(self) -> Result<Ended> {
+        let raw = terminal::Raw::take(self.input.as_fd())?;
+        let keys = raw.is_some();
+        let feeder = self.console.feed(self.input, keys, Arc::clone(&self.control));
+        let ended = match &feeder {
+            Ok(_) => self.machine.run(&self.control),
+            Err(_) => Ok(Ended::Stopped),
+        };
+        self.control.end(Ok(Ended::Stopped));
+        // A panic there has been reported, and the guest did without the input.
+        let fed = feeder.map(|thread| drop(thread.join()));
+        drop(raw);
+        let flushed: Vec<_> = self.disks.iter().map(|disk| flush(&**disk)).collect();
+        fed?;
+        let ended = ended?;
+        flushed.into_iter().collect::<Result<()>>()?;
+        Ok(ended)
+    }
+}
+
+fn flush(disk: &dyn BlockDevice) -> Result<()> {
+    if disk.read_only() { Ok(()) } else { disk.flush() }
+}
+
+/// Opens the host's KVM, and says what to do where it cannot be.
+fn open_kvm() -> Result<Kvm> {
+    let kvm = Kvm::new().map_err(|error| {
+        let error = std::io::Error::from(error);
+        let what = match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                "this host has no /dev/kvm: load the module kvm_intel or kvm_amd, enable \
+                 virtualisation in the firmware, or allow nested virtualisation where this host is \
+                 itself a guest"
+            }
+            std::io::ErrorKind::PermissionDenied => {
+                "/dev/kvm may not be opened by this user: add it to the group kvm, or run as root"
+            }
+            _ => "cannot open /dev/kvm",
+        };
+        Error::io(what, error)
+    })?;
+    match kvm.get_api_version() {
+        12 => Ok(kvm),
+        other => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("this host's KVM has API version {other}; 12 is needed"),
+        )),
+    }
+}
+
+/// A call to KVM failed.
+fn kvm_error(what: &str, error: kvm_ioctls::Error) -> Error {
+    Error::io(format!("KVM cannot {what}"), std::io::Error::from(error))
+}
