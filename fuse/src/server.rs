@@ -113,7 +113,13 @@ impl Server {
 
     /// Waits until the kernel lets go of the file system and every thread has ended.
     pub fn join(self) -> io::Result<()> {
-        self.workers.join().unwrap_or_else(|_| Err(io::Error::other("a FUSE thread panicked")))
+        match self.workers.join() {
+            // What ENODEV says to a worker that waits for a request, this says to one that the
+            // unmount finds with a request, the release of a file, just taken from the queue.
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
+            Ok(ended) => ended,
+            Err(_) => Err(io::Error::other("a FUSE thread panicked")),
+        }
     }
 
     /// As [`join`](Server::join), for at most `limit`; gives the server back where that passed.
