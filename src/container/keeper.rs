@@ -1,5 +1,6 @@
-//! The keeper: the first process of the outer pid namespace. It holds the control groups, starts the
-//! init and outlives all other processes of the container, also when the host process is killed.
+//! The keeper: the first process of the outer pid namespace. It holds the control groups, starts
+//! the init and outlives all other processes of the container, also when the host process is
+//! killed.
 
 use std::fs;
 use std::io;
@@ -86,7 +87,8 @@ fn wait(host: &UnixStream, mut child: Child) -> io::Result<ExitStatus> {
     }
 }
 
-/// Closes all but the standard streams: the user's shell may have left a directory of the host open.
+/// Closes all but the standard streams: the user's shell may have left a directory of the host
+/// open.
 fn close_inherited() -> io::Result<()> {
     let entries = fs::read_dir("/proc/self/fd")?;
     let numbers: Vec<i32> =

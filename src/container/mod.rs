@@ -2,22 +2,25 @@
 //!
 //! Four processes stand one in the other, each started from the same binary:
 //!
-//! 1. The *host* process ([`Space`]) has a mount namespace of its own, so that nothing it mounts for
-//!    the container shows on the host and all of it goes when the process goes, however it ends. It
-//!    may go on serving the container's root (a FUSE volume, say) with other threads. It passes signals
-//!    and the terminal on and waits.
-//! 2. The *keeper* is the first process of an outer pid namespace. When the host process ends, the
-//!    keeper ends all and removes the control groups; when the keeper is killed, the kernel kills
-//!    everything in its pid namespace. A program can free itself of a parent-death signal, but not of this.
-//! 3. The *init* enters the container's namespaces, builds /proc, /dev and /sys in the new root, gives
-//!    up what it must and becomes:
-//! 4. The program, process 1 of the container. The kernel sends process 1 no signal that it has no
-//!    handler for, so the host process kills it where any other process would have died of the signal.
+//! 1. The *host* process ([`Space`]) has a mount namespace of its own, so that nothing it mounts
+//!    for the container shows on the host and all of it goes when the process goes, however it
+//!    ends. It may serve the container's root (a FUSE volume, say) with other threads. It passes
+//!    signals and the terminal on, and waits.
+//! 2. The *keeper* is the first process of an outer pid namespace. When the host process ends,
+//!    the keeper ends all and removes the control groups; when the keeper is killed, the kernel
+//!    kills everything in its pid namespace. A program can free itself of a parent-death signal,
+//!    but not of this.
+//! 3. The *init* enters the container's namespaces, builds /proc, /dev and /sys in the new root,
+//!    gives up what it must and becomes:
+//! 4. The program, process 1 of the container. The kernel sends process 1 no signal that it has
+//!    no handler for, so the host process kills it where any other process would have died of
+//!    the signal.
 //!
-//! The program runs with podman's default capabilities and without devices from its root's file system.
-//! There is no seccomp filter, no user namespace and no security module's profile, and `no_new_privs`
-//! is off: the kernel, its file system drivers among it, is what stands between the program and the
-//! host. The binary is executed through a read-only mount, so that the program cannot overwrite it by way of /proc.
+//! The program runs with podman's default capabilities and without devices from its root's file
+//! system. There is no seccomp filter, no user namespace and no security module's profile, and
+//! `no_new_privs` is off: the kernel, its file system drivers among it, is what stands between
+//! the program and the host. The binary is executed through a read-only mount, so that the
+//! program cannot overwrite it by way of /proc.
 //!
 //! Knows namespaces and a directory; no disk and no file system format.
 
@@ -56,7 +59,8 @@ const SCRATCH: &str = "/run/vdisk/container";
 pub struct Spec {
     /// The program and its arguments. A name without `/` is looked for in `PATH`.
     pub command: Vec<OsString>,
-    /// Variables that are set besides, or instead of, `PATH`, `HOME`, `TERM`, `HOSTNAME` and `container`.
+    /// Variables that are set besides, or instead of, `PATH`, `HOME`, `TERM`, `HOSTNAME` and
+    /// `container`.
     pub env: Vec<(OsString, OsString)>,
     /// The directory to start in, `/` when not given.
     pub workdir: Option<PathBuf>,
@@ -98,7 +102,8 @@ const FORWARDED: [Signal; 7] = [
 
 impl Space {
     /// Moves this process into a mount namespace of its own and holds back the signals that a
-    /// container is to get. To be called before the process has a second thread: threads inherit both.
+    /// container is to get. To be called before the process has a second thread: threads inherit
+    /// both.
     ///
     /// # Errors
     /// [`ErrorKind::Denied`] without the superuser's rights.

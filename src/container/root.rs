@@ -102,8 +102,8 @@ const MOUNTED: [Mounted; 6] = [
     },
 ];
 
-/// Makes `root` the root of this process, which must be in new mount, pid, ipc and network namespaces.
-/// The host's files are out of reach afterwards.
+/// Makes `root` the root of this process, which must be in new mount, pid, ipc and network
+/// namespaces. The host's files are out of reach afterwards.
 pub(super) fn enter(root: &Path) -> Result<()> {
     pivot(root).map_err(|e| Error::io("cannot enter the root directory", e).at_path(root))?;
     umask(Mode::empty());
@@ -129,7 +129,7 @@ fn pivot(root: &Path) -> io::Result<()> {
     // A device node in the image could be the host's disk.
     change(root, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | NODEV)?;
     chdir(root)?;
-    // With both the same, the old root lands on top of the new one, with no directory to make for it.
+    // With both the same, the old root lands on top of the new one: no directory to make for it.
     pivot_root(".", ".")?;
     umount2(".", MntFlags::MNT_DETACH)?;
     Ok(chdir("/")?)
@@ -169,7 +169,7 @@ fn devices() -> io::Result<()> {
     Ok(())
 }
 
-/// Covers a directory by an empty one and a file by /dev/null; what this kernel lacks needs no cover.
+/// Covers a directory by an empty one and a file by /dev/null; what this kernel lacks needs none.
 fn mask(path: &str) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => {

@@ -1,5 +1,5 @@
-//! The host process's part while the container runs: it starts the keeper, tells the processes inside
-//! what to do, passes on signals and the terminal, and learns how the program ended.
+//! The host process's part while the container runs: it starts the keeper, tells the processes
+//! inside what to do, passes on signals and the terminal, and learns how the program ended.
 
 use std::ffi::OsString;
 use std::fs;
@@ -37,8 +37,10 @@ pub(super) fn run(space: &Space, root: &Path, spec: &Spec) -> Result<Outcome> {
         failure: None,
     };
     let watched = container.watch(&end);
-    // Whatever went wrong here, the keeper now ends what it has started.
-    container.keeper_link = None;
+    if container.keeper_link.take().is_none() && watched.is_err() {
+        // A keeper that has lost its link ends what it has started, but this one has none yet.
+        container.keeper.kill().map_err(doing("cannot end the container's keeper"))?;
+    }
     let status = container.keeper.wait().map_err(doing("cannot wait for the container"))?;
     container.relay = None;
     watched.map_err(doing("lost the container"))?;
@@ -60,8 +62,8 @@ pub(super) fn run(space: &Space, root: &Path, spec: &Spec) -> Result<Outcome> {
 
 /// Starts the keeper as the first process of a new pid namespace.
 fn start_keeper() -> io::Result<Child> {
-    // In a thread that ends at once: the namespace for new children is the thread's, and this process
-    // must go on to be able to have threads and children of its own.
+    // In a thread that ends at once: the namespace for new children is the thread's, and this
+    // process must go on to be able to have threads and children of its own.
     let start = || {
         unshare(CloneFlags::CLONE_NEWPID)?;
         Command::new(executable()).args([STAGE, KEEPER]).env_clear().current_dir("/").spawn()
@@ -159,7 +161,8 @@ impl Container<'_> {
         }
     }
 
-    /// What has happened: the keeper's end, a signal, a caller, a word from the keeper, from the init.
+    /// What has happened: the keeper's end, a signal, a caller, a word from the keeper, one from
+    /// the init.
     fn wait(&self, end: &OwnedFd) -> io::Result<[bool; 5]> {
         let init_link = self.init.as_ref().and_then(|init| init.link.as_ref());
         let watched = [
@@ -182,6 +185,10 @@ impl Container<'_> {
     /// The keeper calls first, then the init.
     fn welcome(&mut self) -> io::Result<()> {
         let (link, _) = self.space.listener.accept()?;
+        if self.ended_by.is_some() {
+            // Too late: a caller whose link is closed goes home.
+            return Ok(());
+        }
         let pid = getsockopt(&link, PeerCredentials)?.pid();
         if pid == self.keeper.id().cast_signed() && self.keeper_link.is_none() {
             wire::send(&link, &self.limits)?;
@@ -293,9 +300,8 @@ mod tests {
     #[test]
     fn a_handled_ignored_or_blocked_signal_is_left_to_the_program() {
         let masks = |blocked: u64, ignored: u64, caught: u64| {
-            format!(
-                "Name:\tsh\nSigBlk:\t{blocked:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{caught:016x}\n"
-            )
+            let masks = [("SigBlk", blocked), ("SigIgn", ignored), ("SigCgt", caught)];
+            masks.map(|(name, mask)| format!("{name}:\t{mask:016x}\n")).concat()
         };
         let term = 1 << 14;
         assert!(default_action_in(&masks(0, 0, 0), Signal::SIGTERM));

@@ -19,7 +19,8 @@ pub(super) fn wanted() -> bool {
     isatty(stdin()) && isatty(stdout())
 }
 
-/// A running relay. When dropped, it prints what is left and gives the user's terminal back as it was.
+/// A running relay. When dropped, it prints what is left and gives the user's terminal back as it
+/// was.
 #[derive(Debug)]
 pub(super) struct Relay {
     master: File,
@@ -30,8 +31,8 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    /// Makes a terminal in the container whose process 1 is `init`, which must still be ours: the path
-    /// goes through its root directory.
+    /// Makes a terminal in the container whose process 1 is `init`, which must still be ours: the
+    /// path goes through its root directory.
     pub(super) fn start(init: i32) -> io::Result<Relay> {
         let multiplexer = format!("/proc/{init}/root/dev/pts/ptmx");
         let master = OpenOptions::new().read(true).write(true).open(multiplexer)?;
