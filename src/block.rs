@@ -96,6 +96,19 @@ pub fn window_mut<'a>(bufs: &'a mut [IoSliceMut<'_>], skip: u64, len: u64) -> Ve
     bufs.iter_mut().filter_map(|b| cut.next(b.len()).map(|r| IoSliceMut::new(&mut b[r]))).collect()
 }
 
+/// Calls `fill` with the `len` bytes of `bufs` that follow the first `skip`.
+pub fn with_window<T>(
+    bufs: &mut [IoSliceMut<'_>],
+    skip: u64,
+    len: u64,
+    fill: impl FnOnce(&mut [IoSliceMut<'_>]) -> T,
+) -> T {
+    if skip == 0 && total_mut(bufs) == len {
+        return fill(bufs);
+    }
+    fill(&mut window_mut(bufs, skip, len))
+}
+
 /// Fills all of `bufs` with zeroes.
 pub fn fill_zero(bufs: &mut [IoSliceMut<'_>]) {
     for buf in bufs {

@@ -11,11 +11,13 @@
 
 pub mod addr;
 pub mod block;
+pub mod chain;
 pub mod container;
 pub mod error;
 pub mod formats;
 pub mod image;
 pub mod mount;
+pub mod qcow2;
 pub mod storage;
 pub mod virtio;
 pub mod vm;

@@ -1,10 +1,11 @@
-//! The formats that a base disk can have besides qcow2: each is an
+//! The formats that a disk can have besides qcow2: each is an
 //! [`Image`](crate::image::Image) over [`Storage`](crate::storage::Storage).
 //!
-//! VMDK, VHD, VHDX and VDI are read only. Nothing here opens a file by name or knows a chain: a
+//! Raw can be written; VMDK, VHD, VHDX and VDI are read only. Nothing here opens a file by name or knows a chain: a
 //! format that keeps its data in further files lists their names and takes the opened storages.
 
 pub mod probe;
+pub mod raw;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;

@@ -9,6 +9,10 @@ use std::sync::RwLockReadGuard;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
 
+mod label;
+
+pub use label::{Id, Label, Parent, Role};
+
 /// What one layer says about a stretch of the guest disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapping {
@@ -51,6 +55,17 @@ pub struct Backing {
     pub name: String,
     /// The recorded format, as qemu-img names it; `None` where the image does not say.
     pub format: Option<String>,
+}
+
+/// What a layer says about itself in its header.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Identity {
+    /// Its name and place in the family; `None` for a file that other programs made.
+    pub label: Option<Label>,
+    /// The layer below.
+    pub backing: Option<Backing>,
+    /// Whether nobody has changed the contents since the label's content id was given.
+    pub vouched: bool,
 }
 
 /// While a hold lives, no host cluster that [`Image::map`] returned is given another use.
@@ -107,6 +122,12 @@ pub trait Image: Send + Sync {
     /// It may be shorter than the mapping really goes on. `at` is below the size, `len` is not 0.
     fn map(&self, at: GuestOffset, len: u64) -> Result<Extent>;
 
+    /// Narrows a [`Mapping::Data`] extent to its first part that is all data or, where the host can
+    /// tell that nothing is stored there, all zero. For those who look for holes; reads do without.
+    fn narrow(&self, extent: Extent) -> Result<Extent> {
+        Ok(extent)
+    }
+
     /// Reads bytes from `at` of an extent that [`map`](Image::map) returned and that is not
     /// [`Mapping::Unallocated`]; `bufs` end within it. Takes no metadata lock.
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()>;
@@ -118,7 +139,8 @@ pub trait Image: Send + Sync {
     }
 
     /// Reserves host clusters for `at..at + len`, which is aligned to the granularity (or ends at
-    /// the disk's end) and not mapped to exclusive data. The token may cover less than asked.
+    /// the disk's end) and not mapped to exclusive data. The token may cover less than asked, and
+    /// may begin before `at` where a cluster has to move as a whole.
     fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {
         let _ = (at, len);
         Err(read_only())
@@ -138,6 +160,18 @@ pub trait Image: Send + Sync {
     fn discard(&self, at: GuestOffset, len: u64, expose: bool) -> Result<()> {
         let _ = (at, len, expose);
         Err(read_only())
+    }
+
+    /// Who the layer is and what it stands on.
+    fn identity(&self) -> Result<Identity> {
+        Ok(Identity { backing: self.backing(), ..Identity::default() })
+    }
+
+    /// Records who the layer is and what it stands on, durably and in one write. The guest's bytes
+    /// in this layer do not change.
+    fn set_identity(&self, identity: &Identity) -> Result<()> {
+        let _ = identity;
+        Err(Error::unsupported("this format cannot record snapshots or a base"))
     }
 
     /// Returns when every change that completed before the call is durable.

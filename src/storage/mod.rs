@@ -2,15 +2,20 @@
 //!
 //! This room knows no image format, no guest and no chain.
 
+mod file;
+mod lend;
+mod lock;
 pub mod loopdev;
+mod memory;
 
 use std::io::{IoSlice, IoSliceMut};
 
 use crate::error::Result;
 
-mod lend;
-
+pub use file::{FileOptions, FileStorage};
 pub use lend::{lend, lend_mut};
+pub use lock::{Access, Holder, holders};
+pub use memory::MemoryStorage;
 
 /// A growable array of bytes, for many threads at once.
 ///
@@ -57,16 +62,14 @@ pub trait Storage: Send + Sync {
     fn allocated(&self) -> Result<u64> {
         self.len()
     }
-}
 
-impl dyn Storage {
     /// Fills one buffer; see [`Storage::read_at`].
-    pub fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.read_at(offset, &mut [IoSliceMut::new(buf)])
     }
 
     /// Writes one buffer; see [`Storage::write_at`].
-    pub fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+    fn write_all_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         self.write_at(offset, &[IoSlice::new(buf)])
     }
 }

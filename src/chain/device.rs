@@ -1,0 +1,284 @@
+//! Reading and writing a chain: the flat disk that the guest sees.
+//!
+//! A write to bytes that the head maps to data of its own goes straight there. Every other write
+//! changes the mapping: it takes the clusters' in-flight entry, fills new clusters with what the
+//! layers below show around the guest's bytes, and commits.
+
+use std::io::{IoSlice, IoSliceMut};
+
+use super::{Chain, Layers, MapExtent};
+use crate::addr::{GuestOffset, Unit};
+use crate::block::{
+    BlockDevice, BlockExtent, BlockStatus, check_range, total, total_mut, window, with_window,
+};
+use crate::error::{ErrorKind, Result};
+use crate::image::{Allocation, Mapping};
+
+/// The most that one allocating write covers, in bytes: what is waited for stays short.
+const MAX_ALLOCATION: u64 = 4 << 20;
+/// Bytes of zeroes that are written at a time where a format has no zero clusters.
+const ZEROES: u64 = 1 << 20;
+
+impl Layers {
+    pub(super) fn map(&self, at: GuestOffset, len: u64, narrow: bool) -> Result<MapExtent> {
+        let (mut extent, depth) = {
+            let extent = self.head.image.map(at, len)?;
+            if extent.mapping == Mapping::Unallocated {
+                let run = self.lower.find(at, extent.len)?;
+                (run.extent, if run.is_hole() { 0 } else { run.layer as usize + 1 })
+            } else {
+                (extent, 0)
+            }
+        };
+        if narrow && matches!(extent.mapping, Mapping::Data { .. }) {
+            let image = match depth {
+                0 => &self.head.image,
+                below => &self.lower.layers()[below - 1].image,
+            };
+            extent = image.narrow(extent)?;
+        }
+        Ok(MapExtent { start: at.0, len: extent.len, mapping: extent.mapping, depth })
+    }
+
+    fn read(&self, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        let len = total_mut(bufs);
+        let mut done = 0;
+        while done < len {
+            let pos = at + done;
+            let extent = self.head.image.map(pos, len - done)?;
+            with_window(bufs, done, extent.len, |target| match extent.mapping {
+                Mapping::Unallocated => self.lower.read(pos, extent.len, target),
+                _ => self.head.image.read(&extent, pos, target),
+            })?;
+            done += extent.len;
+        }
+        Ok(())
+    }
+
+    /// Whether a range is known to read as zeroes without reading it.
+    fn is_zero(&self, from: u64, to: u64) -> Result<bool> {
+        let mut pos = from;
+        while pos < to {
+            let extent = self.map(GuestOffset(pos), to - pos, false)?;
+            if !matches!(extent.mapping, Mapping::Zero { .. } | Mapping::Unallocated) {
+                return Ok(false);
+            }
+            pos += extent.len;
+        }
+        Ok(true)
+    }
+
+    /// Fills what `token` reserved: `bufs` from `pos` on, and around them what the disk shows there
+    /// now. `bufs` end within the token.
+    fn fill(&self, token: &dyn Allocation, pos: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        let (start, end) = (token.start().0, token.start().0 + token.len());
+        let (from, to) = (pos, pos + total(bufs));
+        let spare = token.reads_zero();
+        let front = self.padding(start, from, spare)?;
+        let back = self.padding(to, end, spare)?;
+        let mut all = Vec::with_capacity(bufs.len() + 2);
+        all.extend(front.as_deref().map(IoSlice::new));
+        all.extend_from_slice(bufs);
+        all.extend(back.as_deref().map(IoSlice::new));
+        token.write(if front.is_some() { 0 } else { from - start }, &all)
+    }
+
+    /// The bytes of a range that is copied up; `None` where it is empty, or where `spare` (the new
+    /// clusters read as zeroes) and it reads as zeroes.
+    fn padding(&self, from: u64, to: u64, spare: bool) -> Result<Option<Vec<u8>>> {
+        if from == to || spare && self.is_zero(from, to)? {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; (to - from) as usize];
+        self.read(GuestOffset(from), &mut [IoSliceMut::new(&mut bytes)])?;
+        Ok(Some(bytes))
+    }
+}
+
+impl Chain {
+    /// Writes at most `bufs`, at a place that needs a new mapping; returns how much it wrote.
+    fn write_new(&self, layers: &Layers, pos: u64, bufs: &[IoSlice<'_>]) -> Result<u64> {
+        let head = &layers.head.image;
+        let size = head.size();
+        let len = total(bufs).min(MAX_ALLOCATION.max(head.cluster().bytes()));
+        let cluster = head.cluster();
+        let _entry = self.inflight.enter(cluster.floor(pos)..cluster.ceil(pos + len));
+        // Whoever was here before may have allocated it.
+        let extent = head.map(GuestOffset(pos), len)?;
+        if let Mapping::Data { exclusive: true, .. } = extent.mapping {
+            head.overwrite(&extent, extent.start, &window(bufs, 0, extent.len))?;
+            return Ok(extent.len);
+        }
+        let unit = head.granularity();
+        let (start, end) = (unit.floor(pos), unit.ceil(pos + extent.len).min(size));
+        let token = head.prepare(GuestOffset(start), end - start)?;
+        let len = extent.len.min(token.start().0 + token.len() - pos);
+        layers.fill(&*token, pos, &window(bufs, 0, len))?;
+        token.commit()?;
+        Ok(len)
+    }
+
+    fn write(&self, layers: &Layers, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        let head = &layers.head.image;
+        let len = total(bufs);
+        let mut done = 0;
+        while done < len {
+            let pos = offset + done;
+            let extent = head.map(GuestOffset(pos), len - done)?;
+            done += match extent.mapping {
+                Mapping::Data { exclusive: true, .. } if extent.len == len => {
+                    head.overwrite(&extent, extent.start, bufs)?;
+                    len
+                }
+                Mapping::Data { exclusive: true, .. } => {
+                    head.overwrite(&extent, extent.start, &window(bufs, done, extent.len))?;
+                    extent.len
+                }
+                _ => self.write_new(layers, pos, &window(bufs, done, len - done))?,
+            };
+        }
+        Ok(())
+    }
+
+    fn write_zero_bytes(&self, layers: &Layers, from: u64, to: u64) -> Result<()> {
+        if from >= to || layers.is_zero(from, to)? {
+            return Ok(());
+        }
+        let zeroes = vec![0; (to - from).min(ZEROES) as usize];
+        let mut pos = from;
+        while pos < to {
+            let n = (to - pos).min(ZEROES);
+            self.write(layers, pos, &[IoSlice::new(&zeroes[..n as usize])])?;
+            pos += n;
+        }
+        Ok(())
+    }
+
+    /// Changes the size of the disk, in bytes. New bytes read as zeroes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for a smaller size where the format cannot shrink.
+    pub fn resize(&self, size: u64) -> Result<()> {
+        let layers = self.layers.write().unwrap_or_else(|e| e.into_inner());
+        let old = layers.head.image.size();
+        layers.head.image.resize(size)?;
+        // A longer layer below would show through where the disk ended before.
+        let below = layers.lower.layers().first().map_or(0, |l| l.image.size());
+        let (from, to) = (old, size.min(below));
+        if from < to {
+            let unit = layers.head.image.granularity();
+            let start = unit.ceil(from).min(to);
+            self.write_zero_bytes(&layers, from, start)?;
+            if start < to {
+                layers.head.image.zero(
+                    GuestOffset(start),
+                    unit.ceil(to).min(size) - start,
+                    true,
+                )?;
+            }
+        }
+        layers.head.image.flush()
+    }
+}
+
+/// The largest range of whole units within `from..to`; the disk's end counts as a boundary.
+fn whole_units(unit: Unit, from: u64, to: u64, size: u64) -> Option<(u64, u64)> {
+    let start = unit.ceil(from);
+    let end = if to == size { to } else { unit.floor(to) };
+    (start < end).then_some((start, end))
+}
+
+impl BlockDevice for Chain {
+    fn size(&self) -> u64 {
+        self.layers().head.image.size()
+    }
+
+    fn block_size(&self) -> u32 {
+        self.layers().head.image.granularity().bytes().clamp(512, 1 << 20) as u32
+    }
+
+    fn read_only(&self) -> bool {
+        self.layers().head.image.read_only()
+    }
+
+    fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        let layers = self.layers();
+        check_range(offset, total_mut(bufs), layers.head.image.size())?;
+        let _hold = layers.head.image.hold();
+        layers.read(GuestOffset(offset), bufs).map_err(|e| e.at_path(&layers.head.path))
+    }
+
+    fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        let layers = self.layers();
+        check_range(offset, total(bufs), layers.head.image.size())?;
+        let _hold = layers.head.image.hold();
+        self.write(&layers, offset, bufs).map_err(|e| e.at_path(&layers.head.path))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
+        let layers = self.layers();
+        let head = &layers.head.image;
+        check_range(offset, len, head.size())?;
+        let _hold = head.hold();
+        let end = offset + len;
+        let zero = || {
+            let Some((from, to)) = whole_units(head.granularity(), offset, end, head.size()) else {
+                return self.write_zero_bytes(&layers, offset, end);
+            };
+            self.write_zero_bytes(&layers, offset, from)?;
+            let entry = self.inflight.enter(head.cluster().floor(from)..head.cluster().ceil(to));
+            let done = head.zero(GuestOffset(from), to - from, may_unmap);
+            drop(entry);
+            match done {
+                Err(e) if e.kind() == ErrorKind::Unsupported => {
+                    self.write_zero_bytes(&layers, from, to)?;
+                }
+                other => other?,
+            }
+            self.write_zero_bytes(&layers, to, end)
+        };
+        zero().map_err(|e| e.at_path(&layers.head.path))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        let layers = self.layers();
+        let head = &layers.head.image;
+        check_range(offset, len, head.size())?;
+        let _hold = head.hold();
+        // With subclusters only whole clusters are given back: a part keeps its cluster anyway.
+        let unit = if head.granularity().bits() == 0 { head.granularity() } else { head.cluster() };
+        let Some((from, to)) = whole_units(unit, offset, offset + len, head.size()) else {
+            return Ok(());
+        };
+        let _entry = self.inflight.enter(head.cluster().floor(from)..head.cluster().ceil(to));
+        head.discard(GuestOffset(from), to - from, false).map_err(|e| e.at_path(&layers.head.path))
+    }
+
+    fn flush(&self) -> Result<()> {
+        let layers = self.layers();
+        layers.head.image.flush().map_err(|e| e.at_path(&layers.head.path))
+    }
+
+    fn extents(&self, offset: u64, len: u64, limit: usize) -> Result<Vec<BlockExtent>> {
+        let layers = self.layers();
+        check_range(offset, len, layers.head.image.size())?;
+        let _hold = layers.head.image.hold();
+        let (mut pos, end) = (offset, offset + len);
+        let mut found: Vec<BlockExtent> = Vec::new();
+        while pos < end {
+            let extent = layers.map(GuestOffset(pos), end - pos, true)?;
+            let status = match extent.mapping {
+                Mapping::Zero { .. } | Mapping::Unallocated => BlockStatus::Zero,
+                Mapping::Data { .. } | Mapping::Compressed { .. } => BlockStatus::Data,
+            };
+            let full = found.len() >= limit;
+            match found.last_mut() {
+                Some(last) if last.status == status => last.len += extent.len,
+                _ if full => break,
+                _ => found.push(BlockExtent { offset: pos, len: extent.len, status }),
+            }
+            pos += extent.len;
+        }
+        Ok(found)
+    }
+}

@@ -1,0 +1,238 @@
+//! The flattened map: which lower layer holds a piece of the disk.
+//!
+//! Lower layers never change, so what was found once stays true: the map is filled a page at a time
+//! as it is touched, and bounded. A read costs the same whatever the number of layers.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::IoSliceMut;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
+
+use super::Layer;
+use crate::addr::{GuestOffset, HostOffset, Unit};
+use crate::block::{fill_zero, with_window};
+use crate::error::Result;
+use crate::image::{Extent, Mapping};
+
+/// Clusters of the smallest size in the chain that one page maps.
+const PAGE_CLUSTERS_BITS: u32 = 9;
+/// Pages map no less than this, as a power of two of bytes.
+const PAGE_MIN_BITS: u32 = 18;
+
+/// The layers below the head as one map.
+pub(super) struct Flat {
+    /// From the layer below the head down to the base.
+    layers: Vec<Layer>,
+    page: Unit,
+    /// The most runs that are kept.
+    capacity: usize,
+    pages: RwLock<Pages>,
+}
+
+#[derive(Default)]
+struct Pages {
+    by_index: HashMap<u64, Kept>,
+    /// Page numbers in the order in which they are considered for eviction.
+    turn: VecDeque<u64>,
+    runs: usize,
+}
+
+struct Kept {
+    page: Arc<[Run]>,
+    used: AtomicBool,
+}
+
+/// A piece of the disk that one layer maps in one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Run {
+    /// The extent in its layer. [`Mapping::Unallocated`] where no layer holds anything.
+    pub extent: Extent,
+    /// The layer's place below the head, from 0.
+    pub layer: u32,
+}
+
+impl Run {
+    fn end(&self) -> u64 {
+        self.extent.start.0 + self.extent.len
+    }
+
+    /// Whether no layer holds the piece.
+    pub fn is_hole(&self) -> bool {
+        self.extent.mapping == Mapping::Unallocated
+    }
+
+    /// Whether the piece reads as zeroes.
+    pub fn is_zero(&self) -> bool {
+        matches!(self.extent.mapping, Mapping::Zero { .. } | Mapping::Unallocated)
+    }
+}
+
+impl Flat {
+    /// The map over `layers`, keeping about `memory` bytes of it.
+    pub fn new(layers: Vec<Layer>, memory: u64) -> Flat {
+        let smallest = layers.iter().map(|l| l.image.cluster().bits()).min().unwrap_or(16);
+        let page = Unit::from_bits((smallest + PAGE_CLUSTERS_BITS).max(PAGE_MIN_BITS));
+        let capacity = (memory as usize / size_of::<Run>()).max(1024);
+        Flat { layers, page, capacity, pages: RwLock::default() }
+    }
+
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The run that holds the byte at `at`, cut to begin there and to be at most `len` bytes.
+    pub fn find(&self, at: GuestOffset, len: u64) -> Result<Run> {
+        if self.layers.is_empty() {
+            let mapping = Mapping::Unallocated;
+            return Ok(Run { extent: Extent { start: at, len, mapping }, layer: 0 });
+        }
+        let page = self.page(self.page.index(at.0))?;
+        let index = page.partition_point(|r| r.end() <= at.0);
+        // A page's runs cover it without gaps.
+        let run = page.get(index).copied().unwrap_or(Run {
+            extent: Extent { start: at, len, mapping: Mapping::Unallocated },
+            layer: 0,
+        });
+        Ok(cut(run, at, len))
+    }
+
+    /// Reads from the lower layers.
+    pub fn read(&self, at: GuestOffset, len: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let pos = at + done;
+            let run = self.find(pos, len - done)?;
+            with_window(bufs, done, run.extent.len, |target| {
+                if run.is_zero() {
+                    fill_zero(target);
+                    return Ok(());
+                }
+                let layer = &self.layers[run.layer as usize];
+                let read = layer.image.read(&run.extent, pos, target);
+                read.map_err(|e| e.at_path(&layer.path))
+            })?;
+            done += run.extent.len;
+        }
+        Ok(())
+    }
+
+    fn page(&self, index: u64) -> Result<Arc<[Run]>> {
+        let kept = self.pages.read().unwrap_or_else(|e| e.into_inner());
+        if let Some(kept) = kept.by_index.get(&index) {
+            if !kept.used.load(Ordering::Relaxed) {
+                kept.used.store(true, Ordering::Relaxed);
+            }
+            return Ok(kept.page.clone());
+        }
+        drop(kept);
+        let start = index << self.page.bits();
+        let page: Arc<[Run]> = self.resolve(start, start.saturating_add(self.page.bytes()))?.into();
+        let mut pages = self.pages.write().unwrap_or_else(|e| e.into_inner());
+        pages.keep(index, page.clone(), self.capacity);
+        Ok(page)
+    }
+
+    /// Asks the layers from the top down; each is asked only for what those above left open.
+    fn resolve(&self, start: u64, end: u64) -> Result<Vec<Run>> {
+        let mut runs = Vec::new();
+        let mut open = vec![(start, end)];
+        for (number, layer) in self.layers.iter().enumerate() {
+            let mut below = Vec::new();
+            for (from, to) in open {
+                resolve_in(layer, number as u32, (from, to), &mut runs, &mut below)
+                    .map_err(|e| e.at_path(&layer.path))?;
+            }
+            open = below;
+            if open.is_empty() {
+                break;
+            }
+        }
+        runs.extend(open.into_iter().map(|(from, to)| empty(from, to, 0)));
+        runs.sort_unstable_by_key(|r| r.extent.start);
+        runs.dedup_by(|next, before| join(before, next));
+        Ok(runs)
+    }
+}
+
+impl Pages {
+    fn keep(&mut self, index: u64, page: Arc<[Run]>, capacity: usize) {
+        if self.by_index.contains_key(&index) {
+            return;
+        }
+        while self.runs + page.len() > capacity {
+            let Some(victim) = self.turn.pop_front() else { break };
+            let Some(kept) = self.by_index.get_mut(&victim) else { continue };
+            if std::mem::take(kept.used.get_mut()) {
+                self.turn.push_back(victim);
+            } else {
+                self.runs -= kept.page.len();
+                self.by_index.remove(&victim);
+            }
+        }
+        self.runs += page.len();
+        self.turn.push_back(index);
+        self.by_index.insert(index, Kept { page, used: AtomicBool::new(false) });
+    }
+}
+
+/// Finds what `layer` says of `from..to`: its runs, and what it leaves to the layers below.
+fn resolve_in(
+    layer: &Layer,
+    number: u32,
+    (from, to): (u64, u64),
+    runs: &mut Vec<Run>,
+    below: &mut Vec<(u64, u64)>,
+) -> Result<()> {
+    let size = layer.image.size();
+    let mut pos = from;
+    while pos < to.min(size) {
+        let extent = layer.image.map(GuestOffset(pos), to.min(size) - pos)?;
+        if extent.mapping == Mapping::Unallocated {
+            match below.last_mut() {
+                Some((_, end)) if *end == pos => *end = pos + extent.len,
+                _ => below.push((pos, pos + extent.len)),
+            }
+        } else {
+            runs.push(Run { extent, layer: number });
+        }
+        pos += extent.len;
+    }
+    // A layer that ends earlier than those above it hides what lies below its end.
+    if pos < to {
+        runs.push(empty(pos, to, number));
+    }
+    Ok(())
+}
+
+fn empty(from: u64, to: u64, layer: u32) -> Run {
+    let mapping = Mapping::Unallocated;
+    Run { extent: Extent { start: GuestOffset(from), len: to - from, mapping }, layer }
+}
+
+/// Makes `before` take `next` in, if they are one run.
+fn join(before: &mut Run, next: &Run) -> bool {
+    let follows = match (before.extent.mapping, next.extent.mapping) {
+        (Mapping::Data { host: a, .. }, Mapping::Data { host: b, .. }) => {
+            before.layer == next.layer && a.checked_add(before.extent.len) == Some(b)
+        }
+        (Mapping::Compressed { .. }, _) | (_, Mapping::Compressed { .. }) => false,
+        (a, b) => a == b && before.layer == next.layer,
+    };
+    if follows {
+        before.extent.len += next.extent.len;
+    }
+    follows
+}
+
+/// The part of `run` from `at` on, at most `len` bytes.
+fn cut(run: Run, at: GuestOffset, len: u64) -> Run {
+    let skip = at - run.extent.start;
+    let mapping = match run.extent.mapping {
+        Mapping::Data { host, exclusive } => {
+            Mapping::Data { host: HostOffset(host.0 + skip), exclusive }
+        }
+        other => other,
+    };
+    let len = (run.extent.len - skip).min(len);
+    Run { extent: Extent { start: at, len, mapping }, layer: run.layer }
+}

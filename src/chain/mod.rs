@@ -1,0 +1,91 @@
+//! A chain of layers as one flat guest disk: copy-on-write over images of any format.
+//!
+//! Only [`open`] names concrete formats. Nothing here sees an L2 entry or a refcount.
+
+mod device;
+mod flat;
+mod gate;
+mod inflight;
+mod open;
+
+use std::path::PathBuf;
+use std::sync::{Arc, RwLock, RwLockReadGuard};
+
+use crate::addr::GuestOffset;
+use crate::error::Result;
+use crate::image::{Image, Mapping};
+use crate::storage::FileStorage;
+
+pub use gate::{Format, MAX_DEPTH};
+pub use open::{OpenOptions, open, open_image, probe};
+
+use flat::Flat;
+use inflight::InFlight;
+
+/// One open layer.
+#[derive(Clone)]
+pub struct Layer {
+    /// The file's name, as it was opened.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// What it maps.
+    pub image: Arc<dyn Image>,
+    /// The open file.
+    pub file: Arc<FileStorage>,
+}
+
+/// A head and the layers below it, as one disk. See [`crate::block::BlockDevice`].
+pub struct Chain {
+    /// Read by everything that reads or writes; changed when the tree is changed under it.
+    layers: RwLock<Layers>,
+    inflight: InFlight,
+}
+
+struct Layers {
+    head: Layer,
+    lower: Flat,
+}
+
+/// A piece of the disk, and the layer that it comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MapExtent {
+    /// First byte of the disk.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// How the layer maps it; [`Mapping::Unallocated`] where no layer does.
+    pub mapping: Mapping,
+    /// The layer's depth: 0 is the head.
+    pub depth: usize,
+}
+
+impl Chain {
+    fn new(head: Layer, lower: Vec<Layer>, memory: u64) -> Chain {
+        let layers = Layers { head, lower: Flat::new(lower, memory) };
+        Chain { layers: RwLock::new(layers), inflight: InFlight::default() }
+    }
+
+    fn layers(&self) -> RwLockReadGuard<'_, Layers> {
+        self.layers.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The layers from the head down to the base.
+    pub fn all_layers(&self) -> Vec<Layer> {
+        let layers = self.layers();
+        let mut all = vec![layers.head.clone()];
+        all.extend_from_slice(layers.lower.layers());
+        all
+    }
+
+    /// The head.
+    pub fn head(&self) -> Layer {
+        self.layers().head.clone()
+    }
+
+    /// The first piece of the disk from `at` on that one layer maps in one way, at most `len` bytes.
+    /// Stretches that the host can tell to be holes are told apart where `narrow`.
+    pub fn map(&self, at: u64, len: u64, narrow: bool) -> Result<MapExtent> {
+        self.layers().map(GuestOffset(at), len, narrow)
+    }
+}

@@ -1,0 +1,177 @@
+//! Opening by name: the only place that names concrete formats.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::gate::{self, Format, Gate};
+use super::{Chain, Layer};
+use crate::error::{Error, ErrorKind, Result};
+use crate::formats::raw;
+use crate::image::{Identity, Image, Role};
+use crate::qcow2;
+use crate::storage::{Access, FileOptions, FileStorage, Storage};
+
+/// How to open a disk.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Refuse writes, and let others read.
+    pub read_only: bool,
+    /// The head's format; `None` looks at its first bytes.
+    pub format: Option<Format>,
+    /// Read although others write: what is read may be out of date or torn.
+    pub shared: bool,
+    /// Open a layer although it is sealed, frozen or not the one its child was made from.
+    pub unprotected: bool,
+    /// Bytes of metadata to keep in memory, for the whole chain.
+    pub cache: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions {
+            read_only: true,
+            format: None,
+            shared: false,
+            unprotected: false,
+            cache: 32 << 20,
+        }
+    }
+}
+
+impl OpenOptions {
+    /// For writing, with the defaults otherwise.
+    pub fn writable() -> OpenOptions {
+        OpenOptions { read_only: false, ..OpenOptions::default() }
+    }
+
+    fn access(&self) -> Access {
+        match (self.shared, self.read_only) {
+            (true, true) => Access::ReadShared,
+            (false, true) => Access::Read,
+            (_, false) => Access::Write,
+        }
+    }
+}
+
+/// Opens the disk at `path` with all layers below it.
+///
+/// # Errors
+/// [`ErrorKind::Sealed`] for writing to a layer that others stand on; [`ErrorKind::BaseChanged`]
+/// where a layer below is not the one its child was made from; [`ErrorKind::InUse`],
+/// [`ErrorKind::Denied`] and [`ErrorKind::Corrupt`] name the file that they are about.
+pub fn open(path: &Path, options: &OpenOptions) -> Result<Chain> {
+    let mut gate = Gate::new();
+    gate.pass(path)?;
+    let head = open_image(path, options)?;
+    let mut identity = identity(&head)?;
+    if !options.read_only && !options.unprotected {
+        check_not_frozen(path, &identity)?;
+    }
+    let below = OpenOptions { read_only: true, format: None, ..options.clone() };
+    let mut lower: Vec<Layer> = Vec::new();
+    while let Some(backing) = identity.backing.clone() {
+        let child = lower.last().unwrap_or(&head);
+        let (parent, format) = gate::admit(&child.path, &backing)?;
+        let named = |e: Error| match e.kind() {
+            ErrorKind::NotFound => Error::new(
+                ErrorKind::NotFound,
+                format!("is missing; '{}' names it as its backing file", child.path.display()),
+            )
+            .at_path(&parent),
+            _ => e,
+        };
+        gate.pass(&parent).map_err(named)?;
+        let layer = open_image(&parent, &OpenOptions { format: Some(format), ..below.clone() })?;
+        let found = self::identity(&layer)?;
+        if !options.unprotected {
+            check_unchanged(&child.path, &identity, &parent, &found)?;
+        }
+        lower.push(layer);
+        identity = found;
+    }
+    // A quarter for the head's tables, the rest for the map over all others.
+    Ok(Chain::new(head, lower, options.cache / 2))
+}
+
+/// Opens one layer alone.
+pub fn open_image(path: &Path, options: &OpenOptions) -> Result<Layer> {
+    let file_options = FileOptions { access: Some(options.access()), write: !options.read_only };
+    let file = Arc::new(FileStorage::open(path, file_options)?);
+    let format = match options.format {
+        Some(format) => format,
+        None => probe(&*file)?,
+    };
+    let cache = if options.read_only { 256 << 10 } else { options.cache / 4 };
+    let image: Arc<dyn Image> = match format {
+        Format::Raw => Arc::new(raw::Image::open(file.clone(), options.read_only)?),
+        Format::Qcow2 => {
+            let inner = qcow2::OpenOptions { read_only: options.read_only, cache };
+            Arc::new(qcow2::Image::open(file.clone(), inner).map_err(|e| e.at_path(path))?)
+        }
+    };
+    Ok(Layer { path: path.to_path_buf(), format, image, file })
+}
+
+/// The format that a file's first bytes show; raw where they show none.
+pub fn probe(storage: &dyn Storage) -> Result<Format> {
+    let mut first = [0; 512];
+    let have = storage.len()?.min(512) as usize;
+    storage.read_exact_at(0, &mut first[..have])?;
+    Ok(if qcow2::probe(&first[..have]) { Format::Qcow2 } else { Format::Raw })
+}
+
+fn identity(layer: &Layer) -> Result<Identity> {
+    layer.image.identity().map_err(|e| e.at_path(&layer.path))
+}
+
+/// A layer that others stand on is not written.
+fn check_not_frozen(path: &Path, identity: &Identity) -> Result<()> {
+    let Some(label) = &identity.label else { return Ok(()) };
+    let message = match label.role {
+        Role::Head => return Ok(()),
+        Role::Base => "is a base: clones stand on it, and writing would change them; make a clone \
+                       of it and write to that"
+            .to_owned(),
+        Role::Snapshot | Role::Merging => format!(
+            "is the frozen layer of snapshot '{}'; write to the disk itself or to a clone of this",
+            label.name
+        ),
+    };
+    Err(Error::new(ErrorKind::Sealed, message).at_path(path))
+}
+
+/// The parent's contents are those that the child was made on.
+fn check_unchanged(
+    child: &Path,
+    child_identity: &Identity,
+    parent: &Path,
+    parent_identity: &Identity,
+) -> Result<()> {
+    let Some(expected) = child_identity.label.as_ref().and_then(|l| l.parent) else {
+        return Ok(());
+    };
+    let what = match &parent_identity.label {
+        None => "it is another file than before, or its label was removed",
+        Some(label) if label.layer != expected.layer => "it is another layer than before",
+        Some(_) if expected.content.is_nil() => return Ok(()),
+        Some(label) if label.content != expected.content => "its contents were given a new id",
+        Some(_) if !parent_identity.vouched => "another program has opened it for writing",
+        Some(_) => return Ok(()),
+    };
+    Err(Error::new(
+        ErrorKind::BaseChanged,
+        format!(
+            "has changed since '{}' was made on it: {what}. Bring the old file back, or take it as \
+             it is now with `vdisk rebase {} --unsafe --backing {}`",
+            child.display(),
+            child.display(),
+            parent.display()
+        ),
+    )
+    .at_path(parent))
+}
+
+/// The path of a layer's parent, where it has one.
+pub fn parent_path(layer: &Path, identity: &Identity) -> Result<Option<PathBuf>> {
+    identity.backing.as_ref().map(|b| gate::resolve(layer, &b.name)).transpose()
+}

@@ -1,0 +1,44 @@
+//! How often each host cluster is referred to; memory only for the parts of the file in use.
+
+use std::collections::BTreeMap;
+
+/// Clusters of one page.
+const PAGE: u64 = 4096;
+
+/// Counts by cluster number.
+#[derive(Default)]
+pub(super) struct Counts {
+    pages: BTreeMap<u64, Box<[u32]>>,
+}
+
+impl Counts {
+    pub fn add(&mut self, cluster: u64) {
+        let page =
+            self.pages.entry(cluster / PAGE).or_insert_with(|| vec![0; PAGE as usize].into());
+        let count = &mut page[(cluster % PAGE) as usize];
+        *count = count.saturating_add(1);
+    }
+
+    pub fn get(&self, cluster: u64) -> u64 {
+        self.pages.get(&(cluster / PAGE)).map_or(0, |p| u64::from(p[(cluster % PAGE) as usize]))
+    }
+
+    /// One past the last cluster in use.
+    pub fn end(&self) -> u64 {
+        let last = self.pages.iter().next_back();
+        let used = last.and_then(|(page, counts)| {
+            Some(page * PAGE + counts.iter().rposition(|c| *c > 0)? as u64 + 1)
+        });
+        used.unwrap_or(0)
+    }
+
+    /// All clusters in use, in order, with their counts.
+    pub fn used(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.pages.iter().flat_map(|(page, counts)| {
+            let numbered = counts.iter().enumerate();
+            numbered
+                .filter(|(_, c)| **c > 0)
+                .map(move |(i, c)| (page * PAGE + i as u64, u64::from(*c)))
+        })
+    }
+}

@@ -1,0 +1,155 @@
+//! Comparing refcounts and COPIED flags with what was counted, and making them so.
+
+use byteorder::{BigEndian, ByteOrder};
+
+use super::counts::Counts;
+use super::{Check, Repair};
+use crate::error::Result;
+use crate::qcow2::entry::{COPIED, OFFSET, Shape};
+use crate::qcow2::image::{Image, lock, write};
+
+/// Compares every refcount with the count.
+pub(super) struct Compare<'a> {
+    pub image: &'a Image,
+    pub check: &'a mut Check,
+    pub repair: Repair,
+    pub counts: &'a Counts,
+}
+
+impl Compare<'_> {
+    /// Returns whether anything was changed in memory.
+    pub fn run(mut self) -> Result<bool> {
+        let mut changed = false;
+        let used: Vec<(u64, u64)> = self.counts.used().collect();
+        for (cluster, count) in used {
+            let stored = self.image.refcount(cluster);
+            if stored != count {
+                changed |= self.differs(cluster, stored, count)?;
+            }
+        }
+        for (cluster, stored) in self.unused()? {
+            changed |= self.differs(cluster, stored, 0)?;
+        }
+        Ok(changed)
+    }
+
+    /// Clusters with a refcount that nothing refers to.
+    fn unused(&self) -> Result<Vec<(u64, u64)>> {
+        let mut refcounts = lock(&self.image.refcounts);
+        let mut found = Vec::new();
+        for range in refcounts.counted_ranges() {
+            for cluster in range {
+                let stored = refcounts.get(cluster).unwrap_or(0);
+                if stored != 0 && self.counts.get(cluster) == 0 {
+                    found.push((cluster, stored));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn differs(&mut self, cluster: u64, stored: u64, count: u64) -> Result<bool> {
+        let leak = stored > count;
+        let mend = match self.repair {
+            Repair::None => false,
+            Repair::Leaks => leak,
+            Repair::All => true,
+        };
+        let verb = if mend {
+            "Repairing"
+        } else if leak {
+            "Leaked"
+        } else {
+            "ERROR"
+        };
+        self.check.say(format!("{verb} cluster {cluster} refcount={stored} reference={count}"));
+        if mend {
+            lock(&self.image.refcounts).mend(cluster, count, self.counts.end())?;
+        }
+        match (mend, leak) {
+            (true, true) => self.check.leaks_fixed += 1,
+            (true, false) => self.check.corruptions_fixed += 1,
+            (false, true) => self.check.leaks += 1,
+            (false, false) => self.check.corruptions += 1,
+        }
+        Ok(mend)
+    }
+}
+
+/// Compares the COPIED flags of the active tables with the refcounts.
+pub(super) struct Flags<'a> {
+    pub image: &'a Image,
+    pub check: &'a mut Check,
+    pub repair: Repair,
+}
+
+impl Flags<'_> {
+    pub fn run(mut self) -> Result<()> {
+        let header = self.image.header();
+        let mut l1 = vec![0; header.l1_size as usize * 8];
+        if self.image.storage.read_exact_at(header.l1_offset, &mut l1).is_err() {
+            return Ok(());
+        }
+        let mut l1_changed = false;
+        for raw in l1.chunks_exact_mut(8) {
+            let entry = BigEndian::read_u64(raw);
+            let l2 = entry & OFFSET;
+            if l2 == 0 || !header.cluster.aligned(l2) {
+                continue;
+            }
+            if let Some(mended) = self.flag(entry, l2, "L2 cluster: l1_entry") {
+                BigEndian::write_u64(raw, mended);
+                l1_changed = true;
+            }
+            self.l2(l2)?;
+        }
+        if l1_changed {
+            self.image.metadata(|| self.image.storage.write_all_at(header.l1_offset, &l1))?;
+            self.image.storage.sync()?;
+            write(&self.image.tables).replace_l1_entries(&l1);
+        }
+        Ok(())
+    }
+
+    fn l2(&mut self, offset: u64) -> Result<()> {
+        let shape = Shape::of(&self.image.header());
+        let mut table = vec![0; shape.cluster.bytes() as usize];
+        if self.image.storage.read_exact_at(offset, &mut table).is_err() {
+            return Ok(());
+        }
+        let mut changed = false;
+        for index in 0..table.len() / shape.entry_bytes() as usize {
+            let mut entry = shape.get(&table, index);
+            let Some(host) = entry.host().filter(|h| shape.cluster.aligned(h.0)) else { continue };
+            if let Some(mended) = self.flag(entry.descriptor, host.0, "data cluster: l2_entry") {
+                entry.descriptor = mended;
+                shape.put(&mut table, index, entry);
+                changed = true;
+            }
+        }
+        if changed {
+            self.image.metadata(|| self.image.storage.write_all_at(offset, &table))?;
+            self.image.storage.sync()?;
+            write(&self.image.tables).forget(offset..offset + shape.cluster.bytes());
+        }
+        Ok(())
+    }
+
+    /// The entry with the right flag, where it has the wrong one and may be mended.
+    fn flag(&mut self, entry: u64, host: u64, what: &str) -> Option<u64> {
+        let refcount = self.image.refcount(self.image.shape.cluster.index(host));
+        if (refcount == 1) == (entry & COPIED != 0) {
+            return None;
+        }
+        let mend = self.repair == Repair::All;
+        let verb = if mend { "Repairing" } else { "ERROR" };
+        self.check.say(format!("{verb} OFLAG_COPIED {what}={entry:x} refcount={refcount}"));
+        if mend {
+            self.check.corruptions_fixed += 1;
+            Some(entry ^ COPIED)
+        } else {
+            self.check.corruptions += 1;
+            None
+        }
+    }
+}

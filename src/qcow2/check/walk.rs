@@ -1,0 +1,266 @@
+//! The walk over everything that the header reaches, counting references.
+
+use byteorder::{BigEndian, ByteOrder};
+
+use super::Check;
+use super::counts::Counts;
+use crate::error::{Error, Result};
+use crate::qcow2::entry::{Entry, OFFSET, Shape};
+use crate::qcow2::extension;
+use crate::qcow2::header::{Header, MAX_L1};
+use crate::qcow2::image::{Image, lock};
+use crate::qcow2::snapshot;
+
+/// Bits of an L1 entry that must be 0.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Bits of a standard L2 entry that must be 0.
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// The largest bitmap directory, in bytes.
+const MAX_BITMAP_DIRECTORY: u64 = 1 << 20;
+
+pub(super) struct Walk<'a> {
+    image: &'a Image,
+    check: &'a mut Check,
+    header: Header,
+    counts: Counts,
+    file_len: u64,
+    /// The host cluster after the last data cluster seen, to tell fragments.
+    next_data: u64,
+}
+
+impl<'a> Walk<'a> {
+    pub fn new(image: &'a Image, check: &'a mut Check) -> Result<Walk<'a>> {
+        let file_len = image.storage.len()?;
+        let header = image.header();
+        Ok(Walk { image, check, header, counts: Counts::default(), file_len, next_data: 0 })
+    }
+
+    pub fn finish(self) -> Counts {
+        self.counts
+    }
+
+    pub fn run(&mut self) -> Result<()> {
+        let header = self.header.clone();
+        let cluster = header.cluster;
+        self.check.total_clusters = cluster.count(header.size);
+        self.count("header", 0, cluster.bytes());
+        self.l1("active", header.l1_offset, header.l1_size, true)?;
+        match snapshot::read_table(&*self.image.storage, &header) {
+            Ok((snapshots, len)) => {
+                self.count("snapshot table", header.snapshots_offset, len);
+                for one in snapshots {
+                    let name = format!("snapshot {} ({})", one.id, one.name);
+                    self.l1(&name, one.l1_offset, one.l1_size, false)?;
+                }
+            }
+            Err(error) => {
+                self.check.errors += 1;
+                self.check.say(format!("ERROR failed to read the snapshot table: {error}"));
+            }
+        }
+        self.crypto_header(&header);
+        self.bitmaps(&header)?;
+        let table = u64::from(header.refcount_table_clusters) * cluster.bytes();
+        self.count("refcount table", header.refcount_table_offset, table);
+        let blocks = lock(&self.image.refcounts).blocks();
+        for (index, offset) in blocks {
+            if cluster.aligned(offset) {
+                self.count("refcount block", offset, cluster.bytes());
+            } else {
+                self.check.corruption(format!(
+                    "refcount block {index} is not cluster aligned; refcount table entry corrupted"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the clusters that `len` bytes at `offset` touch. A region past the end of the file
+    /// is an error and is not counted: no count may take memory that no file backs.
+    fn count(&mut self, what: &str, offset: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let cluster = self.header.cluster;
+        let end = offset.checked_add(len).filter(|end| *end <= cluster.ceil(self.file_len));
+        let Some(end) = end else {
+            self.check.corruption(format!(
+                "counting reference for region exceeding the end of the file by one cluster or more: offset {offset:#x} size {len:#x} ({what})"
+            ));
+            return;
+        };
+        for number in cluster.index(offset)..=cluster.index(end - 1) {
+            self.counts.add(number);
+        }
+    }
+
+    fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
+        if offset.checked_add(len).is_none_or(|end| end > self.file_len) {
+            return Err(Error::corrupt("a table lies past the end of the file").at_offset(offset));
+        }
+        let mut bytes = vec![0; len as usize];
+        self.image.storage.read_exact_at(offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Walks an L1 table and all below it; statistics count the active one only.
+    fn l1(&mut self, name: &str, offset: u64, entries: u32, active: bool) -> Result<()> {
+        let bytes = u64::from(entries) * 8;
+        if bytes == 0 {
+            return Ok(());
+        }
+        if !self.header.cluster.aligned(offset) || bytes > MAX_L1 {
+            self.check.corruption(format!(
+                "{name} l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+            ));
+            return Ok(());
+        }
+        self.count("L1 table", offset, bytes);
+        let Ok(table) = self.read(offset, bytes) else {
+            self.check.errors += 1;
+            self.check.say(format!("ERROR the L1 table at {offset:#x} cannot be read"));
+            return Ok(());
+        };
+        for (index, entry) in table.chunks_exact(8).map(BigEndian::read_u64).enumerate() {
+            if entry & L1_RESERVED != 0 {
+                self.check.corruption(format!("found L1 entry with reserved bits set: {entry:x}"));
+            }
+            let l2 = entry & OFFSET;
+            if l2 == 0 {
+                continue;
+            }
+            self.count("L2 table", l2, self.header.cluster.bytes());
+            if !self.header.cluster.aligned(l2) {
+                self.check.corruption(format!(
+                    "l2_offset={l2:#x}: Table is not cluster aligned; L1 entry {index} corrupted"
+                ));
+                continue;
+            }
+            self.l2(l2, active);
+        }
+        Ok(())
+    }
+
+    fn l2(&mut self, offset: u64, active: bool) {
+        let Ok(table) = self.read(offset, self.header.cluster.bytes()) else {
+            self.check.errors += 1;
+            self.check.say(format!("ERROR the L2 table at {offset:#x} cannot be read"));
+            return;
+        };
+        let shape = Shape::of(&self.header);
+        for index in 0..(self.header.cluster.bytes() / shape.entry_bytes()) as usize {
+            let entry = shape.get(&table, index);
+            if entry != Entry::default() {
+                self.entry(shape, entry, active);
+            }
+        }
+    }
+
+    fn entry(&mut self, shape: Shape, entry: Entry, active: bool) {
+        let cluster = self.header.cluster;
+        if entry.is_compressed() {
+            self.compressed(shape, entry, active);
+            return;
+        }
+        let descriptor = entry.descriptor;
+        if descriptor & L2_RESERVED != 0 {
+            self.check.corruption(format!("found l2 entry with reserved bits set: {descriptor:x}"));
+        }
+        let host = descriptor & OFFSET;
+        if entry.bitmap & entry.bitmap >> 32 & 0xffff_ffff != 0 {
+            self.check
+                .corruption(format!("offset={host:x}: a subcluster is both zero and allocated"));
+        }
+        if host == 0 {
+            if entry.bitmap & 0xffff_ffff != 0 {
+                self.check.corruption("subclusters are allocated without a cluster".to_owned());
+            }
+            return;
+        }
+        if !cluster.aligned(host) {
+            self.check.corruption(format!(
+                "offset={host:x}: Data cluster is not properly aligned; L2 entry corrupted."
+            ));
+            return;
+        }
+        if active {
+            self.check.allocated_clusters += 1;
+            self.fragment(host, cluster.bytes());
+        }
+        self.count("data", host, cluster.bytes());
+    }
+
+    fn compressed(&mut self, shape: Shape, entry: Entry, active: bool) {
+        if entry.exclusive() {
+            let at = entry.descriptor;
+            self.check.corruption(format!(
+                "l2_entry={at:x}: copied flag must never be set for compressed clusters"
+            ));
+        }
+        let (host, len) = shape.compressed(entry.descriptor);
+        if active {
+            self.check.allocated_clusters += 1;
+            self.check.compressed_clusters += 1;
+            self.check.fragmented_clusters += 1;
+        }
+        // The last sector may reach past the end: its length is counted in sectors.
+        let len = len.min(self.header.cluster.ceil(self.file_len).saturating_sub(host.0).max(1));
+        self.count("compressed data", host.0, len);
+    }
+
+    fn fragment(&mut self, host: u64, len: u64) {
+        if self.next_data != 0 && self.next_data != host {
+            self.check.fragmented_clusters += 1;
+        }
+        self.next_data = host + len;
+    }
+
+    fn crypto_header(&mut self, header: &Header) {
+        if let Some(data) = header.extension(extension::CRYPTO_HEADER).filter(|d| d.len() >= 16) {
+            let len = header.cluster.ceil(BigEndian::read_u64(&data[8..]));
+            self.count("encryption header", BigEndian::read_u64(data), len);
+        }
+    }
+
+    /// Counts the bitmap directory, the bitmaps' tables and their clusters (qcow2, "Bitmaps").
+    fn bitmaps(&mut self, header: &Header) -> Result<()> {
+        let Some(data) = header.extension(extension::BITMAPS).filter(|d| d.len() >= 24) else {
+            return Ok(());
+        };
+        let (size, offset) = (BigEndian::read_u64(&data[8..]), BigEndian::read_u64(&data[16..]));
+        self.count("bitmap directory", offset, size);
+        if size > MAX_BITMAP_DIRECTORY {
+            self.check.corruption(format!("the bitmap directory has {size} bytes"));
+            return Ok(());
+        }
+        let Ok(directory) = self.read(offset, size) else {
+            self.check.errors += 1;
+            self.check.say("ERROR the bitmap directory cannot be read".to_owned());
+            return Ok(());
+        };
+        let mut at = 0;
+        while let Some(fixed) = directory.get(at..at + 24) {
+            let table = BigEndian::read_u64(fixed);
+            let entries = u64::from(BigEndian::read_u32(&fixed[8..]));
+            let name = usize::from(BigEndian::read_u16(&fixed[18..]));
+            let extra = BigEndian::read_u32(&fixed[20..]) as usize;
+            self.bitmap(table, entries);
+            at = (at + 24).saturating_add(name + extra).next_multiple_of(8);
+        }
+        Ok(())
+    }
+
+    fn bitmap(&mut self, table: u64, entries: u64) {
+        self.count("bitmap table", table, entries * 8);
+        let Ok(bytes) = self.read(table, entries * 8) else {
+            self.check.errors += 1;
+            self.check.say(format!("ERROR the bitmap table at {table:#x} cannot be read"));
+            return;
+        };
+        for entry in bytes.chunks_exact(8).map(BigEndian::read_u64) {
+            if entry & OFFSET != 0 {
+                self.count("bitmap data", entry & OFFSET, self.header.cluster.bytes());
+            }
+        }
+    }
+}

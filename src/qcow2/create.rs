@@ -1,0 +1,250 @@
+//! New images, and bigger ones.
+//!
+//! The layout is QEMU's: header, refcount table, first refcount block, L1 table, then whatever is
+//! written first.
+
+use std::io::IoSlice;
+use std::sync::Arc;
+
+use byteorder::{BigEndian, ByteOrder};
+
+use super::extension::{Extension, feature_names};
+use super::header::{Compression, Header, LAZY_REFCOUNTS, incompatible};
+use super::image::{Freed, Image, Lost, OpenOptions, lock, write};
+use super::refcount::set_in;
+use crate::addr::{GuestOffset, HostOffset, Unit};
+use crate::error::{Error, Result};
+use crate::image::{Allocation, Backing, Image as _};
+use crate::storage::Storage;
+
+/// What to allocate when an image is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// All tables; the file is sparse.
+    Metadata,
+    /// All tables, and room for the data reserved on the host.
+    Falloc,
+    /// All tables, and the data written as zeroes.
+    Full,
+}
+
+/// The properties of a new image.
+#[derive(Debug, Clone)]
+pub struct CreateOptions {
+    /// The guest disk's size in bytes.
+    pub size: u64,
+    /// 512 bytes to 2 MiB; 16 KiB at least with `extended_l2`.
+    pub cluster: Unit,
+    /// 2 or 3.
+    pub version: u32,
+    /// Refcount width in bits: a power of two up to 64; 16 in version 2.
+    pub refcount_bits: u32,
+    /// 32 subclusters for each cluster; version 3.
+    pub extended_l2: bool,
+    /// How clusters are compressed; zstd needs version 3.
+    pub compression: Compression,
+    /// Let other programs write refcounts late; version 3.
+    pub lazy_refcounts: bool,
+    /// What to allocate at once.
+    pub preallocation: Preallocation,
+    /// The layer below.
+    pub backing: Option<Backing>,
+    /// More header extensions.
+    pub extensions: Vec<Extension>,
+}
+
+impl CreateOptions {
+    /// The defaults, for a disk of `size` bytes.
+    pub fn new(size: u64) -> CreateOptions {
+        CreateOptions {
+            size,
+            cluster: Unit::from_bits(16),
+            version: 3,
+            refcount_bits: 16,
+            extended_l2: false,
+            compression: Compression::Zlib,
+            lazy_refcounts: false,
+            preallocation: Preallocation::Off,
+            backing: None,
+            extensions: Vec::new(),
+        }
+    }
+
+    fn header(&self) -> Result<Header> {
+        let bits = self.cluster.bits();
+        if !(9..=21).contains(&bits) {
+            return Err(Error::invalid(
+                "Cluster size must be a power of two between 512 and 2048k",
+            ));
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            let message = "Refcount width must be a power of two and may not exceed 64 bits";
+            return Err(Error::invalid(message));
+        }
+        if !(2..=3).contains(&self.version) {
+            return Err(Error::invalid(format!("qcow2 has no version {}", self.version)));
+        }
+        let zstd = self.compression == Compression::Zstd;
+        let needs_v3 = self.extended_l2 || zstd || self.lazy_refcounts || self.refcount_bits != 16;
+        if self.version == 2 && needs_v3 {
+            return Err(Error::invalid(
+                "subclusters, zstd, lazy refcounts and refcounts of other than 16 bits need version 3",
+            ));
+        }
+        if self.extended_l2 && bits < 14 {
+            return Err(Error::invalid(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            ));
+        }
+        let mut extensions = self.extensions.clone();
+        if self.version >= 3 {
+            extensions.push(feature_names());
+        }
+        let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+        let header = Header {
+            version: self.version,
+            cluster: self.cluster,
+            size: 0,
+            crypt_method: 0,
+            l1_size: 0,
+            l1_offset: 3 << bits,
+            refcount_table_offset: 1 << bits,
+            refcount_table_clusters: 1,
+            snapshots: 0,
+            snapshots_offset: 0,
+            incompatible: flag(zstd, incompatible::COMPRESSION)
+                | flag(self.extended_l2, incompatible::EXTENDED_L2),
+            compatible: flag(self.lazy_refcounts, LAZY_REFCOUNTS),
+            autoclear: 0,
+            refcount_order: self.refcount_bits.trailing_zeros(),
+            compression: self.compression,
+            tail: Vec::new(),
+            backing: self.backing.clone(),
+            extensions,
+        };
+        if header.l1_needed(self.size).is_none() {
+            return Err(Error::invalid(
+                "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
+            ));
+        }
+        if self.backing.is_some() && self.preallocation != Preallocation::Off && !self.extended_l2 {
+            return Err(Error::invalid(
+                "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
+            ));
+        }
+        Ok(header)
+    }
+}
+
+/// Makes an image in `storage`, which is empty or of no value, and opens it for writing.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) names the property that is out of bounds.
+pub fn create(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<Image> {
+    let header = options.header()?;
+    let cluster = header.cluster.bytes();
+    let bytes = header.encode()?;
+    storage.set_len(0)?;
+    let mut table = [0; 8];
+    BigEndian::write_u64(&mut table, 2 * cluster);
+    let mut block = vec![0; cluster as usize];
+    for used in 0..3 {
+        set_in(&mut block, header.refcount_order, used, 1);
+    }
+    storage.write_all_at(2 * cluster, &block)?;
+    storage.write_all_at(cluster, &table)?;
+    storage.write_all_at(0, &bytes)?;
+    let image = Image::open(storage, OpenOptions { read_only: false, ..OpenOptions::default() })?;
+    image.grow(options.size)?;
+    image.preallocate(options.preallocation)?;
+    image.flush()?;
+    Ok(image)
+}
+
+impl Image {
+    /// Makes the disk `size` bytes long; never shorter. The new bytes are unallocated.
+    pub(super) fn grow(&self, size: u64) -> Result<()> {
+        let header = self.header();
+        if size < header.size {
+            return Err(Error::unsupported("qcow2 images are not shrunk yet"));
+        }
+        let needed = header.l1_needed(size).ok_or_else(|| Error::invalid("Image is too big"))?;
+        if needed > u64::from(header.l1_size) {
+            return self.move_l1(&header, needed, size);
+        }
+        if size != header.size {
+            self.update_header(|h| h.size = size)?;
+            self.size.store(size, std::sync::atomic::Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Moves the L1 table to a place with room for `entries`.
+    fn move_l1(&self, old: &Header, entries: u64, size: u64) -> Result<()> {
+        let cluster = self.shape.cluster;
+        let run = lock(&self.refcounts).allocate(cluster.count(entries * 8))?;
+        // The clusters may have been used before: the old table's entries go over zeroes.
+        if !run.zeroed {
+            self.storage.write_zeroes(run.host.0, run.clusters << cluster.bits())?;
+        }
+        let only = lock(&self.writeback);
+        let mut tables = loop {
+            self.write_back_under(&only)?;
+            let tables = write(&self.tables);
+            if tables.l1_is_written() {
+                break tables;
+            }
+        };
+        let bytes = tables.grown_l1(entries as usize);
+        self.metadata(|| {
+            self.write_data(run.host, &[IoSlice::new(&bytes)])?;
+            self.storage.sync()?;
+            self.update_header(|h| {
+                h.l1_offset = run.host.0;
+                h.l1_size = entries as u32;
+                h.size = size;
+            })
+        })?;
+        tables.replace_l1(run.host, entries as usize);
+        drop(tables);
+        self.size.store(size, std::sync::atomic::Ordering::Release);
+        if old.l1_size > 0 {
+            let clusters = cluster.count(u64::from(old.l1_size) * 8);
+            let host = HostOffset(old.l1_offset);
+            self.free_later(Freed { host, clusters, what: Lost::Data });
+        }
+        Ok(())
+    }
+
+    fn preallocate(&self, how: Preallocation) -> Result<()> {
+        if how == Preallocation::Off {
+            return Ok(());
+        }
+        let (mut at, size) = (0, self.size());
+        while at < size {
+            let reservation = self.reserve(GuestOffset(at), size - at)?;
+            at += reservation.len();
+            let (host, len) = reservation.place();
+            match how {
+                Preallocation::Falloc => self.storage.write_zeroes(host.0, len)?,
+                Preallocation::Full => self.write_zero_bytes(host, len)?,
+                Preallocation::Off | Preallocation::Metadata => {}
+            }
+            self.storage.set_len(self.storage.len()?.max(host.0 + len))?;
+            Box::new(reservation).commit()?;
+        }
+        Ok(())
+    }
+
+    fn write_zero_bytes(&self, host: HostOffset, len: u64) -> Result<()> {
+        let zeroes = vec![0; len.min(1 << 20) as usize];
+        for at in (0..len).step_by(zeroes.len().max(1)) {
+            let n = (len - at).min(zeroes.len() as u64) as usize;
+            self.write_data(host + at, &[IoSlice::new(&zeroes[..n])])?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,380 @@
+//! An open image: its parts, and what holds them together.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use super::cache::SLICE;
+use super::check::Repair;
+use super::entry::{Entry, Shape};
+use super::header::{Header, autoclear, incompatible};
+use super::read::Inflated;
+use super::refcount::Refcounts;
+use super::tables::{Place, Tables};
+use crate::addr::{GuestOffset, HostOffset, Unit};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{self, Allocation, Backing, Extent, Hold, Identity, Label, Mapping};
+use crate::storage::Storage;
+
+/// How to open an image.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenOptions {
+    /// Refuse changes, and make none (an image that was not closed well is then read as it is).
+    pub read_only: bool,
+    /// Bytes of L2 tables, and as many again of refcounts, to keep in memory.
+    pub cache: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions { read_only: true, cache: 4 << 20 }
+    }
+}
+
+/// A qcow2 image, for many threads at once. See the module for its locks.
+pub struct Image {
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) shape: Shape,
+    pub(super) read_only: bool,
+    pub(super) header: Mutex<Header>,
+    pub(super) size: AtomicU64,
+    pub(super) tables: RwLock<Tables>,
+    pub(super) refcounts: Mutex<Refcounts>,
+    pub(super) freed: Mutex<FreedLists>,
+    /// Serialises write-backs.
+    pub(super) writeback: Mutex<()>,
+    /// Held shared while mapped host clusters are in use.
+    pub(super) grace: RwLock<()>,
+    pub(super) poisoned: AtomicBool,
+    /// Whether the header still vouches for the label's content id.
+    pub(super) vouched: AtomicBool,
+    /// Bytes that the file is known to have.
+    pub(super) file_len: AtomicU64,
+    pub(super) inflated: Mutex<Inflated>,
+}
+
+/// Clusters that lost one reference each.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Freed {
+    pub host: HostOffset,
+    pub clusters: u64,
+    pub what: Lost,
+}
+
+/// What clusters that lost a reference held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lost {
+    Data,
+    /// Data whose space the guest said it does not need.
+    Discarded,
+    /// An L2 table, slices of which may be cached.
+    Table,
+}
+
+/// Clusters that are on their way to become free.
+#[derive(Debug, Default)]
+pub(super) struct FreedLists {
+    /// The tables in the file may still refer to them.
+    pub waiting: Vec<Freed>,
+    /// Nothing in the file refers to them; reads that began earlier may still be under way.
+    pub ready: Vec<Freed>,
+}
+
+impl Image {
+    /// Opens the image in `storage`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] names the features that this engine lacks;
+    /// [`ErrorKind::Corrupt`] what in the header contradicts the format.
+    pub fn open(storage: Arc<dyn Storage>, options: OpenOptions) -> Result<Image> {
+        let header = Header::read(&*storage)?;
+        refuse_unsupported(&header)?;
+        let corrupt = header.incompatible & incompatible::CORRUPT != 0;
+        if corrupt && !options.read_only {
+            let message =
+                "Image is corrupt; cannot be opened read/write (check --repair all mends it)";
+            return Err(Error::corrupt(message));
+        }
+        let slice = header.cluster.bytes().min(SLICE);
+        let capacity = (options.cache / slice) as usize;
+        let image = Image {
+            shape: Shape::of(&header),
+            read_only: options.read_only,
+            size: AtomicU64::new(header.size),
+            tables: RwLock::new(Tables::open(&*storage, &header, capacity)?),
+            refcounts: Mutex::new(Refcounts::open(storage.clone(), &header, capacity)?),
+            freed: Mutex::default(),
+            writeback: Mutex::new(()),
+            grace: RwLock::new(()),
+            poisoned: AtomicBool::new(false),
+            vouched: AtomicBool::new(header.autoclear & autoclear::CONTENT_ID != 0),
+            file_len: AtomicU64::new(storage.len()?),
+            inflated: Mutex::new(Inflated::new(header.compression)),
+            header: Mutex::new(header),
+            storage,
+        };
+        if !options.read_only {
+            image.settle()?;
+        }
+        Ok(image)
+    }
+
+    /// Brings an image that is opened for writing into the state that writing relies on.
+    fn settle(&self) -> Result<()> {
+        let header = self.header();
+        if header.incompatible & incompatible::DIRTY != 0 {
+            let check = self.check(Repair::All)?;
+            if check.corruptions > 0 || check.errors > 0 {
+                let message = "the image was not closed well and cannot be repaired on opening";
+                return Err(Error::corrupt(message));
+            }
+            self.update_header(|h| h.incompatible &= !incompatible::DIRTY)?;
+        }
+        if header.autoclear & !autoclear::KEPT != 0 {
+            self.update_header(|h| h.autoclear &= autoclear::KEPT)?;
+        }
+        Ok(())
+    }
+
+    /// A copy of the header as it is now.
+    pub fn header(&self) -> Header {
+        lock(&self.header).clone()
+    }
+
+    /// Changes the header in the file, durably. It fails, and changes nothing, where the new header
+    /// does not fit into the first cluster.
+    pub fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        self.check_writable()?;
+        let mut header = lock(&self.header);
+        let mut new = header.clone();
+        change(&mut new);
+        let bytes = new.encode()?;
+        self.metadata(|| self.storage.write_all_at(0, &bytes).and_then(|()| self.storage.sync()))?;
+        self.vouched.store(new.autoclear & autoclear::CONTENT_ID != 0, Ordering::Release);
+        *header = new;
+        Ok(())
+    }
+
+    /// Runs a write of metadata: if it fails, the file and memory may disagree, and the image
+    /// refuses everything but reads until it is reopened.
+    pub(super) fn metadata<T>(&self, write: impl FnOnce() -> Result<T>) -> Result<T> {
+        write().inspect_err(|_| self.poisoned.store(true, Ordering::Release))
+    }
+
+    pub(super) fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly, "the image is open for reading only"));
+        }
+        if self.poisoned.load(Ordering::Acquire) {
+            let message = "an earlier write of the image's metadata failed; reopen the disk";
+            return Err(Error::new(ErrorKind::Poisoned, message));
+        }
+        Ok(())
+    }
+
+    /// To be called before the guest's bytes change: the content id no longer speaks for them.
+    pub(super) fn begin_change(&self) -> Result<()> {
+        self.check_writable()?;
+        if self.vouched.load(Ordering::Acquire) {
+            self.update_header(|h| h.autoclear &= !autoclear::CONTENT_ID)?;
+        }
+        Ok(())
+    }
+
+    /// The place and value of the L2 entry for `at`, its slice loaded. `None` without L2 table.
+    pub(super) fn load_entry(&self, at: GuestOffset) -> Result<Option<(Place, Entry)>> {
+        self.with_slice(at, |tables, place| Ok(place.and_then(|p| Some((p, tables.entry(p)?)))))
+    }
+
+    /// Runs `look` with the slice for `at` in the cache, under the shared lock.
+    pub(super) fn with_slice<T>(
+        &self,
+        at: GuestOffset,
+        look: impl Fn(&Tables, Option<Place>) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            let tables = read(&self.tables);
+            let place = tables.place(at)?;
+            match place {
+                Some(p) if tables.cache.get(p.slice).is_none() => {
+                    let (generation, len) = (tables.cache.generation(), tables.slice_bytes());
+                    drop(tables);
+                    self.load_slice(p.slice, len, generation)?;
+                }
+                _ => return look(&tables, place),
+            }
+        }
+    }
+
+    /// Reads a slice from the file and caches it, unless the cache let slices go meanwhile: then
+    /// the bytes may be older than the file, and the caller looks again.
+    fn load_slice(&self, offset: u64, len: u64, generation: u64) -> Result<()> {
+        let mut bytes = vec![0; len as usize].into_boxed_slice();
+        self.storage.read_exact_at(offset, &mut bytes).map_err(|_| {
+            Error::corrupt("an L2 table lies past the end of the file").at_offset(offset)
+        })?;
+        let mut tables = write(&self.tables);
+        if tables.cache.generation() == generation {
+            tables.cache.insert(offset, bytes);
+        }
+        Ok(())
+    }
+
+    /// Notes that the file has at least `len` bytes.
+    pub(super) fn grown_to(&self, len: u64) {
+        self.file_len.fetch_max(len, Ordering::AcqRel);
+    }
+
+    pub(super) fn free_later(&self, freed: Freed) {
+        let list = &mut lock(&self.freed).waiting;
+        if let Some(last) = list.last_mut() {
+            let end = last.host.0 + (last.clusters << self.shape.cluster.bits());
+            if end == freed.host.0 && last.what == freed.what {
+                last.clusters += freed.clusters;
+                return;
+            }
+        }
+        list.push(freed);
+    }
+
+    /// The host bytes that the file takes, holes left out.
+    pub fn allocated(&self) -> Result<u64> {
+        self.storage.allocated()
+    }
+}
+
+fn refuse_unsupported(header: &Header) -> Result<()> {
+    if header.incompatible & incompatible::DATA_FILE != 0 {
+        return Err(Error::unsupported("the image keeps its data in an external data file"));
+    }
+    match header.crypt_method {
+        0 => Ok(()),
+        1 => Err(Error::unsupported("the image is encrypted (AES)")),
+        _ => Err(Error::unsupported("the image is encrypted (LUKS)")),
+    }
+}
+
+// A thread that panicked under a lock has left whole values behind: every change under these locks
+// is one assignment or one entry.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+pub(super) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(|e| e.into_inner())
+}
+
+pub(super) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(|e| e.into_inner())
+}
+
+impl image::Image for Image {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn cluster(&self) -> Unit {
+        self.shape.cluster
+    }
+
+    fn granularity(&self) -> Unit {
+        self.shape.granularity()
+    }
+
+    fn backing(&self) -> Option<Backing> {
+        lock(&self.header).backing.clone()
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn hold(&self) -> Hold<'_> {
+        if self.read_only { Hold::free() } else { Hold::shared(read(&self.grace)) }
+    }
+
+    fn map(&self, at: GuestOffset, len: u64) -> Result<Extent> {
+        let len = len.min(self.size().saturating_sub(at.0));
+        if len == 0 {
+            return Err(Error::invalid("a mapping past the end of the disk was asked for"));
+        }
+        let (len, mapping) = self.with_slice(at, |tables, place| {
+            let found = place.and_then(|p| Some((p, tables.cache.get(p.slice)?)));
+            match found {
+                Some((place, slice)) => tables.scan(slice, place, at, len),
+                None => Ok((tables.unmapped(at, len), Mapping::Unallocated)),
+            }
+        })?;
+        Ok(Extent { start: at, len, mapping })
+    }
+
+    fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        self.read_extent(extent, at, bufs)
+    }
+
+    fn overwrite(&self, extent: &Extent, at: GuestOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
+        let Mapping::Data { host, exclusive: true } = extent.mapping else {
+            return Err(Error::invalid("only exclusive data is overwritten in place"));
+        };
+        self.begin_change()?;
+        self.write_data(host + (at - extent.start), bufs)
+    }
+
+    fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {
+        self.begin_change()?;
+        Ok(Box::new(self.reserve(at, len)?))
+    }
+
+    fn zero(&self, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
+        self.begin_change()?;
+        self.zero_range(at, len, unmap)
+    }
+
+    fn discard(&self, at: GuestOffset, len: u64, expose: bool) -> Result<()> {
+        self.begin_change()?;
+        self.discard_range(at, len, expose)
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        let header = self.header();
+        Ok(Identity {
+            label: header.extension(Label::MAGIC).map(Label::decode).transpose()?,
+            vouched: header.autoclear & autoclear::CONTENT_ID != 0,
+            backing: header.backing,
+        })
+    }
+
+    fn set_identity(&self, identity: &Identity) -> Result<()> {
+        let label = identity.label.as_ref().map(Label::encode).transpose()?;
+        self.update_header(|header| {
+            header.set_extension(Label::MAGIC, label);
+            header.backing = identity.backing.clone();
+            header.autoclear &= !autoclear::CONTENT_ID;
+            if identity.vouched && header.version >= 3 {
+                header.autoclear |= autoclear::CONTENT_ID;
+            }
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.check_writable()?;
+        self.write_back()?;
+        self.release_freed()
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.begin_change()?;
+        self.grow(size)
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // Who needs to know whether this worked calls flush. The second pass writes down which
+        // clusters the first one made free; without it they would be leaks.
+        let _ = image::Image::flush(self).and_then(|()| image::Image::flush(self));
+    }
+}

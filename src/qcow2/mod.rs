@@ -1,0 +1,37 @@
+//! The qcow2 engine: one image file, read and written from many threads.
+//!
+//! It opens no file by name and knows no chain. The parts: [`header`] and [`extension`] are the
+//! first cluster; [`entry`] and [`tables`] map guest clusters; [`refcount`] gives out host
+//! clusters; [`write`](mod@write) and [`zero`] change the mapping; [`writeback`] brings changes to
+//! the file in the order that survives a crash; [`check`] proves an image right.
+//!
+//! # Locks
+//! In this order, each held as briefly as memory work takes: `writeback`, `tables`, `refcounts`,
+//! `header`, `freed`. Data is read and written with none of them held; `grace` is held shared
+//! meanwhile, and exclusively for the moment in which freed clusters become free.
+
+mod cache;
+mod check;
+mod create;
+mod entry;
+mod extension;
+mod header;
+mod image;
+mod read;
+mod refcount;
+mod snapshot;
+mod tables;
+mod write;
+mod writeback;
+mod zero;
+
+pub use check::{Check, Repair};
+pub use create::{CreateOptions, Preallocation, create};
+pub use extension::Extension;
+pub use header::{Compression, Header, MAX_BACKING_NAME};
+pub use image::{Image, OpenOptions};
+
+/// Whether a file that begins with `bytes` claims to be qcow2.
+pub fn probe(bytes: &[u8]) -> bool {
+    bytes.starts_with(&header::MAGIC.to_be_bytes())
+}

@@ -1,0 +1,135 @@
+//! Reading the bytes of mapped extents: plain ones from the file, compressed ones inflated.
+//!
+//! Specification: qcow2, "Compressed Clusters Descriptor".
+
+use std::io::{IoSliceMut, Read};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::header::Compression;
+use super::image::{Image, lock};
+use crate::addr::{GuestOffset, HostOffset};
+use crate::block::{fill_zero, total_mut, window_mut};
+use crate::error::{Error, Result};
+use crate::image::{Extent, Mapping};
+
+/// Inflated clusters that are kept: guests read a compressed cluster in small pieces.
+const KEPT: usize = 8;
+
+/// The last inflated clusters.
+pub(super) struct Inflated {
+    compression: Compression,
+    /// By descriptor, the most recent last.
+    clusters: Vec<(u64, Arc<[u8]>)>,
+}
+
+impl Inflated {
+    pub fn new(compression: Compression) -> Inflated {
+        Inflated { compression, clusters: Vec::new() }
+    }
+
+    /// Forgets everything: host clusters are about to be given another use.
+    pub fn clear(&mut self) {
+        self.clusters.clear();
+    }
+
+    fn find(&self, descriptor: u64) -> Option<Arc<[u8]>> {
+        self.clusters.iter().find(|(d, _)| *d == descriptor).map(|(_, c)| c.clone())
+    }
+
+    fn keep(&mut self, descriptor: u64, cluster: Arc<[u8]>) {
+        if self.clusters.len() == KEPT {
+            self.clusters.remove(0);
+        }
+        self.clusters.push((descriptor, cluster));
+    }
+}
+
+impl Image {
+    pub(super) fn read_extent(
+        &self,
+        extent: &Extent,
+        at: GuestOffset,
+        bufs: &mut [IoSliceMut<'_>],
+    ) -> Result<()> {
+        match extent.mapping {
+            Mapping::Data { host, .. } => self.read_data(host + (at - extent.start), bufs),
+            Mapping::Zero { .. } => {
+                fill_zero(bufs);
+                Ok(())
+            }
+            Mapping::Compressed { descriptor } => {
+                let cluster = self.inflate(descriptor)?;
+                let mut skip = self.shape.cluster.within(at.0) as usize;
+                for buf in bufs {
+                    let from = cluster.get(skip..skip + buf.len());
+                    let from =
+                        from.ok_or_else(|| Error::invalid("a read past a compressed cluster"))?;
+                    buf.copy_from_slice(from);
+                    skip += buf.len();
+                }
+                Ok(())
+            }
+            Mapping::Unallocated => Err(Error::invalid("a read of what this layer does not hold")),
+        }
+    }
+
+    /// Reads plain bytes. The file may end inside the last cluster: what is missing is zero.
+    pub(super) fn read_data(&self, host: HostOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        let end = host.checked_add(total_mut(bufs));
+        let end =
+            end.ok_or_else(|| Error::corrupt("a cluster past 2^64 bytes").at_offset(host.0))?;
+        if end.0 <= self.file_len.load(Ordering::Acquire) {
+            return self.storage.read_at(host.0, bufs);
+        }
+        let len = self.storage.len()?;
+        self.grown_to(len);
+        if end.0 <= len {
+            return self.storage.read_at(host.0, bufs);
+        }
+        fill_zero(bufs);
+        let have = len.saturating_sub(host.0);
+        if have == 0 {
+            return Ok(());
+        }
+        self.storage.read_at(host.0, &mut window_mut(bufs, 0, have))
+    }
+
+    /// The whole cluster that a compressed descriptor stands for.
+    pub(super) fn inflate(&self, descriptor: u64) -> Result<Arc<[u8]>> {
+        let kept = lock(&self.inflated).find(descriptor);
+        if let Some(cluster) = kept {
+            return Ok(cluster);
+        }
+        let (host, len) = self.shape.compressed(descriptor);
+        let have = self.storage.len()?.saturating_sub(host.0).min(len);
+        let mut packed = vec![0; have as usize];
+        self.storage.read_exact_at(host.0, &mut packed)?;
+        let size = self.shape.cluster.bytes() as usize;
+        let compression = lock(&self.inflated).compression;
+        let cluster: Arc<[u8]> =
+            decompress(compression, &packed, size).map_err(|e| e.at_offset(host.0))?.into();
+        lock(&self.inflated).keep(descriptor, cluster.clone());
+        Ok(cluster)
+    }
+}
+
+/// Decompresses one cluster of `size` bytes; bytes after its end are ignored.
+fn decompress(compression: Compression, packed: &[u8], size: usize) -> Result<Vec<u8>> {
+    let mut cluster = vec![0; size];
+    let done = match compression {
+        Compression::Zlib => flate2::read::DeflateDecoder::new(packed).read_exact(&mut cluster),
+        Compression::Zstd => zstd::stream::read::Decoder::new(packed).and_then(|mut decoder| {
+            // The engine's own memory is bounded by the cluster: the frame's window has to be.
+            decoder.window_log_max(WINDOW_LOG_MAX)?;
+            decoder.read_exact(&mut cluster)
+        }),
+    };
+    match done {
+        Ok(()) => Ok(cluster),
+        Err(_) => Err(Error::corrupt("a compressed cluster cannot be decompressed")),
+    }
+}
+
+/// The largest zstd window, as a power of two: four times the largest cluster.
+const WINDOW_LOG_MAX: u32 = 23;

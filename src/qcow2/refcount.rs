@@ -1,0 +1,433 @@
+//! Refcounts: who uses which host cluster, and which are free.
+//!
+//! Everything here changes memory only. [`Refcounts::take_dirty`] hands out what has to reach the
+//! file, and the write-back puts it there in order. Specification: qcow2, "Host cluster management".
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use byteorder::{BigEndian, ByteOrder};
+
+use super::cache::{Cache, Dirty, SLICE};
+use super::header::{Header, MAX_REFCOUNT_TABLE};
+use crate::addr::{HostOffset, Unit};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+
+/// The bits of a refcount table entry that hold the block's offset.
+const BLOCK_OFFSET: u64 = !0x1ff;
+
+/// The refcount table, the cached parts of its blocks, and the allocator over both.
+pub(super) struct Refcounts {
+    storage: Arc<dyn Storage>,
+    cluster: Unit,
+    order: u32,
+    /// Host offsets of the refcount blocks; 0 where there is none.
+    table: Vec<u64>,
+    place: TablePlace,
+    dirty_table: BTreeSet<usize>,
+    /// Where the table stood before it had to move; the file's header says the first of them.
+    outgrown: Vec<TablePlace>,
+    cache: Cache,
+    /// No cluster below this one is free.
+    next_free: u64,
+    /// No cluster from this one on was ever written: they read as zeroes.
+    untouched: u64,
+}
+
+/// Where a refcount table stands in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TablePlace {
+    pub offset: u64,
+    pub clusters: u32,
+}
+
+/// A run of clusters that the allocator gave out, each with refcount 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Run {
+    pub host: HostOffset,
+    pub clusters: u64,
+    /// Whether the clusters read as zeroes in the file.
+    pub zeroed: bool,
+}
+
+/// What has to reach the file before anything may refer to the clusters it counts.
+pub(super) struct DirtyRefcounts {
+    pub blocks: Vec<Dirty>,
+    /// Host offset and value of changed table entries.
+    pub entries: Vec<(u64, u64)>,
+    /// A table that moved.
+    pub moved: Option<MovedTable>,
+}
+
+/// A refcount table that has to be written as a whole before the header may point to it.
+pub(super) struct MovedTable {
+    pub place: TablePlace,
+    pub bytes: Vec<u8>,
+    /// How many earlier places it replaces.
+    outgrown: usize,
+}
+
+impl DirtyRefcounts {
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty() && self.entries.is_empty() && self.moved.is_none()
+    }
+}
+
+impl Refcounts {
+    /// Reads the refcount table. `capacity` is the number of cached slices of blocks.
+    pub fn open(storage: Arc<dyn Storage>, header: &Header, capacity: usize) -> Result<Refcounts> {
+        let place = TablePlace {
+            offset: header.refcount_table_offset,
+            clusters: header.refcount_table_clusters,
+        };
+        let len = storage.len()?;
+        let bytes = (u64::from(place.clusters) * header.cluster.bytes())
+            .min(len.saturating_sub(place.offset));
+        let mut raw = vec![0; bytes as usize / 8 * 8];
+        storage.read_exact_at(place.offset, &mut raw).map_err(|e| e.at_offset(place.offset))?;
+        let table = raw.chunks_exact(8).map(|e| BigEndian::read_u64(e) & BLOCK_OFFSET).collect();
+        Ok(Refcounts {
+            cluster: header.cluster,
+            order: header.refcount_order,
+            table,
+            place,
+            dirty_table: BTreeSet::new(),
+            outgrown: Vec::new(),
+            cache: Cache::new(capacity),
+            next_free: 0,
+            untouched: header.cluster.count(len),
+            storage,
+        })
+    }
+
+    /// The largest refcount that fits.
+    pub fn max(&self) -> u64 {
+        max_refcount(self.order)
+    }
+
+    /// log2 of the clusters that one block counts.
+    fn block_bits(&self) -> u32 {
+        self.cluster.bits() + 3 - self.order
+    }
+
+    fn slice_bytes(&self) -> u64 {
+        self.cluster.bytes().min(SLICE)
+    }
+
+    fn block_of(&self, cluster: u64) -> Option<u64> {
+        let entry = *self.table.get(usize::try_from(cluster >> self.block_bits()).ok()?)?;
+        (entry != 0).then_some(entry)
+    }
+
+    /// The slice that counts `cluster`, its first cluster, and loads it. `None` without a block.
+    fn slice_of(&mut self, cluster: u64) -> Result<Option<(u64, u64)>> {
+        let Some(block) = self.block_of(cluster) else { return Ok(None) };
+        if !self.cluster.aligned(block) {
+            return Err(
+                Error::corrupt("a refcount block is not on a cluster boundary").at_offset(block)
+            );
+        }
+        let per_slice = Unit::from_bits(self.slice_bytes().trailing_zeros() + 3 - self.order);
+        let in_block = cluster & ((1 << self.block_bits()) - 1);
+        let offset = block + per_slice.index(in_block) * self.slice_bytes();
+        if self.cache.get(offset).is_none() {
+            let mut bytes = vec![0; self.slice_bytes() as usize].into_boxed_slice();
+            self.storage.read_exact_at(offset, &mut bytes).map_err(|e| e.at_offset(offset))?;
+            self.cache.insert(offset, bytes);
+        }
+        Ok(Some((offset, per_slice.floor(cluster))))
+    }
+
+    /// The refcount of cluster number `cluster`.
+    pub fn get(&mut self, cluster: u64) -> Result<u64> {
+        let Some((slice, first)) = self.slice_of(cluster)? else { return Ok(0) };
+        let bytes = self.cache.get(slice).unwrap_or_default();
+        Ok(get_in(bytes, self.order, (cluster - first) as usize))
+    }
+
+    /// Sets the refcount of a cluster whose block exists.
+    fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
+        let order = self.order;
+        let slice = self.slice_of(cluster)?;
+        let found = slice.and_then(|(at, first)| Some((self.cache.get_mut(at)?, first)));
+        let (bytes, first) = found.ok_or_else(|| {
+            Error::corrupt(format!("cluster {cluster} is used but has no refcount block"))
+        })?;
+        set_in(bytes, order, (cluster - first) as usize, value);
+        if value == 0 {
+            self.next_free = self.next_free.min(cluster);
+        }
+        Ok(())
+    }
+
+    /// Takes one reference away from each of `clusters` clusters. Returns those that are free now,
+    /// as runs of host bytes.
+    pub fn release(&mut self, host: HostOffset, clusters: u64) -> Result<Vec<(HostOffset, u64)>> {
+        let first = self.cluster.index(host.0);
+        let mut freed: Vec<(HostOffset, u64)> = Vec::new();
+        for cluster in first..first + clusters {
+            let count = self.get(cluster)?;
+            let offset = cluster << self.cluster.bits();
+            let left = count.checked_sub(1).ok_or_else(|| {
+                Error::corrupt("a cluster that is in use has refcount 0: run check")
+                    .at_offset(offset)
+            })?;
+            self.set(cluster, left)?;
+            if left > 0 {
+                continue;
+            }
+            match freed.last_mut() {
+                Some((start, len)) if start.0 + *len == offset => *len += self.cluster.bytes(),
+                _ => freed.push((HostOffset(offset), self.cluster.bytes())),
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Allocates 1 to `want` clusters in one run, from the first free one on.
+    pub fn allocate_run(&mut self, want: u64) -> Result<Run> {
+        let start = self.first_free(self.next_free)?;
+        self.next_free = start;
+        if self.block_of(start).is_none() {
+            return self.allocate(want.min(1 << (self.block_bits() - 1)));
+        }
+        let mut end = start + 1;
+        while end - start < want && self.block_of(end).is_some() && self.get(end)? == 0 {
+            end += 1;
+        }
+        self.take(start, end - start)
+    }
+
+    /// Allocates exactly `clusters` clusters in one run.
+    pub fn allocate(&mut self, clusters: u64) -> Result<Run> {
+        let mut start = self.first_free(self.next_free)?;
+        self.next_free = start;
+        loop {
+            let blocks = self.blocks_missing(start, clusters);
+            match self.first_used(start, blocks + clusters)? {
+                Some(used) => start = self.first_free(used + 1)?,
+                None => return self.allocate_at(start, blocks, clusters),
+            }
+        }
+    }
+
+    /// How many new refcount blocks a run of `clusters` at `start` needs, if they stand before it.
+    fn blocks_missing(&self, start: u64, clusters: u64) -> u64 {
+        let mut blocks = 0;
+        loop {
+            let first = start >> self.block_bits();
+            let last = (start + blocks + clusters - 1) >> self.block_bits();
+            let missing = (first..=last)
+                .filter(|b| self.block_of(b << self.block_bits()).is_none())
+                .count() as u64;
+            if missing == blocks {
+                return blocks;
+            }
+            blocks = missing;
+        }
+    }
+
+    /// Puts `blocks` new refcount blocks at cluster `start`, and the run behind them.
+    fn allocate_at(&mut self, start: u64, blocks: u64, clusters: u64) -> Result<Run> {
+        let last = (start + blocks + clusters - 1) >> self.block_bits();
+        if last >= self.table.len() as u64 {
+            self.grow_table(last + 1)?;
+            return self.allocate(clusters);
+        }
+        let missing: Vec<u64> = (start >> self.block_bits()..=last)
+            .filter(|b| self.block_of(b << self.block_bits()).is_none())
+            .collect();
+        for (cluster, index) in (start..).zip(&missing) {
+            self.install_block(cluster, *index);
+        }
+        if blocks > 0 {
+            self.take(start, blocks)?;
+        }
+        self.take(start + blocks, clusters)
+    }
+
+    /// Makes cluster number `cluster` the refcount block number `index`, all zero.
+    fn install_block(&mut self, cluster: u64, index: u64) {
+        let offset = cluster << self.cluster.bits();
+        self.table[index as usize] = offset;
+        self.dirty_table.insert(index as usize);
+        for slice in (offset..offset + self.cluster.bytes()).step_by(self.slice_bytes() as usize) {
+            self.cache.insert(slice, vec![0; self.slice_bytes() as usize].into_boxed_slice());
+            // Dirty although zero: whatever the cluster held in the file has to go.
+            self.cache.get_mut(slice);
+        }
+    }
+
+    /// Makes room in the table for at least `entries` blocks by moving it.
+    fn grow_table(&mut self, entries: u64) -> Result<()> {
+        let per_cluster = self.cluster.bytes() / 8;
+        // Half as much again, so that a growing file moves its table a few times only.
+        let entries = (entries + entries / 2 + 1).next_multiple_of(per_cluster);
+        let limit = MAX_REFCOUNT_TABLE / 8;
+        if self.table.len() as u64 >= limit {
+            return Err(Error::new(ErrorKind::Invalid, "the file has outgrown its refcount table"));
+        }
+        let entries = entries.min(limit).max(self.table.len() as u64);
+        self.table.resize(entries as usize, 0);
+        let clusters = entries / per_cluster;
+        let run = self.allocate(clusters)?;
+        self.outgrown.push(self.place);
+        self.place = TablePlace { offset: run.host.0, clusters: clusters as u32 };
+        Ok(())
+    }
+
+    /// Sets the refcounts of free clusters to 1.
+    fn take(&mut self, start: u64, clusters: u64) -> Result<Run> {
+        for cluster in start..start + clusters {
+            self.set(cluster, 1)?;
+        }
+        if self.next_free == start {
+            self.next_free = start + clusters;
+        }
+        let zeroed = start >= self.untouched;
+        self.untouched = self.untouched.max(start + clusters);
+        Ok(Run { host: HostOffset(start << self.cluster.bits()), clusters, zeroed })
+    }
+
+    /// The first free cluster at or after `from`.
+    fn first_free(&mut self, mut from: u64) -> Result<u64> {
+        while let Some((slice, first)) = self.slice_of(from)? {
+            let bytes = self.cache.get(slice).unwrap_or_default();
+            let count = (bytes.len() as u64 * 8) >> self.order;
+            let order = self.order;
+            let free = (from - first..count).find(|i| get_in(bytes, order, *i as usize) == 0);
+            match free {
+                Some(i) => return Ok(first + i),
+                None => from = first + count,
+            }
+        }
+        if from >= 1 << (56 - self.cluster.bits()) {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "the file has no free cluster below 2^56 bytes",
+            ));
+        }
+        Ok(from)
+    }
+
+    /// The last used cluster of a range, if any is used.
+    fn first_used(&mut self, start: u64, clusters: u64) -> Result<Option<u64>> {
+        for cluster in (start..start + clusters).rev() {
+            if self.get(cluster)? != 0 {
+                return Ok(Some(cluster));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether so much is dirty that it should be written.
+    pub fn crowded(&self) -> bool {
+        self.cache.crowded()
+    }
+
+    /// Hands out what has to be written. The caller writes blocks, a barrier, then the table.
+    pub fn take_dirty(&mut self) -> DirtyRefcounts {
+        let blocks = self.cache.take_dirty();
+        let indices = std::mem::take(&mut self.dirty_table);
+        if self.outgrown.is_empty() {
+            let entry = |i: usize| (self.place.offset + i as u64 * 8, self.table[i]);
+            let entries = indices.into_iter().map(entry).collect();
+            return DirtyRefcounts { blocks, entries, moved: None };
+        }
+        let mut bytes = vec![0; self.table.len() * 8];
+        BigEndian::write_u64_into(&self.table, &mut bytes);
+        let moved = MovedTable { place: self.place, bytes, outgrown: self.outgrown.len() };
+        DirtyRefcounts { blocks, entries: Vec::new(), moved: Some(moved) }
+    }
+
+    /// What [`take_dirty`](Refcounts::take_dirty) gave out is in the file, the header included.
+    /// Returns the outgrown tables, whose clusters may be released.
+    pub fn written(&mut self, dirty: &DirtyRefcounts) -> Vec<TablePlace> {
+        self.cache.written(&dirty.blocks);
+        let outgrown = dirty.moved.as_ref().map_or(0, |m| m.outgrown);
+        self.outgrown.drain(..outgrown).collect()
+    }
+
+    /// The ranges of cluster numbers that have a refcount block.
+    pub fn counted_ranges(&self) -> Vec<Range<u64>> {
+        let bits = self.block_bits();
+        let used = self.table.iter().enumerate().filter(|(_, o)| **o != 0);
+        used.map(|(i, _)| (i as u64) << bits..(i as u64 + 1) << bits).collect()
+    }
+
+    /// Makes a refcount what it should be. A block that is missing for it is put at or after
+    /// cluster `end`, past everything in use.
+    pub fn mend(&mut self, cluster: u64, count: u64, end: u64) -> Result<()> {
+        if count > self.max() {
+            let offset = cluster << self.cluster.bits();
+            let message = "a cluster is referred to more often than its refcount can say";
+            return Err(Error::corrupt(message).at_offset(offset));
+        }
+        if self.block_of(cluster).is_none() {
+            let index = cluster >> self.block_bits();
+            if index >= self.table.len() as u64 {
+                self.next_free = self.next_free.max(end);
+                self.grow_table(index + 1)?;
+            }
+            let block = self.first_free(self.next_free.max(end))?;
+            self.install_block(block, index);
+            self.next_free = block + 1;
+            self.mend(block, 1, block + 1)?;
+        }
+        self.set(cluster, count)
+    }
+
+    /// Host offsets of the refcount blocks by index.
+    pub fn blocks(&self) -> BTreeMap<usize, u64> {
+        self.table.iter().copied().enumerate().filter(|(_, o)| *o != 0).collect()
+    }
+}
+
+/// The largest value of a refcount of `1 << order` bits.
+pub(super) fn max_refcount(order: u32) -> u64 {
+    if order >= 6 { u64::MAX } else { (1 << (1 << order)) - 1 }
+}
+
+/// Refcount number `index` in a block's bytes; entries narrower than a byte fill it from its
+/// lowest bits.
+pub(super) fn get_in(bytes: &[u8], order: u32, index: usize) -> u64 {
+    match order {
+        0..=2 => {
+            let bit = index << order;
+            u64::from(bytes[bit / 8] >> (bit % 8)) & max_refcount(order)
+        }
+        3 => u64::from(bytes[index]),
+        _ => BigEndian::read_uint(&bytes[index << (order - 3)..], 1 << (order - 3)),
+    }
+}
+
+/// Sets refcount number `index`; `value` fits.
+pub(super) fn set_in(bytes: &mut [u8], order: u32, index: usize, value: u64) {
+    match order {
+        0..=2 => {
+            let bit = index << order;
+            let mask = (max_refcount(order) as u8) << (bit % 8);
+            let byte = &mut bytes[bit / 8];
+            *byte = *byte & !mask | (value as u8) << (bit % 8) & mask;
+        }
+        3 => bytes[index] = value as u8,
+        _ => BigEndian::write_uint(&mut bytes[index << (order - 3)..], value, 1 << (order - 3)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_width_keeps_its_neighbours() {
+        for order in 0..=6 {
+            let mut bytes = [0xff; 64];
+            set_in(&mut bytes, order, 3, 0);
+            assert_eq!(get_in(&bytes, order, 3), 0);
+            assert!([2, 4].iter().all(|i| get_in(&bytes, order, *i) == max_refcount(order)));
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The active L1 table and the cached slices of L2 tables.
+//!
+//! Changes stay in memory; [`Tables::take_dirty`] hands out what has to reach the file. This file
+//! knows no refcount. Specification: qcow2, "Cluster mapping".
+
+use std::collections::{BTreeSet, HashSet};
+use std::ops::Range;
+
+use byteorder::{BigEndian, ByteOrder};
+
+use super::cache::{Cache, Dirty, SLICE};
+use super::entry::{COPIED, Entry, Kind, OFFSET, Shape};
+use super::header::Header;
+use crate::addr::{GuestOffset, HostOffset, Unit};
+use crate::error::{Error, Result};
+use crate::image::Mapping;
+use crate::storage::Storage;
+
+/// L1 and what is cached of L2.
+pub(super) struct Tables {
+    shape: Shape,
+    /// Guest bytes that one L2 table maps.
+    coverage: Unit,
+    l1: Vec<u64>,
+    l1_offset: u64,
+    dirty_l1: BTreeSet<usize>,
+    /// L2 tables that no L1 entry in the file points to yet.
+    unpublished: HashSet<u64>,
+    pub cache: Cache,
+}
+
+/// Where one guest cluster's L2 entry stands.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    /// Host offset of the slice that holds it.
+    pub slice: u64,
+    /// Its number in the slice.
+    pub index: usize,
+}
+
+/// An L2 table as an L1 entry names it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Table {
+    pub host: HostOffset,
+    /// Whether nothing else refers to it, so that it may be changed in place.
+    pub exclusive: bool,
+}
+
+/// What has to be written, in this order, with barriers between the parts.
+pub(super) struct DirtyTables {
+    /// Slices of tables that nothing points to yet.
+    pub unpublished: Vec<Dirty>,
+    /// Slices of tables that are in use.
+    pub published: Vec<Dirty>,
+    /// Host offset and value of changed L1 entries.
+    pub l1: Vec<(u64, u64)>,
+}
+
+impl DirtyTables {
+    pub fn is_empty(&self) -> bool {
+        self.unpublished.is_empty() && self.published.is_empty() && self.l1.is_empty()
+    }
+}
+
+impl Tables {
+    /// Reads the active L1 table. `capacity` is the number of cached L2 slices.
+    pub fn open(storage: &dyn Storage, header: &Header, capacity: usize) -> Result<Tables> {
+        let mut raw = vec![0; header.l1_size as usize * 8];
+        storage
+            .read_exact_at(header.l1_offset, &mut raw)
+            .map_err(|e| e.at_offset(header.l1_offset))?;
+        Ok(Tables {
+            shape: Shape::of(header),
+            coverage: header.l2_coverage(),
+            l1: raw.chunks_exact(8).map(BigEndian::read_u64).collect(),
+            l1_offset: header.l1_offset,
+            dirty_l1: BTreeSet::new(),
+            unpublished: HashSet::new(),
+            cache: Cache::new(capacity),
+        })
+    }
+
+    /// The bytes of a slice.
+    pub fn slice_bytes(&self) -> u64 {
+        self.shape.cluster.bytes().min(SLICE)
+    }
+
+    /// The L2 table that maps `at`; `None` where none is allocated.
+    pub fn table(&self, at: GuestOffset) -> Result<Option<Table>> {
+        let index = self.coverage.index(at.0) as usize;
+        let entry = *self.l1.get(index).ok_or_else(|| {
+            Error::corrupt("the L1 table is too small for the disk").at_offset(self.l1_offset)
+        })?;
+        let host = entry & OFFSET;
+        if !self.shape.cluster.aligned(host) {
+            let message = format!("L1 entry {index} points at an unaligned L2 table");
+            return Err(Error::corrupt(message).at_offset(host));
+        }
+        let table = Table { host: HostOffset(host), exclusive: entry & COPIED != 0 };
+        Ok((host != 0).then_some(table))
+    }
+
+    /// Where the L2 entry of `at` stands; `None` without an L2 table.
+    pub fn place(&self, at: GuestOffset) -> Result<Option<Place>> {
+        let Some(table) = self.table(at)? else { return Ok(None) };
+        let entry = self.shape.cluster.index(self.coverage.within(at.0)) * self.shape.entry_bytes();
+        let in_slice = entry % self.slice_bytes();
+        let index = (in_slice / self.shape.entry_bytes()) as usize;
+        Ok(Some(Place { slice: table.host.0 + entry - in_slice, index }))
+    }
+
+    /// How far the part of the disk goes that has no L2 table, from `at` on; at most `len` bytes.
+    pub fn unmapped(&self, at: GuestOffset, len: u64) -> u64 {
+        let index = self.coverage.index(at.0) as usize;
+        let empty = self.l1.iter().skip(index).take_while(|e| **e & OFFSET == 0).count() as u64;
+        let end = (index as u64 + empty).saturating_mul(self.coverage.bytes());
+        (end - at.0).min(len)
+    }
+
+    /// Bytes of the disk from `at` to the end of what its slice maps.
+    pub fn left_in_slice(&self, at: GuestOffset) -> u64 {
+        let entries = self.slice_bytes() / self.shape.entry_bytes();
+        let unit = Unit::from_bits(self.shape.cluster.bits() + entries.trailing_zeros());
+        unit.bytes() - unit.within(at.0)
+    }
+
+    /// The longest run from `at` that is mapped in one way, at most `len` bytes, within one slice
+    /// that is in the cache at `place`.
+    pub fn scan(
+        &self,
+        slice: &[u8],
+        place: Place,
+        at: GuestOffset,
+        len: u64,
+    ) -> Result<(u64, Mapping)> {
+        let len = len.min(self.left_in_slice(at));
+        let unit = self.shape.granularity();
+        let look = |done: u64| {
+            let pos = at.0 + done;
+            let clusters = self.shape.cluster.index(pos) - self.shape.cluster.index(at.0);
+            let entry = self.shape.get(slice, place.index + clusters as usize);
+            mapping(self.shape, entry, self.shape.cluster.within(pos))
+        };
+        let first = look(0)?;
+        let mut done = (unit.bytes() - unit.within(at.0)).min(len);
+        while done < len && continues(first, done, look(done)?) {
+            done = (done + unit.bytes()).min(len);
+        }
+        Ok((done, first))
+    }
+
+    /// Points the L1 entry for `at` to a new L2 table that is not in use yet.
+    pub fn install(&mut self, at: GuestOffset, host: HostOffset) {
+        let index = self.coverage.index(at.0) as usize;
+        self.l1[index] = host.0 | COPIED;
+        self.dirty_l1.insert(index);
+        self.unpublished.insert(host.0);
+    }
+
+    /// Adds a table's bytes to the cache, all to be written.
+    pub fn fill(&mut self, host: HostOffset, bytes: &[u8]) {
+        for (slice, part) in (host.0..)
+            .step_by(self.slice_bytes() as usize)
+            .zip(bytes.chunks(self.slice_bytes() as usize))
+        {
+            self.cache.insert(slice, part.into());
+            self.cache.get_mut(slice);
+        }
+    }
+
+    /// The bytes of an L1 table with room for `entries`, this one's in front.
+    pub fn grown_l1(&self, entries: usize) -> Vec<u8> {
+        let mut l1 = self.l1.clone();
+        l1.resize(entries, 0);
+        l1.iter().flat_map(|entry| entry.to_be_bytes()).collect()
+    }
+
+    /// The L1 table stands at `host` now, all of it written.
+    pub fn replace_l1(&mut self, host: HostOffset, entries: usize) {
+        self.l1.resize(entries, 0);
+        self.l1_offset = host.0;
+    }
+
+    /// The L1 table's bytes in the file were changed.
+    pub fn replace_l1_entries(&mut self, bytes: &[u8]) {
+        self.l1 = bytes.chunks_exact(8).map(BigEndian::read_u64).collect();
+    }
+
+    /// Whether the file's L1 table is this one.
+    pub fn l1_is_written(&self) -> bool {
+        self.dirty_l1.is_empty()
+    }
+
+    /// The entry at `place`; `None` where its slice is not cached.
+    pub fn entry(&self, place: Place) -> Option<Entry> {
+        Some(self.shape.get(self.cache.get(place.slice)?, place.index))
+    }
+
+    /// Changes the entry at `place`, whose slice is cached.
+    pub fn set_entry(&mut self, place: Place, entry: Entry) {
+        if let Some(slice) = self.cache.get_mut(place.slice) {
+            self.shape.put(slice, place.index, entry);
+        }
+    }
+
+    /// Hands out what has to be written; nothing is dirty afterwards.
+    pub fn take_dirty(&mut self) -> DirtyTables {
+        let cluster = self.shape.cluster;
+        let unpublished = std::mem::take(&mut self.unpublished);
+        let (new, old) = self
+            .cache
+            .take_dirty()
+            .into_iter()
+            .partition(|d| unpublished.contains(&cluster.floor(d.offset)));
+        let l1 = std::mem::take(&mut self.dirty_l1);
+        let l1 = l1.into_iter().map(|i| (self.l1_offset + i as u64 * 8, self.l1[i])).collect();
+        DirtyTables { unpublished: new, published: old, l1 }
+    }
+
+    /// What was handed out is in the file.
+    pub fn written(&mut self, dirty: &DirtyTables) {
+        self.cache.written(&dirty.unpublished);
+        self.cache.written(&dirty.published);
+    }
+
+    /// Forgets a table whose clusters are given another use.
+    pub fn forget(&mut self, range: Range<u64>) {
+        self.cache.forget(range);
+    }
+}
+
+/// Whether the mapping `next`, `done` bytes after `first`, carries it on.
+fn continues(first: Mapping, done: u64, next: Mapping) -> bool {
+    match (first, next) {
+        (Mapping::Data { host: a, exclusive: x }, Mapping::Data { host: b, exclusive: y }) => {
+            x == y && a.checked_add(done) == Some(b)
+        }
+        (Mapping::Compressed { .. }, Mapping::Compressed { .. }) => false,
+        (a, b) => a == b,
+    }
+}
+
+/// What `entry` says about the byte at `within` its cluster.
+fn mapping(shape: Shape, entry: Entry, within: u64) -> Result<Mapping> {
+    Ok(match shape.kind(entry, within)? {
+        Kind::Unallocated => Mapping::Unallocated,
+        Kind::Zero => Mapping::Zero { allocated: entry.host().is_some() },
+        Kind::Compressed => Mapping::Compressed { descriptor: entry.descriptor },
+        Kind::Data => Mapping::Data {
+            host: HostOffset((entry.descriptor & OFFSET) + within),
+            exclusive: entry.exclusive(),
+        },
+    })
+}

@@ -1,0 +1,288 @@
+//! Allocating writes: reserve host clusters, fill them, point the guest range at them.
+//!
+//! Two writers of one guest cluster are kept apart by the caller (the chain's in-flight entries);
+//! writers of different clusters meet here only under the locks. Specification: qcow2, "Cluster
+//! mapping".
+
+use std::io::IoSlice;
+
+use super::entry::{Entry, Kind};
+use super::image::{Freed, Image, Lost, lock, read, write};
+use super::refcount::Run;
+use super::tables::{Place, Table};
+use crate::addr::{GuestOffset, HostOffset};
+use crate::block::total;
+use crate::error::{Error, Result};
+use crate::image::Allocation;
+
+/// A guest range with host bytes that nothing refers to yet, or that its entries keep unused.
+pub(super) struct Reservation<'a> {
+    image: &'a Image,
+    start: GuestOffset,
+    len: u64,
+    /// Where the first byte of the range goes.
+    host: HostOffset,
+    /// The clusters to give back if the write does not happen; none where an entry keeps them.
+    owned: Option<Run>,
+    zeroed: bool,
+}
+
+impl Reservation<'_> {
+    /// The host bytes that are reserved, to the end of their last cluster.
+    pub(super) fn place(&self) -> (HostOffset, u64) {
+        (self.host, self.image.shape.cluster.ceil(self.len))
+    }
+}
+
+impl Image {
+    /// See [`crate::image::Image::prepare`].
+    pub(super) fn reserve(&self, at: GuestOffset, len: u64) -> Result<Reservation<'_>> {
+        let unit = self.shape.granularity();
+        if !unit.aligned(at.0) || len == 0 {
+            return Err(Error::invalid("an allocation must begin on a cluster boundary"));
+        }
+        self.relieve()?;
+        self.ensure_table(at)?;
+        let cluster = self.shape.cluster;
+        let within = cluster.within(at.0);
+        let first = GuestOffset(cluster.floor(at.0));
+        let (_, entry) = self.entry_of(first)?;
+        if let Some(host) = self.reusable(entry) {
+            return self.reuse(at, len, host);
+        }
+        let mut run = self.fresh_run(first, cluster.count(within + len))?;
+        let mut len = len.min((run.clusters << cluster.bits()) - within);
+        let (mut start, mut host) = (at, run.host + within);
+        if within != 0 && (entry.is_compressed() || !self.shape.holds_no_data(entry)) {
+            // Parts of the cluster stand in a place that this write leaves: they move along.
+            (start, host) = (first, run.host);
+            self.give_back_after(&mut run, 1)?;
+            len = cluster.bytes().min(self.size() - first.0);
+        } else if self.shape.extended {
+            (start, len, host) = self.whole_where_needed(start, len, host, &mut run)?;
+        }
+        Ok(Reservation { image: self, start, len, host, owned: Some(run), zeroed: run.zeroed })
+    }
+
+    fn size(&self) -> u64 {
+        crate::image::Image::size(self)
+    }
+
+    /// With subclusters, a cluster that leaves its place must be covered whole. Cuts the range so
+    /// that it ends before such a cluster, or covers it.
+    fn whole_where_needed(
+        &self,
+        start: GuestOffset,
+        len: u64,
+        host: HostOffset,
+        run: &mut Run,
+    ) -> Result<(GuestOffset, u64, HostOffset)> {
+        let cluster = self.shape.cluster;
+        let end = start.0 + len;
+        let last = cluster.floor(end - 1);
+        let disk_end = self.size();
+        if end == disk_end || cluster.aligned(end) {
+            return Ok((start, len, host));
+        }
+        let (_, entry) = self.entry_of(GuestOffset(last))?;
+        if !entry.is_compressed() && self.shape.holds_no_data(entry) {
+            return Ok((start, len, host));
+        }
+        if last <= start.0 {
+            let whole = cluster.bytes().min(disk_end - last);
+            return Ok((GuestOffset(last), whole, run.host));
+        }
+        self.give_back_after(run, cluster.index(last) - cluster.index(start.0))?;
+        Ok((start, last - start.0, host))
+    }
+
+    /// Allocates up to `want` clusters for the entries from `first` on that need new ones.
+    fn fresh_run(&self, first: GuestOffset, want: u64) -> Result<Run> {
+        let cluster = self.shape.cluster;
+        let left = read(&self.tables).left_in_slice(first);
+        let want = want.min(left >> cluster.bits());
+        let mut need = 1;
+        while need < want {
+            let next = GuestOffset(first.0 + (need << cluster.bits()));
+            let (_, entry) = self.entry_of(next)?;
+            if self.reusable(entry).is_some() || self.is_settled(entry)? {
+                break;
+            }
+            need += 1;
+        }
+        lock(&self.refcounts).allocate_run(need)
+    }
+
+    /// Whether the cluster is plain data that is overwritten in place, without subclusters.
+    fn is_settled(&self, entry: Entry) -> Result<bool> {
+        let plain = !self.shape.extended && self.shape.kind(entry, 0)? == Kind::Data;
+        Ok(plain && entry.exclusive())
+    }
+
+    fn give_back_after(&self, run: &mut Run, keep: u64) -> Result<()> {
+        if keep < run.clusters {
+            let rest = run.host + (keep << self.shape.cluster.bits());
+            lock(&self.refcounts).release(rest, run.clusters - keep)?;
+            run.clusters = keep;
+        }
+        Ok(())
+    }
+
+    /// The host cluster that `entry` keeps for itself without (all of) it being data.
+    fn reusable(&self, entry: Entry) -> Option<HostOffset> {
+        entry.host().filter(|h| entry.exclusive() && self.shape.cluster.aligned(h.0))
+    }
+
+    /// Reserves what the entries from `at` on keep already, as far as it is in one piece.
+    fn reuse(&self, at: GuestOffset, len: u64, host: HostOffset) -> Result<Reservation<'_>> {
+        let cluster = self.shape.cluster;
+        let within = cluster.within(at.0);
+        let left = read(&self.tables).left_in_slice(at);
+        let len = len.min(left);
+        let mut have = (cluster.bytes() - within).min(len);
+        while have < len {
+            let (_, entry) = self.entry_of(GuestOffset(at.0 + have))?;
+            let next = host + within + have;
+            if self.reusable(entry) != Some(next) || self.is_settled(entry)? {
+                break;
+            }
+            have = (have + cluster.bytes()).min(len);
+        }
+        let host = host + within;
+        Ok(Reservation { image: self, start: at, len: have, host, owned: None, zeroed: false })
+    }
+
+    /// The entry of a guest cluster whose L2 table exists.
+    pub(super) fn entry_of(&self, at: GuestOffset) -> Result<(Place, Entry)> {
+        let found = self.load_entry(at)?;
+        found.ok_or_else(|| Error::corrupt("an L2 table went away during a write"))
+    }
+
+    /// Makes sure that the L2 table for `at` exists and may be changed.
+    pub(super) fn ensure_table(&self, at: GuestOffset) -> Result<()> {
+        let old = read(&self.tables).table(at)?;
+        if old.is_some_and(|t| t.exclusive) {
+            return Ok(());
+        }
+        let cluster = self.shape.cluster;
+        let mut bytes = vec![0; cluster.bytes() as usize];
+        if let Some(Table { host, .. }) = old {
+            self.storage.read_exact_at(host.0, &mut bytes).map_err(|e| e.at_offset(host.0))?;
+        }
+        let run = lock(&self.refcounts).allocate(1)?;
+        let mut tables = write(&self.tables);
+        let now = tables.table(at)?;
+        if now.is_some_and(|t| t.exclusive) {
+            drop(tables);
+            lock(&self.refcounts).release(run.host, 1)?;
+            return Ok(());
+        }
+        tables.fill(run.host, &bytes);
+        tables.install(at, run.host);
+        drop(tables);
+        if let Some(Table { host, .. }) = old {
+            self.free_later(Freed { host, clusters: 1, what: Lost::Table });
+        }
+        Ok(())
+    }
+
+    /// Writes metadata back where too much of it waits in memory.
+    pub(super) fn relieve(&self) -> Result<()> {
+        let crowded = read(&self.tables).cache.crowded() || lock(&self.refcounts).crowded();
+        if crowded { self.write_back() } else { Ok(()) }
+    }
+
+    /// Writes guest bytes to host clusters.
+    pub(super) fn write_data(&self, host: HostOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
+        self.storage.write_at(host.0, bufs)?;
+        self.grown_to(host.0 + total(bufs));
+        Ok(())
+    }
+
+    /// Replaces the entry of the cluster at `at` by what `change` makes of it, and frees what only
+    /// the old one referred to. The L2 table exists.
+    pub(super) fn change_entry(
+        &self,
+        at: GuestOffset,
+        what: Lost,
+        change: impl Fn(Entry) -> Entry,
+    ) -> Result<()> {
+        loop {
+            self.entry_of(at)?;
+            let mut tables = write(&self.tables);
+            let Some(place) = tables.place(at)? else {
+                return Err(Error::corrupt("an L2 table went away during a write"));
+            };
+            // It may have been evicted since it was loaded.
+            let Some(old) = tables.entry(place) else { continue };
+            let new = change(old);
+            if new != old {
+                tables.set_entry(place, new);
+                self.free_replaced(old, new, what);
+            }
+            return Ok(());
+        }
+    }
+
+    fn free_replaced(&self, old: Entry, new: Entry, what: Lost) {
+        let cluster = self.shape.cluster;
+        if old.is_compressed() {
+            let (host, len) = self.shape.compressed(old.descriptor);
+            let first = cluster.floor(host.0);
+            let clusters = cluster.count(host.0 + len - first);
+            self.free_later(Freed { host: HostOffset(first), clusters, what: Lost::Data });
+        } else if let Some(host) = old.host().filter(|h| new.host() != Some(*h)) {
+            self.free_later(Freed { host, clusters: 1, what });
+        }
+    }
+}
+
+impl Allocation for Reservation<'_> {
+    fn start(&self) -> GuestOffset {
+        self.start
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn reads_zero(&self) -> bool {
+        self.zeroed
+    }
+
+    fn write(&self, skip: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        if skip.checked_add(total(bufs)).is_none_or(|end| end > self.len) {
+            return Err(Error::invalid("a write past what was reserved for it"));
+        }
+        self.image.write_data(self.host + skip, bufs)
+    }
+
+    fn commit(mut self: Box<Self>) -> Result<()> {
+        let image = self.image;
+        let (shape, cluster) = (image.shape, image.shape.cluster);
+        let end = self.start.0 + self.len;
+        let mut pos = self.start.0;
+        while pos < end {
+            let base = cluster.floor(pos);
+            let next = (base + cluster.bytes()).min(end);
+            // The disk's last cluster may be cut short: the rest of it is the guest's as well.
+            let to = if next == image.size() { cluster.bytes() } else { next - base };
+            let host = HostOffset(cluster.floor(self.host.0 + (pos - self.start.0)));
+            image.change_entry(GuestOffset(base), Lost::Data, |old| {
+                shape.with_data(old, host, pos - base, to)
+            })?;
+            pos = next;
+        }
+        self.owned = None;
+        Ok(())
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        if let Some(run) = self.owned.take() {
+            // If it fails, the clusters are leaked, which check mends.
+            let _ = lock(&self.image.refcounts).release(run.host, run.clusters);
+        }
+    }
+}

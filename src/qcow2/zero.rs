@@ -1,0 +1,124 @@
+//! Zeroing and discarding whole clusters and subclusters: changes of the mapping without data.
+//!
+//! Specification: qcow2, "Cluster mapping" (the zero flag) and "Extended L2 Entries".
+
+use super::entry::{Entry, Kind};
+use super::image::{Image, Lost, read};
+use crate::addr::GuestOffset;
+use crate::error::{Error, Result};
+
+/// What becomes of a piece of the disk that loses its data.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum After {
+    /// Zeroes; the host cluster stays where `keep`.
+    Zero { keep: bool },
+    /// Zeroes if it held anything, or if a lower layer could show through.
+    Discarded,
+    /// Whatever the layer below holds.
+    Exposed,
+}
+
+impl Image {
+    /// See [`crate::image::Image::zero`].
+    pub(super) fn zero_range(&self, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
+        if self.shape.version < 3 {
+            if !self.has_backing() && unmap {
+                return self.clear_range(at, len, After::Exposed);
+            }
+            return Err(Error::unsupported("version 2 images have no zero clusters"));
+        }
+        self.clear_range(at, len, After::Zero { keep: !unmap })
+    }
+
+    /// See [`crate::image::Image::discard`].
+    pub(super) fn discard_range(&self, at: GuestOffset, len: u64, expose: bool) -> Result<()> {
+        if self.shape.version < 3 && self.has_backing() && !expose {
+            return Ok(());
+        }
+        let plain = expose || self.shape.version < 3;
+        self.clear_range(at, len, if plain { After::Exposed } else { After::Discarded })
+    }
+
+    fn has_backing(&self) -> bool {
+        crate::image::Image::backing(self).is_some()
+    }
+
+    fn clear_range(&self, at: GuestOffset, len: u64, after: After) -> Result<()> {
+        let unit = self.shape.granularity();
+        let size = crate::image::Image::size(self);
+        let end = at.checked_add(len).map_or(u64::MAX, |e| e.0).min(size);
+        if !unit.aligned(at.0) || !(unit.aligned(end) || end == size) {
+            return Err(Error::invalid("only whole clusters are zeroed or discarded"));
+        }
+        let cluster = self.shape.cluster;
+        let leaves_holes = match after {
+            After::Zero { .. } | After::Discarded => !self.has_backing(),
+            After::Exposed => true,
+        };
+        let mut pos = at.0;
+        while pos < end {
+            if leaves_holes {
+                let hole = self.hole(GuestOffset(pos), end - pos)?;
+                if hole > 0 {
+                    pos += hole;
+                    continue;
+                }
+            }
+            let base = cluster.floor(pos);
+            let next = (base + cluster.bytes()).min(end);
+            let to = if next == size { cluster.bytes() } else { next - base };
+            self.clear_cluster(GuestOffset(base), pos - base, to, after)?;
+            pos = next;
+        }
+        Ok(())
+    }
+
+    /// How far no L2 table exists from `pos` on.
+    fn hole(&self, pos: GuestOffset, len: u64) -> Result<u64> {
+        let tables = read(&self.tables);
+        Ok(if tables.table(pos)?.is_none() { tables.unmapped(pos, len) } else { 0 })
+    }
+
+    fn clear_cluster(&self, at: GuestOffset, from: u64, to: u64, after: After) -> Result<()> {
+        self.relieve()?;
+        if let Some((_, old)) = self.load_entry(at)? {
+            // Nothing to change: the table need not become this image's own.
+            if self.cleared(old, from, to, after)? == old {
+                return Ok(());
+            }
+        }
+        self.ensure_table(at)?;
+        self.change_entry(at, Lost::Discarded, |old| {
+            self.cleared(old, from, to, after).unwrap_or(old)
+        })
+    }
+
+    /// What `old` becomes when `from..to` of its cluster lose their data.
+    fn cleared(&self, old: Entry, from: u64, to: u64, after: After) -> Result<Entry> {
+        let shape = self.shape;
+        let whole = from == 0 && to == shape.cluster.bytes();
+        if old.is_compressed() && !whole {
+            let message = "a part of a compressed cluster is zeroed by writing";
+            return Err(Error::unsupported(message));
+        }
+        let empty = Entry::default();
+        Ok(match after {
+            After::Exposed if whole => empty,
+            After::Exposed if old.host().is_none() && old.bitmap == 0 => old,
+            After::Exposed => shape.without(old, from, to),
+            After::Discarded if whole => {
+                let bare = shape.kind(old, 0)? == Kind::Unallocated && old.bitmap == 0;
+                if bare && old.host().is_none() && !self.has_backing() {
+                    old
+                } else {
+                    shape.with_zero(empty, from, to, false)
+                }
+            }
+            After::Discarded => shape.with_zero(old, from, to, true),
+            After::Zero { keep } => {
+                let keep = keep && old.exclusive() || !whole;
+                shape.with_zero(old, from, to, keep)
+            }
+        })
+    }
+}

@@ -1,0 +1,270 @@
+//! A file or block device on the host.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use nix::sys::uio::{preadv, pwritev};
+use nix::unistd::{Whence, lseek};
+
+use super::Storage;
+use super::lock::{self, Access};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The most buffers of one system call (`IOV_MAX`).
+const MAX_BUFS: usize = 1024;
+
+/// An open file, locked as QEMU's file driver locks it.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    path: PathBuf,
+    device: bool,
+}
+
+/// How to open a file.
+#[derive(Debug, Clone, Copy)]
+pub struct FileOptions {
+    /// What the opener does, and suffers others to do, while it is open; `None` takes no lock.
+    pub access: Option<Access>,
+    /// Whether writes are allowed.
+    pub write: bool,
+}
+
+impl FileStorage {
+    /// Opens a regular file or a block device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] names the process that holds a conflicting lock;
+    /// [`ErrorKind::Unsupported`] for anything that is neither file nor block device.
+    pub fn open(path: &Path, options: FileOptions) -> Result<FileStorage> {
+        // Nonblocking: opening a FIFO that an image names must not hang.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(options.write)
+            .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits())
+            .open(path)
+            .map_err(|e| Error::io("could not be opened", e).at_path(path))?;
+        FileStorage::from_file(file, path, options)
+    }
+
+    /// Makes a new empty file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] where something has that name already.
+    pub fn create(path: &Path) -> Result<FileStorage> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .map_err(|e| Error::io("could not be created", e).at_path(path))?;
+        FileStorage::from_file(file, path, FileOptions { access: Some(Access::Write), write: true })
+    }
+
+    fn from_file(file: File, path: &Path, options: FileOptions) -> Result<FileStorage> {
+        let meta =
+            file.metadata().map_err(|e| Error::io("could not be examined", e).at_path(path))?;
+        let device = meta.file_type().is_block_device();
+        if !device && !meta.is_file() {
+            let message = "is neither a regular file nor a block device";
+            return Err(Error::unsupported(message).at_path(path));
+        }
+        if let Some(access) = options.access {
+            lock::acquire(&file, access).map_err(|e| e.at_path(path))?;
+        }
+        Ok(FileStorage { file, path: path.to_path_buf(), device })
+    }
+
+    /// The name it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode number: the same file under any name.
+    pub fn identity(&self) -> Result<(u64, u64)> {
+        let meta = self.file.metadata().map_err(|e| self.error("examined", e))?;
+        Ok((meta.dev(), meta.ino()))
+    }
+
+    /// The open file, for calls that need the descriptor.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn error(&self, doing: &str, source: io::Error) -> Error {
+        Error::io(format!("could not be {doing}"), source).at_path(&self.path)
+    }
+
+    /// Calls fallocate; `false` where the host does not support that mode here.
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> Result<bool> {
+        let (offset, len) = (signed(offset)?, signed(len)?);
+        loop {
+            match fallocate(self.file.as_fd(), flags, offset, len) {
+                Ok(()) => return Ok(true),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EOPNOTSUPP | Errno::ENODEV | Errno::EINVAL | Errno::ENOSYS) => {
+                    return Ok(false);
+                }
+                Err(errno) => {
+                    return Err(self.error("changed", errno.into()).at_offset(offset as u64));
+                }
+            }
+        }
+    }
+
+    fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> Result<()> {
+        let zeroes = vec![0; len.min(1 << 20) as usize];
+        while len > 0 {
+            let n = len.min(zeroes.len() as u64);
+            self.write_at(offset, &[IoSlice::new(&zeroes[..n as usize])])?;
+            (offset, len) = (offset + n, len - n);
+        }
+        Ok(())
+    }
+
+    fn seek(&self, offset: u64, whence: Whence) -> Result<Option<u64>> {
+        match lseek(self.file.as_fd(), signed(offset)?, whence) {
+            Ok(at) => Ok(Some(at as u64)),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(self.error("searched for holes", errno.into())),
+        }
+    }
+}
+
+fn signed(offset: u64) -> Result<i64> {
+    i64::try_from(offset)
+        .map_err(|_| Error::invalid("a file offset is past 2^63 bytes").at_offset(offset))
+}
+
+impl Storage for FileStorage {
+    fn len(&self) -> Result<u64> {
+        if self.device {
+            let end = self.seek(0, Whence::SeekEnd)?;
+            return end.ok_or_else(|| Error::unsupported("has no size").at_path(&self.path));
+        }
+        Ok(self.file.metadata().map_err(|e| self.error("examined", e))?.len())
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        if self.device {
+            if len <= self.len()? {
+                return Ok(());
+            }
+            let message = "is a device and cannot grow";
+            return Err(Error::new(ErrorKind::NoSpace, message).at_path(&self.path));
+        }
+        self.file.set_len(len).map_err(|e| self.error("resized", e))
+    }
+
+    fn read_at(&self, mut offset: u64, mut bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        IoSliceMut::advance_slices(&mut bufs, 0);
+        while !bufs.is_empty() {
+            let count = bufs.len().min(MAX_BUFS);
+            match preadv(self.file.as_fd(), &mut bufs[..count], signed(offset)?) {
+                Ok(0) => {
+                    let end = io::Error::from(io::ErrorKind::UnexpectedEof);
+                    return Err(self.error("read: it ends too early", end).at_offset(offset));
+                }
+                Ok(n) => {
+                    IoSliceMut::advance_slices(&mut bufs, n);
+                    offset += n as u64;
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(self.error("read", errno.into()).at_offset(offset)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, mut offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        let mut bufs = bufs.to_vec();
+        let mut bufs = &mut bufs[..];
+        IoSlice::advance_slices(&mut bufs, 0);
+        while !bufs.is_empty() {
+            let count = bufs.len().min(MAX_BUFS);
+            match pwritev(self.file.as_fd(), &bufs[..count], signed(offset)?) {
+                Ok(0) => {
+                    let full = io::Error::from(io::ErrorKind::WriteZero);
+                    return Err(self.error("written", full).at_offset(offset));
+                }
+                Ok(n) => {
+                    IoSlice::advance_slices(&mut bufs, n);
+                    offset += n as u64;
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(self.error("written", errno.into()).at_offset(offset)),
+            }
+        }
+        Ok(())
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        let len = len.min(self.len()?.saturating_sub(offset));
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        if len == 0 || self.fallocate(flags, offset, len)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        if len == 0 || self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(offset, len)
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| self.error("synced", e))
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        let len = self.len()?;
+        if offset >= len || self.device {
+            return Ok((offset < len).then_some((offset, len)));
+        }
+        let Some(start) = self.seek(offset, Whence::SeekData)? else { return Ok(None) };
+        Ok(Some((start, self.seek(start, Whence::SeekHole)?.unwrap_or(len))))
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        Ok(self.file.metadata().map_err(|e| self.error("examined", e))?.blocks() * 512)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_zeroes_and_short_reads_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = FileStorage::create(&dir.path().join("f")).unwrap();
+        let storage: &dyn Storage = &file;
+        storage.write_all_at(1 << 20, &[7; 4096]).unwrap();
+        assert_eq!(storage.next_data(0).unwrap(), Some((1 << 20, (1 << 20) + 4096)));
+        storage.punch_hole(1 << 20, 2048).unwrap();
+        let mut buf = [1; 4096];
+        storage.read_exact_at(1 << 20, &mut buf).unwrap();
+        assert!(buf[..2048].iter().all(|b| *b == 0) && buf[2048..].iter().all(|b| *b == 7));
+        assert!(storage.read_exact_at((1 << 20) + 1, &mut buf).is_err(), "reaches past the end");
+        assert_eq!(
+            FileStorage::create(&dir.path().join("f")).unwrap_err().kind(),
+            ErrorKind::Exists
+        );
+    }
+
+    #[test]
+    fn a_fifo_is_refused_and_does_not_hang() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let options = FileOptions { access: None, write: false };
+        assert_eq!(FileStorage::open(&path, options).unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+}
