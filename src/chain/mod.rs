@@ -2,6 +2,7 @@
 //!
 //! Only [`open`] names concrete formats. Nothing here sees an L2 entry or a refcount.
 
+mod create;
 mod device;
 mod flat;
 mod gate;
@@ -16,6 +17,7 @@ use crate::error::Result;
 use crate::image::{Image, Mapping};
 use crate::storage::FileStorage;
 
+pub use create::{create, create_raw, ephemeral};
 pub use gate::{Format, MAX_DEPTH};
 pub use open::{OpenOptions, open, open_image, probe};
 

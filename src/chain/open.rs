@@ -1,6 +1,6 @@
 //! Opening by name: the only place that names concrete formats.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use super::gate::{self, Format, Gate};
@@ -169,9 +169,4 @@ fn check_unchanged(
         ),
     )
     .at_path(parent))
-}
-
-/// The path of a layer's parent, where it has one.
-pub fn parent_path(layer: &Path, identity: &Identity) -> Result<Option<PathBuf>> {
-    identity.backing.as_ref().map(|b| gate::resolve(layer, &b.name)).transpose()
 }

@@ -2,6 +2,11 @@
 //!
 //! Only this room prints, exits and parses arguments.
 
+mod bytes;
+mod create;
+mod disk;
+mod size;
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -15,7 +20,11 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Verb {}
+enum Verb {
+    Create(create::Args),
+    Read(bytes::ReadArgs),
+    Write(bytes::WriteArgs),
+}
 
 /// Exit status of a command that failed.
 const FAILED: u8 = 1;
@@ -33,7 +42,11 @@ pub fn run() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let result: vdisk::Result<u8> = match cli.verb {};
+    let result = match &cli.verb {
+        Verb::Create(args) => create::run(args),
+        Verb::Read(args) => bytes::read(args),
+        Verb::Write(args) => bytes::write(args),
+    };
     result.map_or_else(
         |error| {
             eprintln!("vdisk: {error}");

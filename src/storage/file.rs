@@ -66,7 +66,7 @@ impl FileStorage {
         FileStorage::from_file(file, path, FileOptions { access: Some(Access::Write), write: true })
     }
 
-    fn from_file(file: File, path: &Path, options: FileOptions) -> Result<FileStorage> {
+    pub(super) fn from_file(file: File, path: &Path, options: FileOptions) -> Result<FileStorage> {
         let meta =
             file.metadata().map_err(|e| Error::io("could not be examined", e).at_path(path))?;
         let device = meta.file_type().is_block_device();
@@ -78,6 +78,17 @@ impl FileStorage {
             lock::acquire(&file, access).map_err(|e| e.at_path(path))?;
         }
         Ok(FileStorage { file, path: path.to_path_buf(), device })
+    }
+
+    /// Makes a file without a name in `dir`; it is gone when it is closed.
+    pub fn temporary(dir: &Path) -> Result<FileStorage> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlag::O_TMPFILE.bits())
+            .open(dir)
+            .map_err(|e| Error::io("a temporary file could not be made here", e).at_path(dir))?;
+        FileStorage::from_file(file, dir, FileOptions { access: None, write: true })
     }
 
     /// The name it was opened by.
@@ -117,7 +128,8 @@ impl FileStorage {
         }
     }
 
-    fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> Result<()> {
+    /// Writes zeroes as data.
+    pub fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> Result<()> {
         let zeroes = vec![0; len.min(1 << 20) as usize];
         while len > 0 {
             let n = len.min(zeroes.len() as u64);

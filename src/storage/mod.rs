@@ -2,6 +2,7 @@
 //!
 //! This room knows no image format, no guest and no chain.
 
+pub mod draft;
 mod file;
 mod lend;
 mod lock;
@@ -12,6 +13,7 @@ use std::io::{IoSlice, IoSliceMut};
 
 use crate::error::Result;
 
+pub use draft::Draft;
 pub use file::{FileOptions, FileStorage};
 pub use lend::{lend, lend_mut};
 pub use lock::{Access, Holder, holders};

@@ -1,0 +1,50 @@
+//! Opening the disks that the user names.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use vdisk::chain::{self, Chain, Format, OpenOptions};
+use vdisk::{Error, ErrorKind, Result};
+
+/// What a command does with a disk.
+#[derive(Debug, Clone, Default)]
+pub struct Use<'a> {
+    /// Writes to it.
+    pub write: bool,
+    /// Writes, but into a delta that is thrown away.
+    pub ephemeral: bool,
+    /// Looks at this snapshot, not at the disk as it is now.
+    pub snapshot: Option<&'a str>,
+    /// The format, where the user says it.
+    pub format: Option<Format>,
+}
+
+impl Use<'_> {
+    /// Only reads.
+    pub fn reading() -> Use<'static> {
+        Use::default()
+    }
+
+    /// Reads and writes.
+    pub fn writing() -> Use<'static> {
+        Use { write: true, ..Use::default() }
+    }
+}
+
+/// Opens a disk for a command.
+pub fn open(path: &Path, using: &Use<'_>) -> Result<Arc<Chain>> {
+    if using.snapshot.is_some() && using.write && !using.ephemeral {
+        let message = "a snapshot is looked at with --read-only or --ephemeral";
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    let options = OpenOptions {
+        read_only: !using.write || using.ephemeral,
+        format: using.format,
+        ..OpenOptions::default()
+    };
+    let chain = match using.snapshot {
+        Some(_) => return Err(Error::unsupported("snapshots are not looked at yet").at_path(path)),
+        None => chain::open(path, &options)?,
+    };
+    Ok(Arc::new(if using.ephemeral { chain::ephemeral(chain, options.cache)? } else { chain }))
+}

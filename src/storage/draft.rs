@@ -1,0 +1,159 @@
+//! A file that gets its name only when it is whole.
+//!
+//! Until then it has no name at all, so that a process that is killed leaves nothing behind. Where
+//! the file system cannot make nameless files, it has a hidden name that ends in `.draft`.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
+use nix::unistd::linkat;
+
+use super::{Access, FileOptions, FileStorage, Storage};
+use crate::error::{Error, Result};
+
+/// A file on its way to a name.
+pub struct Draft {
+    storage: Arc<FileStorage>,
+    target: PathBuf,
+    /// The hidden name, where it has one.
+    hidden: Option<PathBuf>,
+}
+
+impl Draft {
+    /// Begins a file that will stand at `target`, in the same directory, empty, open and locked for
+    /// writing.
+    pub fn new(target: &Path) -> Result<Draft> {
+        let nameless = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlag::O_TMPFILE.bits())
+            .mode(0o644)
+            .open(directory(target));
+        let options = FileOptions { access: Some(Access::Write), write: true };
+        let (storage, hidden) = match nameless {
+            Ok(file) => (FileStorage::from_file(file, target, options)?, None),
+            Err(_) => {
+                let name = hidden_name(target);
+                (FileStorage::create(&name)?, Some(name))
+            }
+        };
+        Ok(Draft { storage: Arc::new(storage), target: target.to_path_buf(), hidden })
+    }
+
+    /// The file's bytes.
+    pub fn storage(&self) -> &Arc<FileStorage> {
+        &self.storage
+    }
+
+    /// Gives the file its name, which nothing has yet, durably.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`](crate::ErrorKind::Exists) where something has the name: it stays.
+    pub fn publish(mut self) -> Result<()> {
+        self.storage.sync()?;
+        let target = self.target.clone();
+        self.link(&target)?;
+        if let Some(hidden) = self.hidden.take() {
+            remove(&hidden)?;
+        }
+        sync_directory(&target)
+    }
+
+    /// Gives the file the name of one that is there, which it replaces in one step, durably.
+    pub fn replace(mut self) -> Result<()> {
+        self.storage.sync()?;
+        if self.hidden.is_none() {
+            let name = hidden_name(&self.target);
+            self.link(&name)?;
+            self.hidden = Some(name);
+        }
+        if let Some(hidden) = &self.hidden {
+            rename(hidden, &self.target)?;
+        }
+        self.hidden = None;
+        sync_directory(&self.target)
+    }
+
+    fn link(&self, name: &Path) -> Result<()> {
+        let open = format!("/proc/self/fd/{}", self.storage.file().as_raw_fd());
+        let from = self.hidden.as_deref().unwrap_or(Path::new(&open));
+        linkat(AT_FDCWD, from, AT_FDCWD, name, AtFlags::AT_SYMLINK_FOLLOW)
+            .map_err(|e| Error::io("could not be created", e.into()).at_path(name))
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if let Some(hidden) = &self.hidden {
+            // A leftover is only space, and its name says what it is.
+            let _ = fs::remove_file(hidden);
+        }
+    }
+}
+
+/// A name beside `target` that nobody else uses.
+fn hidden_name(target: &Path) -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    target.with_file_name(format!(".{name}.{}-{number}.draft", std::process::id()))
+}
+
+/// The directory that holds `path`.
+pub fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Makes the names in the directory of `path` durable.
+pub fn sync_directory(path: &Path) -> Result<()> {
+    let dir = directory(path);
+    File::open(dir)
+        .and_then(|d| d.sync_all())
+        .map_err(|e| Error::io("could not be synced", e).at_path(dir))
+}
+
+/// Renames a file over another, not yet durably.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(|e| Error::io("could not be renamed", e).at_path(from))
+}
+
+/// Gives a file a second name, not yet durably.
+pub fn link(from: &Path, to: &Path) -> Result<()> {
+    fs::hard_link(from, to).map_err(|e| Error::io("could not be linked", e).at_path(to))
+}
+
+/// Takes a name away from a file, not yet durably.
+pub fn remove(path: &Path) -> Result<()> {
+    fs::remove_file(path).map_err(|e| Error::io("could not be removed", e).at_path(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn a_draft_leaves_nothing_until_it_is_published() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let names = || fs::read_dir(dir.path()).unwrap().count();
+        drop(Draft::new(&path).unwrap());
+        assert_eq!(names(), 0);
+        let draft = Draft::new(&path).unwrap();
+        draft.storage().write_all_at(0, b"one").unwrap();
+        draft.publish().unwrap();
+        assert_eq!(Draft::new(&path).unwrap().publish().unwrap_err().kind(), ErrorKind::Exists);
+        let draft = Draft::new(&path).unwrap();
+        draft.storage().write_all_at(0, b"two").unwrap();
+        draft.replace().unwrap();
+        assert_eq!((fs::read(&path).unwrap(), names()), (b"two".to_vec(), 1));
+    }
+}
