@@ -80,7 +80,11 @@ impl Groups {
     /// so that the limits around it go on to hold. Leaves nothing behind when it fails.
     pub(super) fn create(limits: &Limits, name: &str) -> Result<Groups> {
         let mut groups = Groups::default();
-        let made = groups.make(limits, name);
+        let settings = limits.settings();
+        if settings.is_empty() {
+            return Ok(groups);
+        }
+        let made = Host::read().and_then(|host| groups.make(&host, settings, name));
         if made.is_err() {
             groups.remove();
         }
@@ -92,12 +96,7 @@ impl Groups {
         &self.dirs
     }
 
-    fn make(&mut self, limits: &Limits, name: &str) -> Result<()> {
-        let settings = limits.settings();
-        if settings.is_empty() {
-            return Ok(());
-        }
-        let host = Host::read()?;
+    fn make(&mut self, host: &Host, settings: Vec<Setting>, name: &str) -> Result<()> {
         // A process is in one v2 group: it has to offer all that v1 does not.
         let in_v1 = |s: &Setting| host.v1_parent(s.controller).is_some();
         let wanted: Vec<_> = settings.iter().filter(|s| !in_v1(s)).map(|s| s.controller).collect();
@@ -279,6 +278,30 @@ mod tests {
         let error = hybrid().v2_parent(&["pids"]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains("pids"), "{error}");
+    }
+
+    #[test]
+    fn a_v2_group_is_made_at_the_nearest_place_that_offers_all_controllers() {
+        let top = tempfile::tempdir().unwrap();
+        let (slice, scope) = (top.path().join("user"), top.path().join("user/scope"));
+        fs::create_dir_all(&scope).unwrap();
+        fs::write(slice.join("cgroup.subtree_control"), "cpu memory pids\n").unwrap();
+        fs::write(scope.join("cgroup.subtree_control"), "memory\n").unwrap();
+        let host = Host {
+            mounts: vec![Entry {
+                root: "/".into(),
+                point: top.path().into(),
+                kind: "cgroup2".into(),
+                options: "rw".into(),
+            }],
+            membership: "0::/user/scope\n".to_owned(),
+        };
+        let limits = Limits { memory: Some(1 << 20), pids: Some(9), ..Limits::default() };
+        let mut groups = Groups::default();
+        groups.make(&host, limits.settings(), "box").unwrap();
+        assert_eq!(groups.dirs(), [slice.join("box-0")]);
+        let read = |file: &str| fs::read_to_string(slice.join("box-0").join(file)).unwrap();
+        assert_eq!((read("memory.max"), read("pids.max")), ("1048576".into(), "9".into()));
     }
 
     #[test]
