@@ -5,6 +5,7 @@
 mod bytes;
 mod create;
 mod disk;
+mod run;
 mod size;
 
 use std::process::ExitCode;
@@ -24,6 +25,9 @@ enum Verb {
     Create(create::Args),
     Read(bytes::ReadArgs),
     Write(bytes::WriteArgs),
+    Run(run::Args),
+    #[command(name = vdisk::container::STAGE, hide = true)]
+    ContainerStage(run::Stage),
 }
 
 /// Exit status of a command that failed.
@@ -46,6 +50,8 @@ pub fn run() -> ExitCode {
         Verb::Create(args) => create::run(args),
         Verb::Read(args) => bytes::read(args),
         Verb::Write(args) => bytes::write(args),
+        Verb::Run(args) => run::run(args),
+        Verb::ContainerStage(args) => run::stage(args),
     };
     result.map_or_else(
         |error| {

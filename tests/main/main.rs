@@ -11,4 +11,5 @@ mod host;
 #[allow(dead_code, reason = "the themes grow into it")]
 mod require;
 
+mod container;
 mod usage;
