@@ -4,7 +4,7 @@
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::kvm_error;
@@ -33,6 +33,9 @@ const CR0_NUMERIC_ERROR: u64 = 1 << 5;
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
+
+const ECX_TSC_DEADLINE: u32 = 1 << 24;
+const ECX_HYPERVISOR: u32 = 1 << 31;
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_FAST_STRINGS: u64 = 1;
@@ -75,14 +78,22 @@ pub fn prepare(
 }
 
 /// All that KVM can give a guest on this host, for the one processor with APIC id 0.
+///
+/// What KVM does by itself it does not count among the processor's features: it is added here.
 fn cpuid(kvm: &Kvm) -> Result<CpuId> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|e| kvm_error("ask for supported CPUID", e))?;
     for entry in cpuid.as_mut_slice() {
         match entry.function {
-            // Initial APIC id, and one logical processor.
-            1 => entry.ebx = entry.ebx & 0xffff | 1 << 16,
+            // Initial APIC id, one logical processor; a hypervisor is there.
+            1 => {
+                entry.ebx = entry.ebx & 0xffff | 1 << 16;
+                entry.ecx |= ECX_HYPERVISOR;
+                if kvm.check_extension(Cap::TscDeadlineTimer) {
+                    entry.ecx |= ECX_TSC_DEADLINE;
+                }
+            }
             // Topology leaves: the x2APIC id.
             0xb | 0x1f => entry.edx = 0,
             _ => {}

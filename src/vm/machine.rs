@@ -133,8 +133,8 @@ fn map_memory(vm: &VmFd, memory: &Memory) -> Result<()> {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the region is mapped for as long as `Parts` lives, which outlives the virtual
-        // machine: `Machine` drops it later. Regions do not overlap.
+        // SAFETY: the region is mapped for as long as `Parts` lives, and `Machine` keeps that until
+        // the processor has stopped and the virtual machine is gone. Regions do not overlap.
         unsafe { vm.set_user_memory_region(region) }
             .map_err(|e| kvm_error("map the guest's memory", e))?;
     }
