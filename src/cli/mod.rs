@@ -2,6 +2,7 @@
 //!
 //! Only this room prints, exits and parses arguments.
 
+mod boot;
 mod bytes;
 mod create;
 mod disk;
@@ -22,6 +23,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    Boot(boot::Args),
     Create(create::Args),
     Read(bytes::ReadArgs),
     Write(bytes::WriteArgs),
@@ -47,6 +49,7 @@ pub fn run() -> ExitCode {
         }
     };
     let result = match &cli.verb {
+        Verb::Boot(args) => boot::run(args),
         Verb::Create(args) => create::run(args),
         Verb::Read(args) => bytes::read(args),
         Verb::Write(args) => bytes::write(args),

@@ -11,5 +11,6 @@ mod host;
 #[allow(dead_code, reason = "the themes grow into it")]
 mod require;
 
+mod boot;
 mod container;
 mod usage;

@@ -1,0 +1,139 @@
+//! `vdisk boot`: a disk as a KVM microVM, its serial console on the terminal.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args as ClapArgs;
+use nix::sys::signal::{SigSet, Signal};
+use vdisk::vm::{Config, Control, Disk, Ended, Guest, MAX_DISKS, Streams};
+use vdisk::{Error, ErrorKind, Result};
+
+use super::disk::{self, Use};
+use super::size;
+
+/// What every guest's kernel is told, before the disks and `--append`: later words win.
+const COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+/// Boot a disk as a KVM microVM with its serial console on the terminal.
+///
+/// The guest powers off by a reset (Linux: `reboot`, or a panic). On a terminal, Ctrl-A x ends it at
+/// once, and Ctrl-A Ctrl-A types a Ctrl-A. When the command ends, all that the guest wrote is
+/// durable. Exit status: 0 when the guest reset itself or was ended, 1 when it crashed.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The first disk: /dev/vda in a Linux guest.
+    disk: PathBuf,
+    /// Another disk: /dev/vdb and so on.
+    #[arg(long = "disk", value_name = "MORE")]
+    more: Vec<PathBuf>,
+    /// The kernel: an x86-64 ELF or bzImage file.
+    #[arg(long, value_name = "K")]
+    kernel: Option<PathBuf>,
+    /// An initial RAM disk.
+    #[arg(long, value_name = "I")]
+    initrd: Option<PathBuf>,
+    /// More words for the kernel's command line; they win over those that vdisk puts there.
+    #[arg(long, value_name = "ARGS", default_value = "", allow_hyphen_values = true)]
+    append: String,
+    /// Number of processors.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// Memory.
+    #[arg(long, value_name = "M", value_parser = size::parse, default_value = "512M")]
+    memory: u64,
+    /// Open the disks for reading only.
+    #[arg(long)]
+    read_only: bool,
+    /// Put all writes into throw-away deltas.
+    #[arg(long, conflicts_with = "read_only")]
+    ephemeral: bool,
+}
+
+/// Runs the guest to its end.
+pub fn run(args: &Args) -> Result<u8> {
+    let Some(kernel) = args.kernel.clone() else {
+        return Err(Error::unsupported(
+            "no kernel to boot: pass one with --kernel (and the matching --initrd), for example \
+             the /boot/vmlinuz of the system in the disk",
+        ));
+    };
+    if args.cpus != 1 {
+        return Err(Error::unsupported(format!(
+            "a guest has one processor in this version: --cpus {} is not possible",
+            args.cpus
+        )));
+    }
+    // Before any thread is started, so that the signals reach the one that waits for them.
+    let signals = hold_signals()?;
+    let disks = open_disks(args)?;
+    let guest = Guest::new(Config {
+        kernel,
+        initrd: args.initrd.clone(),
+        command_line: command_line(args),
+        memory: args.memory,
+        disks,
+        console: streams()?,
+    })?;
+    end_on(signals, guest.control())?;
+    match guest.run()? {
+        Ended::Reset => Ok(0),
+        Ended::Stopped => {
+            eprintln!("vdisk: the guest was ended; all it wrote is on its disks");
+            Ok(0)
+        }
+        Ended::TripleFault => {
+            Err(Error::new(ErrorKind::Io, "the guest crashed: its processor met a triple fault"))
+        }
+    }
+}
+
+fn command_line(args: &Args) -> String {
+    let access = if args.read_only { "ro" } else { "rw" };
+    format!("{COMMAND_LINE} root=/dev/vda {access} {}", args.append)
+}
+
+fn streams() -> Result<Streams> {
+    let failed = |e| Error::io("cannot use the terminal", e);
+    Ok(Streams {
+        input: std::io::stdin().as_fd().try_clone_to_owned().map_err(failed)?,
+        output: std::io::stdout().as_fd().try_clone_to_owned().map_err(failed)?,
+    })
+}
+
+fn open_disks(args: &Args) -> Result<Vec<Disk>> {
+    if args.more.len() >= MAX_DISKS {
+        return Err(Error::unsupported(format!("a guest can have {MAX_DISKS} disks at most")));
+    }
+    let using = Use { write: !args.read_only, ephemeral: args.ephemeral, ..Use::default() };
+    std::iter::once(&args.disk)
+        .chain(&args.more)
+        .map(|path| {
+            let name = path.file_name().unwrap_or(path.as_os_str());
+            Ok(Disk { device: disk::open(path, &using)?, id: name.to_string_lossy().into_owned() })
+        })
+        .collect()
+}
+
+/// Signals that end the guest, held back for [`end_on`].
+fn hold_signals() -> Result<SigSet> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block()?;
+    Ok(set)
+}
+
+/// Ends the guest in good order when one of these signals comes.
+fn end_on(signals: SigSet, control: Arc<Control>) -> Result<()> {
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            if signals.wait().is_ok() {
+                control.end(Ok(Ended::Stopped));
+            }
+        })
+        .map_err(|e| Error::io("cannot wait for signals", e))?;
+    Ok(())
+}

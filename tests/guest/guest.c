@@ -1,0 +1,489 @@
+/*
+ * A guest for tests: it boots as Linux does (64-bit boot protocol), finds its disk on the kernel
+ * command line, drives it by virtio 1.2 over MMIO, and says on the serial port what it found.
+ *
+ * What it does is chosen by "test=NAME" on the command line. Every line it prints is either a
+ * "name: value" that the host compares, or "FAIL ..." and the end.
+ */
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+
+#define SERIAL 0x3f8
+#define SECTOR 512
+
+__asm__(".section .text.start\n"
+	".globl start\n"
+	"start:\n"
+	"	cli\n"
+	"	lea stack_end(%rip), %rsp\n"
+	"	mov %rsi, %rdi\n"
+	"	call guest\n"
+	"1:	hlt\n"
+	"	jmp 1b\n"
+	".bss\n"
+	".balign 16\n"
+	".skip 16384\n"
+	"stack_end:\n"
+	".text\n");
+
+static void outb(u16 port, u8 value)
+{
+	__asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static u8 inb(u16 port)
+{
+	u8 value;
+	__asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
+void *memset(void *to, int byte, u64 len)
+{
+	void *start = to;
+	__asm__ volatile("rep stosb" : "+D"(to), "+c"(len) : "a"(byte) : "memory");
+	return start;
+}
+
+/* ---- what the host reads ---- */
+
+static void print(const char *text)
+{
+	for (; *text; text++) {
+		while (!(inb(SERIAL + 5) & 0x20))
+			;
+		outb(SERIAL, *text);
+	}
+}
+
+static void print_number(u64 number)
+{
+	char digits[21];
+	char *at = digits + 20;
+	*at = 0;
+	do
+		*--at = '0' + number % 10;
+	while (number /= 10);
+	print(at);
+}
+
+static void say(const char *name, u64 value)
+{
+	print(name);
+	print(": ");
+	print_number(value);
+	print("\n");
+}
+
+static void power_off(void)
+{
+	outb(0x64, 0xfe);
+	for (;;)
+		__asm__ volatile("hlt");
+}
+
+static void fail(const char *what)
+{
+	print("FAIL ");
+	print(what);
+	print("\n");
+	power_off();
+}
+
+static void expect(int holds, const char *what)
+{
+	if (!holds)
+		fail(what);
+}
+
+/* ---- the command line ---- */
+
+static const char *after(const char *text, const char *word)
+{
+	for (; *text; text++) {
+		const char *a = text, *b = word;
+		while (*b && *a == *b)
+			a++, b++;
+		if (!*b)
+			return a;
+	}
+	return 0;
+}
+
+static u64 number(const char **text)
+{
+	u64 value = 0, base = 10;
+	const char *at = *text;
+	if (at[0] == '0' && at[1] == 'x')
+		base = 16, at += 2;
+	for (;; at++) {
+		u64 digit;
+		if (*at >= '0' && *at <= '9')
+			digit = *at - '0';
+		else if (base == 16 && *at >= 'a' && *at <= 'f')
+			digit = *at - 'a' + 10;
+		else
+			break;
+		value = value * base + digit;
+	}
+	if (*at == 'K')
+		value <<= 10, at++;
+	*text = at;
+	return value;
+}
+
+static int is_test(const char *line, const char *name)
+{
+	const char *at = after(line, "test=");
+	if (!at)
+		return 0;
+	while (*name && *at == *name)
+		at++, name++;
+	return !*name && (*at == ' ' || !*at);
+}
+
+/* ---- virtio over MMIO ---- */
+
+enum {
+	MAGIC = 0x0, VERSION = 0x4, DEVICE_ID = 0x8, DEVICE_FEATURES = 0x10,
+	DEVICE_FEATURES_SEL = 0x14, DRIVER_FEATURES = 0x20, DRIVER_FEATURES_SEL = 0x24,
+	QUEUE_SEL = 0x30, QUEUE_NUM_MAX = 0x34, QUEUE_NUM = 0x38, QUEUE_READY = 0x44,
+	QUEUE_NOTIFY = 0x50, INTERRUPT_STATUS = 0x60, INTERRUPT_ACK = 0x64, STATUS = 0x70,
+	QUEUE_DESC = 0x80, QUEUE_AVAIL = 0x90, QUEUE_USED = 0xa0, CONFIG = 0x100,
+};
+
+enum { KNOWN = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8, NEEDS_RESET = 64 };
+enum { F_RO = 5, F_FLUSH = 9, F_DISCARD = 13, F_WRITE_ZEROES = 14, F_VERSION_1 = 32 };
+enum { T_IN = 0, T_OUT = 1, T_FLUSH = 4, T_ID = 8, T_DISCARD = 11, T_WRITE_ZEROES = 13 };
+enum { NEXT = 1, WRITE = 2 };
+
+#define QUEUE 8
+#define BUFFER 65536
+
+struct desc { u64 addr; u32 len; u16 flags, next; };
+struct range { u64 sector; u32 count, flags; };
+
+static struct desc desc[QUEUE] __attribute__((aligned(4096)));
+static struct { u16 flags, idx, ring[QUEUE], event; } avail __attribute__((aligned(4096)));
+static volatile struct {
+	u16 flags, idx;
+	struct { u32 id, len; } ring[QUEUE];
+} used __attribute__((aligned(4096)));
+static struct { u32 type, reserved; u64 sector; } header;
+static volatile u8 status;
+static u8 buffer[BUFFER] __attribute__((aligned(4096)));
+static u64 device;
+static u32 irq;
+static u64 offered;
+
+static u32 get(u32 reg)
+{
+	return *(volatile u32 *)(device + reg);
+}
+
+static void set(u32 reg, u32 value)
+{
+	*(volatile u32 *)(device + reg) = value;
+}
+
+static void set_address(u32 reg, volatile void *address)
+{
+	set(reg, (u64)address);
+	set(reg + 4, (u64)address >> 32);
+}
+
+static void add_status(u32 bit)
+{
+	set(STATUS, get(STATUS) | bit);
+}
+
+static void set_up(u64 wanted)
+{
+	expect(get(MAGIC) == 0x74726976 && get(VERSION) == 2, "not a virtio device");
+	expect(get(DEVICE_ID) == 2, "not a block device");
+	set(STATUS, 0);
+	expect(get(STATUS) == 0, "no reset");
+	add_status(KNOWN);
+	add_status(DRIVER);
+	set(DEVICE_FEATURES_SEL, 1);
+	offered = (u64)get(DEVICE_FEATURES) << 32;
+	set(DEVICE_FEATURES_SEL, 0);
+	offered |= get(DEVICE_FEATURES);
+	wanted &= offered;
+	set(DRIVER_FEATURES_SEL, 0);
+	set(DRIVER_FEATURES, wanted);
+	set(DRIVER_FEATURES_SEL, 1);
+	set(DRIVER_FEATURES, wanted >> 32);
+	add_status(FEATURES_OK);
+	if (!(get(STATUS) & FEATURES_OK))
+		return;
+	memset(&avail, 0, sizeof(avail));
+	memset((void *)&used, 0, sizeof(used));
+	set(QUEUE_SEL, 0);
+	expect(get(QUEUE_NUM_MAX) >= QUEUE && !get(QUEUE_READY), "no queue");
+	set(QUEUE_NUM, QUEUE);
+	set_address(QUEUE_DESC, desc);
+	set_address(QUEUE_AVAIL, &avail);
+	set_address(QUEUE_USED, &used);
+	set(QUEUE_READY, 1);
+	expect(get(QUEUE_READY) == 1, "queue not ready");
+	add_status(DRIVER_OK);
+}
+
+static void kick(void)
+{
+	__asm__ volatile("" : : : "memory");
+	avail.ring[avail.idx % QUEUE] = 0;
+	__asm__ volatile("" : : : "memory");
+	avail.idx++;
+	__asm__ volatile("mfence" : : : "memory");
+	set(QUEUE_NOTIFY, 0);
+}
+
+/* One request with its data in two pieces; returns its status. */
+static u8 request(u32 type, u64 sector, u32 len)
+{
+	u16 direction = type == T_IN || type == T_ID ? WRITE : 0;
+	u32 first = len / 2, n = 1;
+	u16 before = used.idx;
+	header.type = type;
+	header.sector = sector;
+	status = 0xee;
+	desc[0] = (struct desc){(u64)&header, 16, NEXT, 1};
+	if (first) {
+		desc[1] = (struct desc){(u64)buffer, first, NEXT | direction, 2};
+		desc[2] = (struct desc){(u64)buffer + first, len - first, NEXT | direction, 3};
+		n = 3;
+	}
+	desc[n] = (struct desc){(u64)&status, 1, WRITE, 0};
+	kick();
+	while (used.idx == before)
+		__asm__ volatile("pause");
+	return status;
+}
+
+static u8 ranged(u32 type, u64 sector, u32 count, u32 flags)
+{
+	*(struct range *)buffer = (struct range){sector, count, flags};
+	return request(type, 0, sizeof(struct range));
+}
+
+static void fill(u8 byte, u32 len)
+{
+	memset(buffer, byte, len);
+}
+
+static int filled(u8 byte, u32 len)
+{
+	for (u32 at = 0; at < len; at++)
+		if (buffer[at] != byte)
+			return 0;
+	return 1;
+}
+
+static int reads_as(u64 sector, u32 sectors, u8 byte)
+{
+	fill(~byte, sectors * SECTOR);
+	return request(T_IN, sector, sectors * SECTOR) == 0 && filled(byte, sectors * SECTOR);
+}
+
+static int writes(u64 sector, u32 sectors, u8 byte)
+{
+	fill(byte, sectors * SECTOR);
+	return request(T_OUT, sector, sectors * SECTOR) == 0;
+}
+
+/* ---- tests ---- */
+
+static const u64 ALL = 1UL << F_VERSION_1 | 1 << F_FLUSH | 1 << F_DISCARD | 1 << F_WRITE_ZEROES |
+		       1 << F_RO;
+
+static u64 capacity(void)
+{
+	return get(CONFIG) | (u64)get(CONFIG + 4) << 32;
+}
+
+/* The interrupt controller latches edges also while they are masked. */
+static void watch_interrupts(void)
+{
+	outb(0x20, 0x11), outb(0xa0, 0x11);
+	outb(0x21, 0x20), outb(0xa1, 0x28);
+	outb(0x21, 0x04), outb(0xa1, 0x02);
+	outb(0x21, 0x01), outb(0xa1, 0x01);
+	outb(0x21, 0xff), outb(0xa1, 0xff);
+}
+
+static int interrupted(void)
+{
+	u16 port = irq < 8 ? 0x20 : 0xa0;
+	outb(port, 0x0a);
+	return inb(port) >> (irq & 7) & 1;
+}
+
+/*
+ * The disk holds 0x11 throughout. Afterwards: sector 3 is 0x22, sectors 1000 to 1127 are 0x33 but
+ * for 1010, which is zero, and 1020, which is zero too; 2048 to 4095 were discarded.
+ */
+static void test_requests(void)
+{
+	watch_interrupts();
+	set_up(ALL);
+	say("sectors", capacity());
+	expect(!interrupted(), "an interrupt before the first request");
+	expect(reads_as(0, 1, 0x11), "first sector");
+	/* The status byte is there before the interrupt is. */
+	while (!interrupted())
+		__asm__ volatile("pause");
+	expect(get(INTERRUPT_STATUS) == 1, "interrupt status");
+	set(INTERRUPT_ACK, 1);
+	expect(reads_as(capacity() - 128, 128, 0x11), "last sectors");
+	expect(writes(3, 1, 0x22) && writes(1000, 128, 0x33), "write");
+	expect(request(T_FLUSH, 0, 0) == 0, "flush");
+	expect(reads_as(3, 1, 0x22) && reads_as(2, 1, 0x11) && reads_as(4, 1, 0x11), "written sector");
+	expect(reads_as(1000, 128, 0x33), "written sectors");
+	expect(ranged(T_WRITE_ZEROES, 1010, 1, 1) == 0, "write zeroes, unmapping");
+	expect(ranged(T_WRITE_ZEROES, 1020, 1, 0) == 0, "write zeroes");
+	expect(reads_as(1010, 1, 0) && reads_as(1020, 1, 0) && reads_as(1011, 9, 0x33), "zeroes");
+	expect(ranged(T_DISCARD, 2048, 2048, 0) == 0, "discard");
+	memset(buffer, 0, 32);
+	expect(request(T_ID, 0, 20) == 0, "get id");
+	print("id: ");
+	print((char *)buffer);
+	print("\n");
+}
+
+static void test_refusals(void)
+{
+	expect(request(T_IN, capacity(), SECTOR) == 1, "read past the end");
+	expect(request(T_OUT, capacity() - 1, 2 * SECTOR) == 1, "write past the end");
+	expect(request(T_IN, ~0UL, SECTOR) == 1, "read of a sector that overflows");
+	expect(request(T_IN, 0, SECTOR - 1) == 1, "read of half a sector");
+	expect(request(77, 0, 0) == 2, "unknown request");
+	expect(ranged(T_DISCARD, 0, 8, 1) == 2, "discard with unmap");
+	expect(ranged(T_WRITE_ZEROES, 0, 8, 2) == 2, "write zeroes with an unknown flag");
+	expect(ranged(T_DISCARD, capacity(), 8, 0) == 1, "discard past the end");
+	/* A chain that bites its tail has no status byte. */
+	desc[0] = (struct desc){(u64)&header, 16, NEXT, 1};
+	desc[1] = (struct desc){(u64)buffer, SECTOR, NEXT, 0};
+	kick();
+	while (!(get(STATUS) & NEEDS_RESET))
+		__asm__ volatile("pause");
+	set_up(0);
+	expect(!(get(STATUS) & FEATURES_OK), "a legacy driver was let in");
+	set_up(ALL);
+	expect(reads_as(0, 1, 0x11), "first sector after a reset");
+}
+
+/* Without flush, each write is durable when it completes; without discard, there is none. */
+static void test_bare(void)
+{
+	set_up(1UL << F_VERSION_1);
+	expect(writes(8, 8, 0x44) && reads_as(8, 8, 0x44), "write without features");
+	expect(ranged(T_DISCARD, 8, 8, 0) == 2, "discard that was not negotiated");
+}
+
+static void test_read_only(void)
+{
+	set_up(ALL);
+	expect(offered >> F_RO & 1, "not offered as read-only");
+	expect(!(offered >> F_DISCARD & 1), "read-only and discard");
+	fill(0x55, SECTOR);
+	expect(request(T_OUT, 3, SECTOR) == 1, "write to a read-only disk");
+	expect(reads_as(3, 1, 0x11), "sector of a read-only disk");
+}
+
+/* Each disk is told apart by its id and gets a byte of its own in its first sector. */
+static void test_disks(const char *line)
+{
+	u8 count = 0;
+	while ((line = after(line, "virtio_mmio.device="))) {
+		number(&line), line++;
+		device = number(&line);
+		set_up(ALL);
+		expect(writes(0, 1, 0x60 + count), "write");
+		memset(buffer, 0, 32);
+		expect(request(T_ID, 0, 20) == 0, "get id");
+		print("disk: ");
+		print((char *)buffer);
+		print("\n");
+		count++;
+	}
+	say("disks", count);
+}
+
+static void test_echo(void)
+{
+	char text[2] = {0, 0};
+	print("ready\n");
+	for (;;) {
+		while (!(inb(SERIAL + 5) & 1))
+			__asm__ volatile("pause");
+		text[0] = inb(SERIAL);
+		if (text[0] == 'q')
+			break;
+		print(text);
+	}
+	print("\n");
+}
+
+static void test_wait(void)
+{
+	set_up(ALL);
+	expect(writes(3, 1, 0x77), "write");
+	print("waiting\n");
+	for (;;)
+		__asm__ volatile("hlt");
+}
+
+static void triple_fault(void)
+{
+	struct { u16 limit; u64 base; } __attribute__((packed)) none = {0, 0};
+	print("falling\n");
+	__asm__ volatile("lidt %0\n\tud2" : : "m"(none));
+}
+
+void guest(const u8 *boot_params)
+{
+	const char *line = (const char *)(u64) * (const u32 *)(boot_params + 0x228);
+	const u8 *map = boot_params + 0x2d0;
+	u64 ram = 0;
+	for (u8 entry = 0; entry < boot_params[0x1e8]; entry++, map += 20)
+		if (*(const u32 *)(map + 16) == 1)
+			ram += *(const u64 *)(map + 8);
+	say("ram", ram);
+	if (*(const u32 *)(boot_params + 0x218)) {
+		print("initrd: ");
+		print((const char *)(u64) * (const u32 *)(boot_params + 0x218));
+		print("\n");
+	}
+	const char *at = after(line, "virtio_mmio.device=");
+	if (at) {
+		expect(number(&at) == 4096 && *at++ == '@', "size of the device");
+		device = number(&at);
+		expect(*at++ == ':', "place of the device");
+		irq = number(&at);
+	}
+	if (is_test(line, "requests"))
+		test_requests();
+	else if (is_test(line, "refusals"))
+		set_up(ALL), test_refusals();
+	else if (is_test(line, "bare"))
+		test_bare();
+	else if (is_test(line, "read-only"))
+		test_read_only();
+	else if (is_test(line, "disks"))
+		test_disks(line);
+	else if (is_test(line, "echo"))
+		test_echo();
+	else if (is_test(line, "wait"))
+		test_wait();
+	else if (is_test(line, "triple-fault"))
+		triple_fault();
+	else
+		fail("no such test");
+	print("done\n");
+	power_off();
+}

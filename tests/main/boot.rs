@@ -1,0 +1,406 @@
+//! `vdisk boot`, with a guest of the project's own (tests/guest) that drives its disk by itself.
+
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use nix::pty::openpty;
+use nix::sys::signal::Signal;
+use nix::sys::termios::tcgetattr;
+
+use crate::host::{Done, Running, VDISK, Work};
+use crate::require::{Need, have};
+
+const SECTOR: usize = 512;
+/// What the guest's tests expect the disk to hold throughout.
+const BASE_BYTE: u8 = 0x11;
+const DISK: usize = 8 << 20;
+
+/// The guest, built from source once for all tests.
+fn guest() -> &'static Path {
+    static BUILT: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let (_, elf) = BUILT.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let elf = dir.path().join("guest.elf");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest");
+        // General registers only: the guest has no one to set up the others.
+        let built = Command::new("cc")
+            .args("-O1 -std=gnu11 -Wall -Wextra -Werror -ffreestanding -fno-builtin".split(' '))
+            .args("-mgeneral-regs-only -mno-red-zone -fno-pic -fno-stack-protector".split(' '))
+            .args("-fcf-protection=none -fno-asynchronous-unwind-tables".split(' '))
+            .args("-nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack".split(' '))
+            .arg("-T")
+            .arg(source.join("guest.ld"))
+            .arg("-o")
+            .arg(&elf)
+            .arg(source.join("guest.c"))
+            .output()
+            .expect("a C compiler: cc");
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        (dir, elf)
+    });
+    elf
+}
+
+/// A raw base full of one byte, with a clone.
+fn cloned() -> Work {
+    let work = Work::new();
+    work.put("base.raw", vec![BASE_BYTE; DISK]);
+    clone(&work, "clone.qcow2");
+    work
+}
+
+fn can_boot() -> bool {
+    have(Need::Kvm) && have(Need::Qemu)
+}
+
+fn clone(work: &Work, name: &str) {
+    work.qemu_img(&format!("create -f qcow2 -b base.raw -F raw {name}")).succeeds();
+}
+
+/// The words that boot the guest for one of its tests.
+fn words(test: &str, rest: &str) -> Vec<String> {
+    let kernel = guest().to_str().unwrap();
+    let boot = format!("boot clone.qcow2 --kernel {kernel} --memory 32M {rest} --append");
+    let mut words: Vec<String> = boot.split_whitespace().map(str::to_owned).collect();
+    words.push(format!("quiet test={test}"));
+    words
+}
+
+fn boot(work: &Work, test: &str, rest: &str) -> Done {
+    work.vdisk_args(words(test, rest))
+}
+
+fn start(work: &Work, test: &str, rest: &str) -> Running {
+    work.command(VDISK, words(test, rest))
+}
+
+/// All bytes of a disk, through the whole chain.
+fn flat(work: &Work, disk: &str) -> Vec<u8> {
+    work.vdisk(&format!("read {disk} 0 {DISK}")).succeeds().stdout
+}
+
+fn sectors(bytes: &[u8], first: usize, count: usize) -> &[u8] {
+    &bytes[first * SECTOR..(first + count) * SECTOR]
+}
+
+#[track_caller]
+fn assert_all(bytes: &[u8], byte: u8, what: &str) {
+    let wrong = bytes.iter().position(|b| *b != byte);
+    assert_eq!(wrong, None, "{what} should be {byte:#x} throughout");
+}
+
+#[track_caller]
+fn assert_base_unchanged(work: &Work) {
+    assert_all(&work.bytes("base.raw"), BASE_BYTE, "the base");
+}
+
+#[test]
+fn a_guest_drives_its_disk_and_what_it_wrote_is_in_the_delta() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let done = boot(&work, "requests", "").succeeds();
+    let out = done.out();
+    let lines: Vec<&str> = out.lines().collect();
+    let sectors_line = format!("sectors: {}", DISK / SECTOR);
+    assert_eq!(lines[1..], [&sectors_line, "id: clone.qcow2", "done"], "{out}");
+
+    let disk = flat(&work, "clone.qcow2");
+    assert_all(sectors(&disk, 0, 3), 0x11, "before the written sector");
+    assert_all(sectors(&disk, 3, 1), 0x22, "the written sector");
+    assert_all(sectors(&disk, 4, 996), 0x11, "between");
+    assert_all(sectors(&disk, 1000, 10), 0x33, "the written sectors");
+    assert_all(sectors(&disk, 1010, 1), 0, "the unmapped sector");
+    assert_all(sectors(&disk, 1020, 1), 0, "the zeroed sector");
+    assert_all(sectors(&disk, 1021, 107), 0x33, "the rest of the written sectors");
+    assert_all(sectors(&disk, 1128, 2048 - 1128), 0x11, "after the written sectors");
+    for sector in 2048..4096 {
+        let byte = disk[sector * SECTOR];
+        assert!([0, 0x11].contains(&byte), "discarded sector {sector} holds {byte:#x}");
+    }
+    assert_all(sectors(&disk, 4096, DISK / SECTOR - 4096), 0x11, "the end");
+    assert_base_unchanged(&work);
+    work.qemu_img("check clone.qcow2").succeeds();
+    let reads = ["read -P 0x22 1536 512", "read -P 0x33 512000 5120", "read -P 0x11 0 1536"];
+    work.qemu_io("clone.qcow2", &reads).succeeds();
+}
+
+#[test]
+fn what_a_guest_asks_wrongly_is_refused_and_it_can_go_on() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let out = boot(&work, "refusals", "").succeeds().out();
+    assert!(out.ends_with("done\n") && !out.contains("FAIL"), "{out}");
+    assert_all(&flat(&work, "clone.qcow2"), 0x11, "the disk");
+    assert_base_unchanged(&work);
+}
+
+#[test]
+fn a_driver_without_features_reads_and_writes() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let out = boot(&work, "bare", "").succeeds().out();
+    assert!(out.ends_with("done\n") && !out.contains("FAIL"), "{out}");
+    assert_all(sectors(&flat(&work, "clone.qcow2"), 8, 8), 0x44, "the written sectors");
+    assert_base_unchanged(&work);
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let before = work.bytes("clone.qcow2");
+    let out = boot(&work, "read-only", "--read-only").succeeds().out();
+    assert!(out.ends_with("done\n") && !out.contains("FAIL"), "{out}");
+    assert!(before == work.bytes("clone.qcow2"), "the file changed");
+}
+
+#[test]
+fn an_ephemeral_guest_writes_and_leaves_nothing() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let before = (work.bytes("clone.qcow2"), work.files());
+    let out = boot(&work, "requests", "--ephemeral").succeeds().out();
+    assert!(out.ends_with("done\n") && !out.contains("FAIL"), "{out}");
+    assert!(before == (work.bytes("clone.qcow2"), work.files()), "something was left");
+    assert_base_unchanged(&work);
+}
+
+#[test]
+fn each_of_several_disks_gets_its_own_writes() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    clone(&work, "second.qcow2");
+    work.put("third-disk-with-a-long-name.raw", vec![BASE_BYTE; DISK]);
+    let more = "--disk second.qcow2 --disk third-disk-with-a-long-name.raw";
+    let out = boot(&work, "disks", more).succeeds().out();
+    let ids = "disk: clone.qcow2\ndisk: second.qcow2\ndisk: third-disk-with-a-lo\ndisks: 3\ndone\n";
+    assert!(out.ends_with(ids), "{out}");
+    assert_all(sectors(&flat(&work, "clone.qcow2"), 0, 1), 0x60, "the first disk");
+    assert_all(sectors(&flat(&work, "second.qcow2"), 0, 1), 0x61, "the second disk");
+    let third = work.bytes("third-disk-with-a-long-name.raw");
+    assert_all(sectors(&third, 0, 1), 0x62, "the third disk");
+    assert_base_unchanged(&work);
+}
+
+#[test]
+fn a_guest_that_crashes_ends_the_command_with_status_1() {
+    if !can_boot() {
+        return;
+    }
+    let done = boot(&cloned(), "triple-fault", "").fails(&["triple fault"]);
+    assert!(done.out().ends_with("falling\n"), "{}", done.out());
+}
+
+#[test]
+fn a_guest_gets_its_memory_and_its_initrd() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    work.put("initrd", b"what the initrd holds\0");
+    let out = boot(&work, "bare", "--initrd initrd").succeeds().out();
+    let mib = 1 << 20;
+    // All but the hole for firmware between 639 KiB and 1 MiB.
+    let ram = format!("ram: {}\n", 32 * mib - (mib - 0x9_fc00));
+    assert!(out.starts_with(&(ram + "initrd: what the initrd holds\n")), "{out}");
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let typed = "x".repeat(1000) + "q";
+    let echo = work.command(VDISK, words("echo", ""));
+    let out = echo.finish(Some(typed.into()), Duration::from_secs(60)).succeeds().out();
+    assert!(out.ends_with(&format!("ready\n{}\ndone\n", "x".repeat(1000))), "{out}");
+}
+
+/// Waits until the guest has written and then does nothing; its disk is not flushed yet.
+fn waiting(work: &Work) -> Running {
+    let running = start(work, "wait", "");
+    // The guest's write is in the file when the guest sleeps: wait for the file to grow.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while cpu_time(running.pid(), Duration::from_millis(300)) > Duration::from_millis(50) {
+        assert!(Instant::now() < deadline, "the guest never comes to rest");
+    }
+    running
+}
+
+/// How much processor time a process takes in `span`.
+fn cpu_time(pid: u32, span: Duration) -> Duration {
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields = stat.rsplit(") ").next().unwrap();
+        let field = |n: usize| fields.split(' ').nth(n).unwrap().parse::<u64>().unwrap();
+        field(11) + field(12)
+    };
+    let before = ticks();
+    std::thread::sleep(span);
+    Duration::from_millis((ticks() - before) * 10)
+}
+
+#[test]
+fn a_signal_ends_the_guest_and_its_writes_are_kept() {
+    if !can_boot() {
+        return;
+    }
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let work = cloned();
+        let running = waiting(&work);
+        running.signal(signal);
+        let done = running.wait().succeeds();
+        assert!(done.out().ends_with("waiting\n"), "{}", done.out());
+        assert_all(sectors(&flat(&work, "clone.qcow2"), 3, 1), 0x77, "the written sector");
+        work.qemu_img("check clone.qcow2").succeeds();
+        assert_base_unchanged(&work);
+    }
+}
+
+#[test]
+fn a_guest_that_sleeps_takes_no_time_also_at_the_end_of_its_input() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let mut command = Command::new(VDISK);
+    command.args(words("wait", "")).current_dir(work.dir());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut busy = Duration::MAX;
+    while busy > Duration::from_millis(50) && Instant::now() < deadline {
+        busy = cpu_time(child.id(), Duration::from_millis(500));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(busy <= Duration::from_millis(50), "half a second of sleep took {busy:?}");
+}
+
+/// `vdisk boot` on a terminal of its own.
+struct OnTerminal {
+    child: std::process::Child,
+    master: OwnedFd,
+    slave: OwnedFd,
+}
+
+impl OnTerminal {
+    fn start(work: &Work) -> OnTerminal {
+        let pty = openpty(None, None).unwrap();
+        let end = || Stdio::from(pty.slave.try_clone().unwrap());
+        let mut command = Command::new(VDISK);
+        command.args(words("echo", "")).current_dir(work.dir());
+        let child = command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
+        OnTerminal { child, master: pty.master, slave: pty.slave }
+    }
+
+    /// Reads until the guest has printed `text`.
+    fn read_until(&self, text: &str) -> String {
+        let mut master = std::fs::File::from(self.master.try_clone().unwrap());
+        let mut seen = String::new();
+        while !seen.contains(text) {
+            let mut bytes = [0; 256];
+            let len = master.read(&mut bytes).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&bytes[..len]));
+        }
+        seen
+    }
+
+    fn type_in(&self, bytes: &[u8]) {
+        nix::unistd::write(&self.master, bytes).unwrap();
+    }
+
+    fn ends_with(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("vdisk boot hangs");
+    }
+}
+
+impl Drop for OnTerminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn the_terminal_is_the_guests_while_it_runs_and_restored_after() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    for end in ["q", "\x01x", "SIGTERM"] {
+        let mut terminal = OnTerminal::start(&work);
+        let settings = |terminal: &OnTerminal| tcgetattr(&terminal.slave).unwrap();
+        terminal.read_until("ready");
+        let raw = settings(&terminal);
+        assert!(!raw.local_flags.contains(nix::sys::termios::LocalFlags::ICANON));
+        // Ctrl-C is the guest's, and so is the second Ctrl-A.
+        terminal.type_in(b"<\x03\x01\x01>");
+        assert!(terminal.read_until(">").contains("<\x03\x01>"));
+        if end == "SIGTERM" {
+            let pid = nix::unistd::Pid::from_raw(terminal.child.id() as i32);
+            nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+        } else {
+            terminal.type_in(end.as_bytes());
+        }
+        assert_eq!(terminal.ends_with(), Some(0), "ended by {end:?}");
+        let after = settings(&terminal);
+        let cooked = nix::sys::termios::LocalFlags::ICANON | nix::sys::termios::LocalFlags::ECHO;
+        assert!(after.local_flags.contains(cooked), "ended by {end:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_booted_is_refused_with_a_reason() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let before = work.bytes("clone.qcow2");
+    work.vdisk("boot clone.qcow2").fails(&["--kernel"]);
+    work.vdisk("boot clone.qcow2 --kernel nowhere").fails(&["nowhere", "kernel"]);
+    work.vdisk("boot clone.qcow2 --kernel base.raw").fails(&["base.raw", "not a kernel"]);
+    work.vdisk("boot clone.qcow2 --kernel .").fails(&["regular file"]);
+    work.put("short.elf", b"\x7fELF\x02\x01\x01");
+    work.vdisk("boot clone.qcow2 --kernel short.elf").fails(&["short.elf"]);
+    let elf = std::fs::read(guest()).unwrap();
+    work.put("cut.elf", &elf[..elf.len() / 2]);
+    work.vdisk("boot clone.qcow2 --kernel cut.elf").fails(&["cut.elf", "load"]);
+    boot(&work, "bare", "--cpus 2").fails(&["--cpus"]);
+    boot(&work, "bare", "--initrd nowhere").fails(&["nowhere", "initrd"]);
+    work.put("large", vec![0; 31 << 20]);
+    boot(&work, "bare", "--initrd large").fails(&["large", "--memory"]);
+    boot(&work, "bare", "--disk nowhere.qcow2").fails(&["nowhere.qcow2"]);
+    boot(&work, "bare", &"--disk base.raw ".repeat(10)).fails(&["disks"]);
+    let kernel = guest().to_str().unwrap();
+    work.vdisk(&format!("boot clone.qcow2 --kernel {kernel} --memory 1M")).fails(&["memory"]);
+    work.vdisk(&format!("boot clone.qcow2 --kernel {kernel} --memory 1E")).fails(&["memory"]);
+    let long = "a".repeat(3000);
+    work.vdisk(&format!("boot clone.qcow2 --kernel {kernel} --append {long}"))
+        .fails(&["command line"]);
+    assert!(before == work.bytes("clone.qcow2"), "a refused boot changed the disk");
+}
