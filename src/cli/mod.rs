@@ -6,8 +6,12 @@ mod boot;
 mod bytes;
 mod create;
 mod disk;
+mod mount;
+mod mount_control;
+mod mount_daemon;
 mod run;
 mod size;
+mod umount;
 
 use std::process::ExitCode;
 
@@ -25,7 +29,11 @@ struct Cli {
 enum Verb {
     Boot(boot::Args),
     Create(create::Args),
+    Mount(mount::Args),
+    #[command(hide = true)]
+    MountDaemon(mount::Args),
     Read(bytes::ReadArgs),
+    Umount(umount::Args),
     Write(bytes::WriteArgs),
     Run(run::Args),
     #[command(name = vdisk::container::STAGE, hide = true)]
@@ -51,7 +59,10 @@ pub fn run() -> ExitCode {
     let result = match &cli.verb {
         Verb::Boot(args) => boot::run(args),
         Verb::Create(args) => create::run(args),
+        Verb::Mount(args) => mount::run(args),
+        Verb::MountDaemon(args) => mount_daemon::run(args),
         Verb::Read(args) => bytes::read(args),
+        Verb::Umount(args) => umount::run(args),
         Verb::Write(args) => bytes::write(args),
         Verb::Run(args) => run::run(args),
         Verb::ContainerStage(args) => run::stage(args),

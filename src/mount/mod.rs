@@ -238,10 +238,10 @@ fn refused(fs: &FileSystem, errno: Errno) -> Error {
     let name = fs.name;
     let text = match errno {
         Errno::ENODEV => format!("this kernel cannot mount {name}"),
-        Errno::EINVAL | Errno::EUCLEAN | Errno::EIO => {
-            format!("the kernel refused the {name} file system (dmesg says why)")
+        Errno::EPERM | Errno::EACCES | Errno::EBUSY | Errno::ENOENT | Errno::ENOTDIR => {
+            format!("cannot mount the {name} file system")
         }
-        _ => format!("cannot mount the {name} file system"),
+        _ => format!("the kernel refused the {name} file system (dmesg says why)"),
     };
     Error::io(text, errno.into())
 }

@@ -13,4 +13,5 @@ mod require;
 
 mod boot;
 mod container;
+mod mount;
 mod usage;

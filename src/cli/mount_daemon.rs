@@ -1,0 +1,191 @@
+//! The process that serves a mount of `vdisk mount` until it is unmounted, by whomever.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::sys::signal::{SigSet, Signal};
+use vdisk::block::BlockDevice;
+use vdisk::mount::volume::{DeviceVolume, Lost};
+use vdisk::mount::{AttachOptions, Attached, attach, table, unmount};
+use vdisk::{Error, ErrorKind, Result};
+use vdisk_fuse::{Caching, Options, Server, Tree};
+
+use super::disk::{self, Use};
+use super::mount::Args;
+use super::mount_control::Control;
+use super::umount;
+
+/// The word on standard output when the mount can be used.
+pub const READY: &str = "ready";
+/// How many requests on a raw mount are worked on at a time.
+const THREADS: usize = 4;
+
+/// Serves the mount that `args` name.
+pub fn run(args: &Args) -> Result<u8> {
+    leave_caller();
+    let ending = catch_endings()?;
+    let device = open(args)?;
+    let (mount, number) = if args.raw {
+        let mount = Raw::mount(device, args)?;
+        let number = table::at(&args.dir).map(|mount| mount.device);
+        (Mount::Raw(mount), number)
+    } else {
+        let name = args.disk.to_string_lossy().into_owned();
+        let (read_only, partition) = (args.read_only, args.partition);
+        let options = AttachOptions { read_only, partition, name, fs_options: None };
+        let mount = attach(device, &options, &args.dir).map_err(|e| e.at_path(&args.disk))?;
+        let number = mount.loop_device();
+        (Mount::Files(mount), Some(number))
+    };
+    let number = number
+        .ok_or_else(|| Error::new(ErrorKind::Io, "the mount is gone already").at_path(&args.dir));
+    let started = number.and_then(|number| {
+        let control = Control::listen(&number)?;
+        unmount_when_asked(ending, args.dir.clone(), number)?;
+        announced(control)
+    });
+    let control = match started {
+        Ok(control) => control,
+        Err(error) => {
+            mount.abandon(&args.dir);
+            return Err(error);
+        }
+    };
+    let result = mount.wait();
+    control.end(&result);
+    result.map(|()| 0)
+}
+
+/// What is served.
+enum Mount {
+    Files(Attached),
+    Raw(Raw),
+}
+
+impl Mount {
+    /// Returns when it is unmounted, everything is durable and the disk is free.
+    fn wait(self) -> Result<()> {
+        match self {
+            Mount::Files(attached) => attached.wait(),
+            Mount::Raw(raw) => raw.wait(),
+        }
+    }
+
+    /// Takes away what nobody has used yet.
+    fn abandon(self, dir: &Path) {
+        match self {
+            Mount::Files(attached) => drop(attached.detach()),
+            Mount::Raw(raw) => {
+                if umount::detach(dir).is_ok() {
+                    let _ = raw.wait();
+                }
+            }
+        }
+    }
+}
+
+/// A disk shown as a file.
+struct Raw {
+    server: Server,
+    device: Arc<dyn BlockDevice>,
+    lost: Arc<Lost>,
+}
+
+impl Raw {
+    fn mount(device: Arc<dyn BlockDevice>, args: &Args) -> Result<Raw> {
+        let volume = DeviceVolume::new(device.clone(), args.read_only);
+        let lost = volume.lost();
+        let options = Options {
+            name: args.disk.to_string_lossy().into_owned(),
+            caching: Caching::WriteBack,
+            threads: THREADS,
+        };
+        let mut tree = Tree::new();
+        let server = tree
+            .add("disk.raw", Arc::new(volume))
+            .and_then(|()| Server::mount(tree, &args.dir, &options))
+            .map_err(|e| Error::io("cannot mount over FUSE", e).at_path(&args.dir))?;
+        Ok(Raw { server, device, lost })
+    }
+
+    fn wait(self) -> Result<()> {
+        self.server.join().map_err(|e| Error::io("the FUSE server failed", e))?;
+        if !self.device.read_only() {
+            self.device.flush()?;
+        }
+        self.lost.check()
+    }
+}
+
+/// Frees the caller of us: his terminal, his directory, and the descriptors that his shell gave
+/// us along the way, such as a lock's.
+fn leave_caller() {
+    // What errors about a held disk call us; executed by its link, the program would be `exe`.
+    let _ = nix::sys::prctl::set_name(c"vdisk");
+    // Fails only for a process that leads its group already.
+    let _ = nix::unistd::setsid();
+    let _ = std::env::set_current_dir("/");
+    let open: Vec<i32> = std::fs::read_dir("/proc/self/fd")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|fd| *fd > 2)
+        .collect();
+    for fd in open {
+        // The directory's own descriptor is gone by now.
+        let _ = nix::unistd::close(fd);
+    }
+}
+
+/// Keeps signals that would end the process, and the mount with it, for a thread that waits for
+/// them. To be called before any other thread starts.
+fn catch_endings() -> Result<SigSet> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block().map_err(|e| Error::io("cannot block signals", e.into()))?;
+    Ok(set)
+}
+
+/// Unmounts when somebody asks this process to end. While the mount is in use it is served on:
+/// to end then would lose what its users have written.
+fn unmount_when_asked(ending: SigSet, dir: PathBuf, number: String) -> Result<()> {
+    let wait = move || {
+        while ending.wait().is_ok() {
+            // Somebody else's mount may stand on ours.
+            if table::at(&dir).is_some_and(|mount| umount::device(&mount) == Some(number.clone())) {
+                let _ = unmount(&dir);
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("ending".into())
+        .spawn(wait)
+        .map(drop)
+        .map_err(|e| Error::io("cannot start a thread", e))
+}
+
+/// Tells the caller that the mount can be used, and lets go of his output.
+fn announced(control: Control) -> Result<Control> {
+    let mut out = std::io::stdout();
+    let failed = |e| Error::io("the caller is gone", e);
+    writeln!(out, "{READY}").and_then(|()| out.flush()).map_err(failed)?;
+    let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
+    nix::unistd::dup2_stdout(&null).map_err(|e| failed(e.into()))?;
+    nix::unistd::dup2_stderr(&null).map_err(|e| failed(e.into()))?;
+    Ok(control)
+}
+
+fn open(args: &Args) -> Result<Arc<dyn BlockDevice>> {
+    let using = Use {
+        write: args.ephemeral || !(args.read_only || args.snapshot.is_some()),
+        ephemeral: args.ephemeral,
+        snapshot: args.snapshot.as_deref(),
+        format: None,
+    };
+    Ok(disk::open(&args.disk, &using)?)
+}

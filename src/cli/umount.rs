@@ -1,0 +1,196 @@
+//! `vdisk umount`: ends a mount of `vdisk mount`; returns when everything is durable and the
+//! disk is free.
+
+use std::io::{ErrorKind as IoErrorKind, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use vdisk::mount::table::{self, Mount};
+use vdisk::mount::{LOOP_NAME, busy, unmount};
+use vdisk::storage::loopdev;
+use vdisk::{Error, ErrorKind, Result};
+
+use super::mount_control::{DONE, FAILED, connect};
+
+/// How long the serving process may take to end. What programs have written is durable before
+/// this begins.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// How long it may take before the user is told what is waited for.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Unmount what `vdisk mount` has mounted at DIR
+#[derive(clap::Args)]
+pub struct Args {
+    /// The directory
+    dir: PathBuf,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<u8> {
+    let dir = mount_point(&args.dir)?;
+    let Some(mount) = table::at(&dir) else {
+        return Err(Error::new(ErrorKind::NotFound, "nothing is mounted there").at_path(&args.dir));
+    };
+    let Some(kind) = identify(&mount) else {
+        let text = format!("what is mounted there ({}) is not a vdisk mount", mount.kind);
+        return Err(Error::invalid(text).at_path(&args.dir));
+    };
+    let device = kind.device(&mount);
+    match (connect(&device)?, release(&dir, kind)) {
+        (Some(server), result) => {
+            result?;
+            wait(server, &device).map_err(|error| error.at_path(&args.dir))?;
+        }
+        // Nobody to ask, but the sync went through to a server: it is out of our reach.
+        (None, Ok(())) => {}
+        (None, Err(error)) if error.kind() == ErrorKind::InUse => return Err(error),
+        (None, Err(_)) => {
+            detach(&dir)?;
+            return Err(Error::new(
+                ErrorKind::Io,
+                "unmounted, but the process that served it is gone: \
+                 what was written since the last sync may be lost",
+            )
+            .at_path(&args.dir));
+        }
+    }
+    Ok(0)
+}
+
+/// Writes everything out and unmounts, with the rights that the user has.
+fn release(dir: &Path, kind: Kind) -> Result<()> {
+    match unmount(dir) {
+        Err(error) if kind == Kind::Raw && error.raw_os_error() == Some(libc::EPERM) => {
+            fusermount(dir, &["-u"])
+        }
+        result => result,
+    }
+}
+
+/// What stands at a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The disk as a file.
+    Raw,
+    /// The file system in it, on the loop device with this number.
+    Files(u32),
+}
+
+impl Kind {
+    /// A file system may have an anonymous device number of its own (btrfs), so what counts is
+    /// the loop device's.
+    fn device(self, mount: &Mount) -> String {
+        match self {
+            Kind::Raw => mount.device.clone(),
+            Kind::Files(number) => format!("7:{number}"),
+        }
+    }
+}
+
+/// Whether a mount is ours, and of what kind.
+pub fn identify(mount: &Mount) -> Option<Kind> {
+    if mount.kind == format!("fuse.{}", vdisk_fuse::server::SUBTYPE) {
+        return Some(Kind::Raw);
+    }
+    let number = mount.source.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
+    let name = loopdev::name_of(Path::new(&mount.source)).ok()??;
+    (name == LOOP_NAME).then_some(Kind::Files(number))
+}
+
+/// The device number after which the control socket of a mount is named; `None` where the mount
+/// is not ours.
+pub fn device(mount: &Mount) -> Option<String> {
+    identify(mount).map(|kind| kind.device(mount))
+}
+
+/// The full path, also of a mount whose server is gone and whose root cannot be looked at.
+fn mount_point(dir: &Path) -> Result<PathBuf> {
+    let failed = |e| Error::io("cannot unmount there", e).at_path(dir);
+    match dir.canonicalize() {
+        Ok(full) => Ok(full),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::EIO)) => {
+            let full = std::path::absolute(dir).map_err(failed)?;
+            match (full.parent(), full.file_name()) {
+                (Some(parent), Some(name)) => Ok(parent.canonicalize().map_err(failed)?.join(name)),
+                _ => Err(failed(e)),
+            }
+        }
+        Err(e) => Err(failed(e)),
+    }
+}
+
+/// Takes a mount away whose server is gone, whoever uses it.
+pub fn detach(dir: &Path) -> Result<()> {
+    match umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Err(nix::Error::EPERM) => fusermount(dir, &["-u", "-z"]),
+        result => result.map_err(|e| Error::io("cannot unmount", e.into()).at_path(dir)),
+    }
+}
+
+fn fusermount(dir: &Path, options: &[&str]) -> Result<()> {
+    let run = Command::new("fusermount3").args(options).arg("--").arg(dir).output();
+    let output = run.map_err(|e| Error::io("cannot run fusermount3", e))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let users = busy::users(dir);
+    if !users.is_empty() {
+        let text = format!("still in use by {}; everything is written", users.join(", "));
+        return Err(Error::new(ErrorKind::InUse, text).at_path(dir));
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(Error::new(ErrorKind::Io, format!("cannot unmount: {said}")).at_path(dir))
+}
+
+/// Waits for the serving process to say how it ended.
+fn wait(mut server: UnixStream, device: &str) -> Result<()> {
+    let broken = |e| Error::io("lost the process that served the mount", e);
+    let begun = Instant::now();
+    let mut said = Vec::new();
+    let mut told = false;
+    server.set_read_timeout(Some(QUIET)).map_err(broken)?;
+    loop {
+        match server.read_to_end(&mut said) {
+            Ok(_) => return ended(&String::from_utf8_lossy(&said)),
+            Err(e) if matches!(e.kind(), IoErrorKind::WouldBlock | IoErrorKind::Interrupted) => {}
+            Err(e) => return Err(broken(e)),
+        }
+        let holders = busy::namespaces(device);
+        if begun.elapsed() > PATIENCE {
+            let text = match holders.is_empty() {
+                true => "unmounted, but the process that serves the disk has not ended".into(),
+                false => format!(
+                    "unmounted here, but still mounted in the mount namespace of {}",
+                    holders.join(", ")
+                ),
+            };
+            return Err(Error::new(ErrorKind::InUse, text));
+        }
+        if !told {
+            match holders.is_empty() {
+                true => eprintln!("vdisk: waiting until everything is durable"),
+                false => eprintln!(
+                    "vdisk: waiting: still mounted in the mount namespace of {}",
+                    holders.join(", ")
+                ),
+            }
+            told = true;
+        }
+    }
+}
+
+fn ended(said: &str) -> Result<()> {
+    let said = said.trim_end();
+    if said == DONE {
+        return Ok(());
+    }
+    let text = match said.strip_prefix(FAILED) {
+        Some(why) => format!("unmounted, but not without loss: {why}"),
+        None => "unmounted, but the process that served it died before everything was durable"
+            .to_owned(),
+    };
+    Err(Error::new(ErrorKind::Io, text))
+}

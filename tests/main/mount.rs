@@ -1,0 +1,524 @@
+//! `vdisk mount` and `vdisk umount`: file systems in disks, partitions, the disk as a file, and
+//! what is left when things go wrong.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::host::Work;
+use crate::require::{Need, have};
+
+const MIB: u64 = 1 << 20;
+
+/// Whether this machine can mount the file system in a disk.
+fn can_mount() -> bool {
+    have(Need::Fuse) && have(Need::Root) && have(Need::Qemu)
+}
+
+/// A raw file of so many bytes, all holes.
+fn blank(work: &Work, name: &str, size: u64) {
+    File::create(work.path(name)).unwrap().set_len(size).unwrap();
+}
+
+/// A test's directory with `disk.qcow2`, a 64 MiB ext4 file system that QEMU has written, and an
+/// empty directory `at`.
+fn ext4_disk() -> Work {
+    let work = Work::new();
+    blank(&work, "plain.raw", 64 * MIB);
+    work.run("mke2fs", ["-q", "-t", "ext4", "plain.raw"]).succeeds();
+    work.qemu_img("convert -f raw -O qcow2 plain.raw disk.qcow2").succeeds();
+    fs::remove_file(work.path("plain.raw")).unwrap();
+    fs::create_dir(work.path("at")).unwrap();
+    work
+}
+
+/// Requires that QEMU and e2fsck find nothing wrong with `disk.qcow2`.
+#[track_caller]
+fn is_sound(work: &Work) {
+    work.qemu_img("check disk.qcow2").succeeds();
+    work.qemu_img("convert -O raw disk.qcow2 flat.raw").succeeds();
+    work.run("e2fsck", ["-f", "-n", "flat.raw"]).succeeds();
+    fs::remove_file(work.path("flat.raw")).unwrap();
+}
+
+/// The process that serves the mount at a directory.
+fn server(at: &Path) -> Option<Pid> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let at = at.to_str().unwrap();
+    let found = numbers.find(|pid| {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = words.split(|b| *b == 0).collect();
+        words.get(1) == Some(&b"mount-daemon".as_slice()) && words.contains(&at.as_bytes())
+    });
+    found.map(Pid::from_raw)
+}
+
+/// Waits until the process that serves a mount has ended.
+#[track_caller]
+fn is_left_alone(at: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while let Some(pid) = server(at) {
+        assert!(Instant::now() < deadline, "{pid} still serves {}", at.display());
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn is_mounted(at: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    table.lines().any(|line| line.split(' ').nth(4) == at.to_str())
+}
+
+/// Bytes that no compression and no run of zeroes explains away.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}
+
+#[test]
+fn what_is_written_to_a_mounted_disk_is_there_when_it_is_mounted_again() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    let file = noise(1, 5 << 20);
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    fs::write(work.path("at/file"), &file).unwrap();
+    fs::create_dir(work.path("at/dir")).unwrap();
+    fs::write(work.path("at/dir/small"), "a few bytes").unwrap();
+    work.vdisk("umount at").succeeds();
+    assert!(!is_mounted(&work.path("at")));
+    assert_eq!(server(&work.path("at")), None, "umount returned before the disk was free");
+    is_sound(&work);
+
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/file"), file);
+    assert_eq!(work.bytes("at/dir/small"), b"a few bytes");
+    fs::remove_file(work.path("at/file")).unwrap();
+    work.vdisk("umount at").succeeds();
+    is_sound(&work);
+}
+
+#[test]
+fn a_read_only_mount_refuses_writes_and_changes_no_byte_of_the_disk() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    let before = work.bytes("disk.qcow2");
+    work.vdisk("mount --read-only disk.qcow2 at").succeeds();
+    let error = fs::write(work.path("at/file"), "no").unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+    work.vdisk("umount at").succeeds();
+    assert!(work.bytes("disk.qcow2") == before, "the disk was written to");
+}
+
+#[test]
+fn a_mount_that_plain_umount_takes_away_ends_by_itself() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    for raw in ["", "--raw"] {
+        work.vdisk(&format!("mount {raw} disk.qcow2 at")).succeeds();
+        assert!(server(&work.path("at")).is_some());
+        work.run("umount", ["at"]).succeeds();
+        is_left_alone(&work.path("at"));
+    }
+    is_sound(&work);
+}
+
+#[test]
+fn a_mount_in_use_is_not_taken_away_and_its_user_is_named() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    let mut open = File::create(work.path("at/file")).unwrap();
+    open.write_all(b"first").unwrap();
+    let pid = format!("pid {}", std::process::id());
+    work.vdisk("umount at").fails(&["in use", &pid]);
+    open.write_all(b" and second").unwrap();
+    drop(open);
+    work.vdisk("umount at").succeeds();
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/file"), b"first and second");
+    work.vdisk("umount at").succeeds();
+}
+
+#[test]
+fn a_mounted_disk_cannot_be_mounted_twice() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    fs::create_dir(work.path("other")).unwrap();
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    work.vdisk("mount disk.qcow2 other").fails(&["disk.qcow2"]);
+    work.vdisk("mount disk.qcow2 at").fails(&["at", "already"]);
+    work.vdisk("umount at").succeeds();
+    assert!(!is_mounted(&work.path("other")));
+}
+
+#[test]
+fn a_server_that_is_killed_leaves_a_mount_that_fails_and_can_be_taken_away() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    let at = work.path("at");
+    for raw in ["", "--raw"] {
+        work.vdisk(&format!("mount {raw} disk.qcow2 at")).succeeds();
+        if raw.is_empty() {
+            // Synced before the kill: this much must survive it.
+            let mut file = File::create(work.path("at/kept")).unwrap();
+            file.write_all(b"durable").unwrap();
+            file.sync_all().unwrap();
+        }
+        kill(server(&at).unwrap(), Signal::SIGKILL).unwrap();
+        is_left_alone(&at);
+        // In a process of its own: should it hang, the test does not.
+        let probe =
+            work.run("dd", ["if=/dev/zero", "of=at/more", "bs=1M", "count=8", "conv=fsync"]);
+        assert_ne!(probe.code, Some(0), "a write to nowhere succeeded");
+        work.vdisk("umount at").fails(&["at", "gone"]);
+        assert!(!is_mounted(&at));
+    }
+    work.qemu_img("check -r leaks disk.qcow2");
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/kept"), b"durable");
+    work.vdisk("umount at").succeeds();
+}
+
+#[test]
+fn a_server_that_is_asked_to_end_unmounts_first_and_stays_while_the_mount_is_in_use() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    let at = work.path("at");
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    let mut open = File::create(work.path("at/file")).unwrap();
+    let pid = server(&at).unwrap();
+    kill(pid, Signal::SIGTERM).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    open.write_all(b"still served").unwrap();
+    open.sync_all().unwrap();
+    drop(open);
+    kill(pid, Signal::SIGTERM).unwrap();
+    is_left_alone(&at);
+    assert!(!is_mounted(&at));
+    is_sound(&work);
+}
+
+#[test]
+fn what_vdisk_has_not_mounted_it_does_not_unmount() {
+    let work = Work::new();
+    fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("umount at").fails(&["at", "nothing is mounted"]);
+    work.vdisk("umount missing").fails(&["missing"]);
+    if have(Need::Root) {
+        work.run("mount", ["-t", "tmpfs", "none", "at"]).succeeds();
+        work.vdisk("umount at").fails(&["at", "tmpfs"]);
+        assert!(is_mounted(&work.path("at")));
+    }
+}
+
+/// A disk of 96 MiB with these `sgdisk` or `sfdisk` partitions, each filled by a command that
+/// makes a file system in the file named last.
+fn partitioned(work: &Work, parts: &[(u64, u64, &[&str])]) {
+    let disk = File::options().write(true).open(work.path("plain.raw")).unwrap();
+    for (first, sectors, command) in parts {
+        blank(work, "part.raw", sectors * 512);
+        work.run(command[0], command[1..].iter().chain(&["part.raw"])).succeeds();
+        disk.write_all_at(&work.bytes("part.raw"), first * 512).unwrap();
+    }
+    drop(disk);
+    work.qemu_img("convert -f raw -O qcow2 plain.raw disk.qcow2").succeeds();
+    fs::create_dir(work.path("at")).unwrap();
+}
+
+const EXT4: &[&str] = &["mke2fs", "-q", "-t", "ext4"];
+const EXT2: &[&str] = &["mke2fs", "-q", "-t", "ext2"];
+
+#[test]
+fn a_gpt_disk_says_which_partitions_it_has_and_mounts_the_one_that_is_named() {
+    if !can_mount() {
+        return;
+    }
+    let work = Work::new();
+    blank(&work, "plain.raw", 96 * MIB);
+    work.run("sgdisk", ["-n", "1:2048:+16M", "-n", "3:65536:+32M", "-n", "4:0:+8M", "plain.raw"])
+        .succeeds();
+    partitioned(&work, &[(2048, 32768, EXT2), (65536, 65536, EXT4)]);
+
+    work.vdisk("mount disk.qcow2 at").fails(&[
+        "--partition",
+        "1: ext2 16 MiB",
+        "3: ext4 32 MiB",
+        "4: unknown 8 MiB",
+    ]);
+    work.vdisk("mount --partition 2 disk.qcow2 at").fails(&["no partition 2"]);
+    work.vdisk("mount --partition 4 disk.qcow2 at").fails(&["partition 4", "no file system"]);
+    for number in ["1", "3"] {
+        work.vdisk(&format!("mount --partition {number} disk.qcow2 at")).succeeds();
+        fs::write(work.path("at/number"), number).unwrap();
+        work.vdisk("umount at").succeeds();
+    }
+    work.vdisk("mount --read-only --partition 1 disk.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/number"), b"1");
+    work.vdisk("umount at").succeeds();
+
+    // Neither file system has grown out of its partition into the table or its neighbour.
+    work.qemu_img("convert -O raw disk.qcow2 flat.raw").succeeds();
+    work.run("sgdisk", ["-v", "flat.raw"]).succeeds();
+    let flat = work.bytes("flat.raw");
+    for (first, sectors) in [(2048, 32768), (65536, 65536)] {
+        work.put("part.raw", &flat[first * 512..][..sectors * 512]);
+        work.run("e2fsck", ["-f", "-n", "part.raw"]).succeeds();
+    }
+}
+
+#[test]
+fn an_mbr_disk_mounts_its_primary_and_its_logical_partitions() {
+    if !can_mount() {
+        return;
+    }
+    let work = Work::new();
+    blank(&work, "plain.raw", 96 * MIB);
+    let layout = "label: dos\nstart=2048,size=32768,type=83\nstart=40960,type=5\n\
+                  start=43008,size=32768,type=83\nstart=79872,size=32768,type=83\n";
+    work.command("sfdisk", ["-q", "plain.raw"])
+        .finish(Some(layout.into()), Duration::from_secs(20))
+        .succeeds();
+    partitioned(&work, &[(2048, 32768, EXT4), (43008, 32768, EXT2), (79872, 32768, EXT4)]);
+
+    work.vdisk("mount disk.qcow2 at").fails(&["1: ext4 16 MiB", "5: ext2 16 MiB", "6: ext4"]);
+    for number in ["1", "5", "6"] {
+        work.vdisk(&format!("mount --partition {number} disk.qcow2 at")).succeeds();
+        fs::write(work.path("at/number"), number).unwrap();
+        work.vdisk("umount at").succeeds();
+    }
+    work.vdisk("mount --partition 5 disk.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/number"), b"5");
+    work.vdisk("umount at").succeeds();
+}
+
+#[test]
+fn a_disk_without_a_file_system_says_what_it_holds() {
+    if !can_mount() {
+        return;
+    }
+    let work = Work::new();
+    fs::create_dir(work.path("at")).unwrap();
+    blank(&work, "plain.raw", 16 * MIB);
+    work.qemu_img("convert -f raw -O qcow2 plain.raw empty.qcow2").succeeds();
+    work.vdisk("mount empty.qcow2 at").fails(&["no file system"]);
+    work.vdisk("mount --partition 1 empty.qcow2 at").fails(&["no partition table"]);
+    let file = File::options().write(true).open(work.path("plain.raw")).unwrap();
+    file.write_all_at(b"LUKS\xba\xbe\0\x01", 0).unwrap();
+    work.qemu_img("convert -f raw -O qcow2 plain.raw locked.qcow2").succeeds();
+    work.vdisk("mount locked.qcow2 at").fails(&["LUKS"]);
+    work.vdisk("mount missing.qcow2 at").fails(&["missing.qcow2"]);
+    work.vdisk("mount locked.qcow2 nowhere").fails(&["nowhere"]);
+    work.vdisk("mount locked.qcow2 plain.raw").fails(&["plain.raw", "directory"]);
+    assert!(!is_mounted(&work.path("at")));
+}
+
+#[test]
+fn a_damaged_file_system_is_refused_and_nothing_stays_mounted() {
+    if !can_mount() {
+        return;
+    }
+    let work = Work::new();
+    fs::create_dir(work.path("at")).unwrap();
+    blank(&work, "plain.raw", 16 * MIB);
+    work.run("mke2fs", ["-q", "-t", "ext4", "plain.raw"]).succeeds();
+    let file = File::options().write(true).open(work.path("plain.raw")).unwrap();
+    file.write_all_at(&[0xff; 64], 1024 + 96).unwrap();
+    work.qemu_img("convert -f raw -O qcow2 plain.raw disk.qcow2").succeeds();
+    work.vdisk("mount disk.qcow2 at").fails(&["ext", "refused"]);
+    assert!(!is_mounted(&work.path("at")));
+    is_left_alone(&work.path("at"));
+    // The disk is free: its lock went with the server.
+    work.qemu_io("disk.qcow2", &["write -P 7 0 64k"]).succeeds();
+}
+
+/// Where the first hole or the first data from `offset` begins.
+fn seek(file: &File, offset: i64, whence: nix::unistd::Whence) -> Option<i64> {
+    nix::unistd::lseek(file, offset, whence).ok()
+}
+
+#[test]
+fn a_raw_mount_reads_writes_and_has_the_disks_holes() {
+    if !have(Need::Fuse) || !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    fs::create_dir(work.path("at")).unwrap();
+    work.qemu_img("create -f qcow2 disk.qcow2 64M").succeeds();
+    work.qemu_io("disk.qcow2", &["write -P 1 1M 1M", "write -P 2 10M 128k"]).succeeds();
+    work.vdisk("mount --raw disk.qcow2 at").succeeds();
+    let disk = File::options().read(true).write(true).open(work.path("at/disk.raw")).unwrap();
+    assert_eq!(disk.metadata().unwrap().len(), 64 * MIB);
+    let mut bytes = vec![0; 2 << 20];
+    disk.read_exact_at(&mut bytes, MIB / 2).unwrap();
+    assert!(bytes[..512 << 10].iter().all(|b| *b == 0));
+    assert!(bytes[512 << 10..][..1 << 20].iter().all(|b| *b == 1));
+    // Odd offsets, odd lengths, across clusters.
+    let data = noise(2, 300_001);
+    disk.write_all_at(&data, 20 * MIB + 12_345).unwrap();
+    disk.sync_all().unwrap();
+    drop(disk);
+
+    use nix::unistd::Whence::{SeekData, SeekHole};
+    let disk = File::open(work.path("at/disk.raw")).unwrap();
+    // Everything counts as data until the kernel has told of the writer's close.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while seek(&disk, 0, SeekData) == Some(0) && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(seek(&disk, 0, SeekData), Some(1 << 20));
+    assert_eq!(seek(&disk, 1 << 20, SeekHole), Some(2 << 20));
+    assert_eq!(seek(&disk, 2 << 20, SeekData), Some(10 << 20));
+    assert_eq!(seek(&disk, 30 << 20, SeekData), None);
+    assert_eq!(seek(&disk, 30 << 20, SeekHole), Some(30 << 20));
+    drop(disk);
+    work.run("cp", ["--sparse=auto", "at/disk.raw", "copy.raw"]).succeeds();
+    work.run("cmp", ["at/disk.raw", "copy.raw"]).succeeds();
+    work.vdisk("umount at").succeeds();
+    work.qemu_img("check disk.qcow2").succeeds();
+    work.qemu_img("compare disk.qcow2 copy.raw").succeeds();
+    let mut copy = File::open(work.path("copy.raw")).unwrap();
+    copy.seek(SeekFrom::Start(20 * MIB + 12_345)).unwrap();
+    let mut back = vec![0; data.len()];
+    copy.read_exact(&mut back).unwrap();
+    assert!(back == data);
+}
+
+#[test]
+fn holes_punched_in_a_raw_mount_are_given_back_to_the_disk() {
+    if !have(Need::Fuse) || !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    fs::create_dir(work.path("at")).unwrap();
+    work.qemu_img("create -f qcow2 disk.qcow2 64M").succeeds();
+    work.qemu_io("disk.qcow2", &["write -P 1 0 8M"]).succeeds();
+    work.vdisk("mount --raw disk.qcow2 at").succeeds();
+    work.run("fallocate", ["-p", "-o", "1M", "-l", "4M", "at/disk.raw"]).succeeds();
+    work.run("fallocate", ["-z", "-o", "6M", "-l", "1M", "at/disk.raw"]).succeeds();
+    // The disk has its size and keeps it.
+    work.run("fallocate", ["-l", "65M", "at/disk.raw"]).ends(1);
+    work.run("truncate", ["-s", "1M", "at/disk.raw"]).ends(1);
+    for words in [&["touch", "at/new"][..], &["mkdir", "at/new"], &["rm", "-f", "at/disk.raw"]] {
+        work.run(words[0], &words[1..]).fails(&["at/", "not permitted"]);
+    }
+    work.vdisk("umount at").succeeds();
+    let reads = [
+        "read -P 1 0 1M",
+        "read -P 0 1M 4M",
+        "read -P 1 5M 1M",
+        "read -P 0 6M 1M",
+        "read -P 1 7M 1M",
+        "read -P 0 8M 56M",
+    ];
+    work.qemu_io("disk.qcow2", &reads).succeeds();
+    work.qemu_img("check disk.qcow2").succeeds();
+    let map = work.qemu_img("map --output=json disk.qcow2").succeeds().out();
+    assert!(map.contains(r#""start": 1048576, "length": 4194304"#), "{map}");
+}
+
+#[test]
+fn a_raw_mount_ends_at_the_disks_end() {
+    if !have(Need::Fuse) || !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    fs::create_dir(work.path("at")).unwrap();
+    work.qemu_img("create -f qcow2 disk.qcow2 1M").succeeds();
+    work.vdisk("mount --raw disk.qcow2 at").succeeds();
+    let past = work.run(
+        "dd",
+        [
+            "if=/dev/zero",
+            "of=at/disk.raw",
+            "bs=64k",
+            "seek=15",
+            "count=2",
+            "conv=notrunc,fsync",
+            "oflag=direct",
+        ],
+    );
+    past.ends(1).says(&["no space left"]);
+    work.vdisk("umount at").succeeds();
+    work.vdisk("mount --raw --read-only disk.qcow2 at").succeeds();
+    let error = File::options().write(true).open(work.path("at/disk.raw")).unwrap_err();
+    assert!(matches!(error.raw_os_error(), Some(libc::EROFS | libc::EACCES)), "{error}");
+    work.vdisk("umount at").succeeds();
+}
+
+#[test]
+fn mounts_of_many_disks_at_once_do_not_meet() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    let names: Vec<PathBuf> = (0..6).map(|n| work.path(format!("m{n}"))).collect();
+    for name in &names {
+        fs::create_dir(name).unwrap();
+        fs::copy(work.path("disk.qcow2"), name.with_extension("qcow2")).unwrap();
+    }
+    thread::scope(|scope| {
+        for name in &names {
+            let work = &work;
+            scope.spawn(move || {
+                let (disk, at) = (name.with_extension("qcow2"), name.as_path());
+                let seed = u64::from(name.to_str().unwrap().bytes().last().unwrap());
+                let file = noise(seed, 3 << 20);
+                work.vdisk_args([Path::new("mount"), &disk, at]).succeeds();
+                fs::write(at.join("file"), &file).unwrap();
+                work.vdisk_args([Path::new("umount"), at]).succeeds();
+                work.vdisk_args([Path::new("mount"), &disk, at]).succeeds();
+                assert!(fs::read(at.join("file")).unwrap() == file);
+                work.vdisk_args([Path::new("umount"), at]).succeeds();
+            });
+        }
+    });
+}
+
+#[test]
+fn a_full_host_is_an_error_to_the_writer_and_to_umount_and_the_disk_stays_sound() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    fs::create_dir(work.path("host")).unwrap();
+    work.run("mount", ["-t", "tmpfs", "-o", "size=12M", "none", "host"]).succeeds();
+    fs::copy(work.path("disk.qcow2"), work.path("host/disk.qcow2")).unwrap();
+    work.vdisk("mount host/disk.qcow2 at").succeeds();
+    let write = work.run("dd", ["if=/dev/urandom", "of=at/big", "bs=1M", "count=40", "conv=fsync"]);
+    assert_ne!(write.code, Some(0), "40 MiB went into 12");
+    // Whatever umount says, it ends, and a second call or a plain umount clears what is left.
+    let first = work.vdisk("umount at");
+    assert!(matches!(first.code, Some(0 | 1)), "{}", first.text());
+    if is_mounted(&work.path("at")) {
+        work.run("umount", ["at"]).succeeds();
+    }
+    is_left_alone(&work.path("at"));
+    let check = work.qemu_img("check host/disk.qcow2");
+    assert!(matches!(check.code, Some(0 | 3)), "{}", check.text());
+}
