@@ -16,10 +16,16 @@ pub mod container;
 pub mod error;
 pub mod formats;
 pub mod image;
+pub mod luks;
 pub mod mount;
 pub mod qcow2;
 pub mod storage;
 pub mod virtio;
 pub mod vm;
+
+#[cfg(test)]
+#[allow(dead_code, reason = "the black-box tests use the rest")]
+#[path = "../tests/main/require.rs"]
+mod require;
 
 pub use error::{Error, ErrorKind, Result};

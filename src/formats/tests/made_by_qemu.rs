@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::require::{Need, have};
 use super::{difference, extents, flat, open_file, run};
 use crate::image::Mapping;
+use crate::require::{Need, have};
 
 /// Formats and creation options that QEMU writes.
 const KINDS: [(&str, &str); 18] = [

@@ -18,9 +18,6 @@ use crate::storage::Storage;
 mod differencing;
 mod hostile;
 mod made_by_qemu;
-#[allow(dead_code, reason = "the black-box tests use the rest")]
-#[path = "../../../tests/main/require.rs"]
-mod require;
 mod vhdx_log;
 mod vmdk_forms;
 

@@ -1,9 +1,9 @@
 //! A VHDX whose writer died with its log in use, built here; QEMU's own replay is the judge where
 //! there is QEMU.
 
-use super::require::{Need, have};
 use super::{difference, fixture, flat, open, pattern, run};
 use crate::ErrorKind;
+use crate::require::{Need, have};
 
 const ID: [u8; 16] = [0x5a; 16];
 const SECTOR: usize = 4096;
