@@ -62,6 +62,8 @@ fn enter(host: &UnixStream, groups: &[PathBuf]) -> Result<Message> {
         .map_err(doing("cannot set the host name"))?;
     network::loopback_up().map_err(|e| Error::io("cannot set the loopback interface up", e))?;
     root::enter(Path::new(order.get("root").unwrap_or_default()))?;
+    root::host_names(order.get("hostname").unwrap_or_default())
+        .map_err(|e| Error::io("cannot name the host", e).at_path("/etc/hosts"))?;
     // A program in the session of the user's shell could type into its terminal (TIOCSTI).
     setsid().map_err(doing("cannot start a session"))?;
     wire::send(host, &Message::default()).map_err(|e| Error::io("cannot report", e))?;

@@ -4,6 +4,7 @@
 //! All that is mounted inside is mounted after the old root is gone: whatever links the image holds
 //! lead to the image.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::symlink;
@@ -189,6 +190,25 @@ fn protect(path: &str) -> io::Result<()> {
     mount(Some(path), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     Ok(change(path, flags | NOSUID | NOEXEC | NODEV)?)
+}
+
+/// Gives a disk that knows no host names those of the container, or else `localhost` would be
+/// unknown. A disk with names of its own keeps them.
+pub(super) fn host_names(hostname: &OsStr) -> io::Result<()> {
+    const HOSTS: &str = "/etc/hosts";
+    const FILE: &str = "/dev/hosts";
+    match fs::symlink_metadata(HOSTS) {
+        Ok(found) if found.is_file() && found.len() == 0 => {}
+        Ok(_) => return Ok(()),
+        // Something to mount on, as podman leaves it, too.
+        Err(_) if File::create_new(HOSTS).is_ok() => {}
+        // There is no /etc.
+        Err(_) => return Ok(()),
+    }
+    let hostname = hostname.to_string_lossy();
+    fs::write(FILE, format!("127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost\n"))?;
+    mount(Some(FILE), HOSTS, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    fs::remove_file(FILE)
 }
 
 /// Shows the container's terminal as /dev/console, as getty and systemd expect it.

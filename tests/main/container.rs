@@ -273,6 +273,21 @@ fn the_environment_is_the_containers_own() {
 }
 
 #[test]
+fn localhost_has_a_name_unless_the_disk_says_otherwise() {
+    if !able() {
+        return;
+    }
+    let work = work();
+    let hosts = sh(&work, "--hostname box", "cat /etc/hosts").succeeds().out();
+    assert!(hosts.contains("127.0.0.1 localhost box\n"), "{hosts}");
+    sh(&work, "", "busybox umount /etc/hosts").ends(1);
+    work.put("root/etc/hosts", "10.0.0.1 mine\n");
+    ext4(&work, "own.raw");
+    let own = work.vdisk("run --ephemeral own.raw -- cat /etc/hosts").succeeds();
+    assert_eq!(own.out(), "10.0.0.1 mine\n");
+}
+
+#[test]
 fn only_the_capabilities_of_podman_are_left() {
     if !able() {
         return;
@@ -343,7 +358,7 @@ fn what_a_program_writes_is_in_the_delta_and_the_base_stays() {
     let base = work.bytes(BASE);
     sh(&work, "", "echo mine > /etc/motd; busybox rm /etc/passwd").succeeds();
     let again = sh(&work, "", "cat /etc/motd; busybox ls /etc").succeeds();
-    assert_eq!(again.out(), "mine\nmotd\n");
+    assert_eq!(again.out(), "mine\nhosts\nmotd\n");
     assert!(work.bytes(BASE) == base, "the base has changed");
     work.qemu_img("check web.qcow2").succeeds();
 }
