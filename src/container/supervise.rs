@@ -277,7 +277,7 @@ fn pidfd(pid: i32) -> io::Result<OwnedFd> {
 }
 
 /// Whether a process neither handles, ignores nor holds back a signal.
-fn takes_default_action(pid: i32, signal: Signal) -> bool {
+pub(super) fn takes_default_action(pid: i32, signal: Signal) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     default_action_in(&status, signal)
 }

@@ -8,11 +8,16 @@ use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::getpid;
 use rustix::pty::{ptsname, unlockpt};
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::{
-    OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize,
+    LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcgetpgrp,
+    tcgetwinsize, tcsetattr, tcsetwinsize,
 };
+
+use super::supervise::takes_default_action;
 
 /// Whether the user sits at both ends of the program.
 pub(super) fn wanted() -> bool {
@@ -46,7 +51,7 @@ impl Relay {
         raw.make_raw();
         tcsetattr(stdin(), OptionalActions::Now, &raw)?;
         let (typed, ends) = (relay.master.try_clone()?, stopped.try_clone()?);
-        relay.spawn("terminal input", move || type_in(typed, &ends))?;
+        relay.spawn("terminal input", move || type_in(typed, &ends, init))?;
         let shown = relay.master.try_clone()?;
         relay.spawn("terminal output", move || show(shown, &stopped))?;
         Ok(relay)
@@ -84,16 +89,37 @@ impl Drop for Relay {
 }
 
 /// From the user to the program, until the relay stops.
-fn type_in(mut master: File, stopped: &UnixStream) {
+fn type_in(mut master: File, stopped: &UnixStream, init: i32) {
     let mut buffer = [0; 4096];
     while let Ok([typed, false]) = ready([stdin(), stopped.as_fd()], PollTimeout::NONE) {
         if typed {
             let Ok(length @ 1..) = rustix::io::read(stdin(), &mut buffer) else { return };
-            if master.write_all(buffer.get(..length).unwrap_or_default()).is_err() {
+            let typed = buffer.get(..length).unwrap_or_default();
+            let meant = meant_for_init(&master, typed, init);
+            if master.write_all(typed).is_err() {
                 return;
+            }
+            if let Some(signal) = meant {
+                // To this process, which does with it what it does with all signals.
+                let _ = kill(getpid(), signal);
             }
         }
     }
+}
+
+/// The signal that these keys are in the container's terminal, where its process 1 is among those
+/// that it is for and would die of it if it were not process 1, to which the kernel does not send it.
+fn meant_for_init(master: &File, typed: &[u8], init: i32) -> Option<Signal> {
+    let modes = tcgetattr(master).ok()?;
+    let keys =
+        [(SpecialCodeIndex::VINTR, Signal::SIGINT), (SpecialCodeIndex::VQUIT, Signal::SIGQUIT)];
+    let (_, signal) = keys.into_iter().find(|(key, _)| {
+        let code = modes.special_codes[*key];
+        code != 0 && typed.contains(&code)
+    })?;
+    let in_foreground = || tcgetpgrp(master).is_ok_and(|group| group.as_raw_pid() == init);
+    let signals = modes.local_modes.contains(LocalModes::ISIG);
+    (signals && in_foreground() && takes_default_action(init, signal)).then_some(signal)
 }
 
 /// From the program to the user, until the program's side is closed and all is shown.

@@ -2,16 +2,12 @@
 //! nothing of it is left on the host, whoever dies first.
 
 use std::fs;
-use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
-use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::host::{Done, PATIENCE, Running, VDISK, Work};
 use crate::require::{Need, have};
@@ -19,12 +15,12 @@ use crate::require::{Need, have};
 const BASE: &str = "base.raw";
 
 /// Whether this machine can run containers.
-fn able() -> bool {
+pub fn able() -> bool {
     have(Need::Root) && have(Need::Fuse) && have(Need::Qemu)
 }
 
 /// A directory with a base disk, whose ext4 file system holds busybox, and `web.qcow2`, its clone.
-fn work() -> Work {
+pub fn work() -> Work {
     let work = Work::new();
     let root = work.path("root");
     for dir in ["bin", "etc", "root", "tmp"] {
@@ -57,7 +53,7 @@ fn sh(work: &Work, options: &str, script: &str) -> Done {
 
 /// Polls until `done`; the limit is generous, because an end can wait for a disk.
 #[track_caller]
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
@@ -71,7 +67,7 @@ fn processes() -> Vec<u32> {
 }
 
 /// The processes whose command line is exactly this.
-fn running(words: &[&str]) -> Vec<u32> {
+pub fn running(words: &[&str]) -> Vec<u32> {
     let wanted: String = words.iter().flat_map(|word| [word, "\0"]).collect();
     let fits = |pid: &u32| {
         fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line == wanted.as_bytes())
@@ -517,6 +513,18 @@ fn processor_time_is_limited() {
 }
 
 #[test]
+fn a_disk_that_is_in_use_is_refused() {
+    if !able() {
+        return;
+    }
+    let work = work();
+    let container = Container::start(&work, "", "", "7802");
+    sh(&work, "", "true").fails(&["web.qcow2", "use"]);
+    container.vdisk.signal(Signal::SIGTERM);
+    container.ends_clean().ends(143);
+}
+
+#[test]
 fn a_disk_without_a_file_system_is_refused() {
     if !able() {
         return;
@@ -524,40 +532,4 @@ fn a_disk_without_a_file_system_is_refused() {
     let work = Work::new();
     work.vdisk("create empty.qcow2 16M").succeeds();
     work.vdisk("run empty.qcow2 -- sh").fails(&["empty.qcow2", "file system"]);
-}
-
-#[test]
-fn a_program_gets_a_terminal_of_its_own_and_the_users_is_given_back() {
-    if !able() {
-        return;
-    }
-    let work = work();
-    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    unlockpt(&master).unwrap();
-    let user = ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    let size = Winsize { ws_row: 33, ws_col: 99, ws_xpixel: 0, ws_ypixel: 0 };
-    tcsetwinsize(&user, size).unwrap();
-    let stream = || Stdio::from(user.try_clone().unwrap());
-    let script = "tty; stty size; echo x > /dev/tty; test -c /dev/console; exit 9";
-    let mut vdisk = Command::new(VDISK)
-        .args(["run", "web.qcow2", "--", "sh", "-c", script])
-        .current_dir(work.dir())
-        .stdin(stream())
-        .stdout(stream())
-        .stderr(stream())
-        .spawn()
-        .unwrap();
-    let mut status = None;
-    eventually("vdisk ends", || {
-        status = vdisk.try_wait().unwrap();
-        status.is_some()
-    });
-    let modes = tcgetattr(&user).unwrap().local_modes;
-    assert!(modes.contains(LocalModes::ICANON | LocalModes::ECHO), "left in raw mode");
-    drop(user);
-    let mut shown = Vec::new();
-    // A terminal ends in an error.
-    let _ = fs::File::from(master).read_to_end(&mut shown);
-    assert_eq!(String::from_utf8_lossy(&shown), "/dev/pts/0\r\n33 99\r\nx\r\n");
-    assert_eq!(status.unwrap().code(), Some(9));
 }

@@ -13,5 +13,6 @@ mod require;
 
 mod boot;
 mod container;
+mod container_terminal;
 mod mount;
 mod usage;
