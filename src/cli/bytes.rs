@@ -67,7 +67,7 @@ pub fn write(args: &WriteArgs) -> Result<u8> {
         if n == 0 {
             break;
         }
-        disk.write_at(at, &[IoSlice::new(&buf[..n])])?;
+        disk.write_at(at, &[IoSlice::new(&buf[..n])]).map_err(|e| e.at_path(&args.disk))?;
         at += n as u64;
     }
     disk.flush()?;

@@ -11,6 +11,9 @@ use vdisk::{Error, Result};
 
 use super::size;
 
+/// What a guest reads and writes at least.
+const SECTOR: u64 = 512;
+
 /// Make a new, empty disk.
 #[derive(ClapArgs)]
 pub struct Args {
@@ -78,9 +81,14 @@ impl From<PreallocationArg> for Preallocation {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
+    // Whole sectors, as qemu-img makes them.
+    let size = args
+        .size
+        .checked_next_multiple_of(SECTOR)
+        .ok_or_else(|| Error::invalid("the size is too large").at_path(&args.file))?;
     let preallocation = args.preallocation.into();
     if args.format == FormatArg::Raw {
-        chain::create_raw(&args.file, args.size, preallocation)?;
+        chain::create_raw(&args.file, size, preallocation)?;
         return Ok(0);
     }
     let cluster = Unit::from_bytes(args.cluster_size).ok_or_else(|| {
@@ -97,7 +105,7 @@ pub fn run(args: &Args) -> Result<u8> {
         },
         preallocation,
         extensions: vec![label],
-        ..CreateOptions::new(args.size)
+        ..CreateOptions::new(size)
     };
     chain::create(&args.file, &options)?;
     Ok(0)

@@ -1,8 +1,17 @@
 //! Sizes as qemu-img reads them, and as people read them.
 
-/// Parses `20G`, `512M`, `64k`, `1.5T`, bytes; suffixes are powers of 1024.
+/// Parses `20G`, `512M`, `64k`, `1.5T`, bytes, `0x` and bytes; suffixes are powers of 1024.
 pub fn parse(text: &str) -> Result<u64, String> {
     let wrong = || format!("'{text}' is not a size: bytes, or a number with k, M, G, T, P or E");
+    let bounded = |bytes: Option<u64>| {
+        bytes.filter(|b| *b < 1 << 63).ok_or_else(|| format!("'{text}' is too large"))
+    };
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(wrong());
+        }
+        return bounded(u64::from_str_radix(digits, 16).ok());
+    }
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 0,
@@ -23,10 +32,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
     let part: u128 = if fraction.is_empty() { 0 } else { fraction.parse().map_err(|_| wrong())? };
     let part = (part << shift) / 10u128.pow(fraction.len() as u32);
     let bytes = (u128::from(whole) << shift) + part;
-    u64::try_from(bytes)
-        .ok()
-        .filter(|b| *b < 1 << 63)
-        .ok_or_else(|| format!("'{text}' is too large"))
+    bounded(u64::try_from(bytes).ok())
 }
 
 #[cfg(test)]
@@ -38,7 +44,10 @@ mod tests {
         assert_eq!(parse("64K"), Ok(65536));
         assert_eq!(parse("1.5G"), Ok(3 << 29));
         assert_eq!(parse("512"), Ok(512));
-        for bad in ["", "G", "-1", "1x", "1..5", "9E9", "16E", "1.G5"] {
+        assert_eq!(parse("0x1F0"), Ok(496));
+        for bad in
+            ["", "G", "-1", "1x", "1..5", "9E9", "16E", "1.G5", "0x", "0x1G", "0xffffffffffffffff"]
+        {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -4,12 +4,14 @@
 //! the file system cannot make nameless files, it has a hidden name that ends in `.draft`.
 
 use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::unistd::linkat;
 
@@ -37,10 +39,11 @@ impl Draft {
         let options = FileOptions { access: Some(Access::Write), write: true };
         let (storage, hidden) = match nameless {
             Ok(file) => (FileStorage::from_file(file, target, options)?, None),
-            Err(_) => {
+            Err(e) if has_no_nameless_files(&e) => {
                 let name = hidden_name(target);
                 (FileStorage::create(&name)?, Some(name))
             }
+            Err(e) => return Err(Error::io("could not be created", e).at_path(target)),
         };
         Ok(Draft { storage: Arc::new(storage), target: target.to_path_buf(), hidden })
     }
@@ -94,6 +97,11 @@ impl Drop for Draft {
             let _ = fs::remove_file(hidden);
         }
     }
+}
+
+fn has_no_nameless_files(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EOPNOTSUPP | Errno::EISDIR))
 }
 
 /// A name beside `target` that nobody else uses.

@@ -337,6 +337,16 @@ impl Done {
         done
     }
 
+    /// Requires exit status 1 or 64, where the contract leaves open which, and a message.
+    #[track_caller]
+    pub fn refuses(self, parts: &[&str]) -> Done {
+        let code = if self.code == Some(64) { 64 } else { 1 };
+        let done = self.ends(code);
+        assert!(!done.stderr.is_empty(), "{}: no message", done.words);
+        done.says(parts);
+        done
+    }
+
     /// Requires each of `parts`, whatever their case, on stderr.
     #[track_caller]
     pub fn says(&self, parts: &[&str]) {

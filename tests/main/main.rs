@@ -8,11 +8,14 @@
 
 #[allow(dead_code, reason = "the themes grow into it")]
 mod host;
-#[allow(dead_code, reason = "the themes grow into it")]
 mod require;
+#[allow(dead_code, reason = "the themes grow into it")]
+mod twin;
 
 mod boot;
 mod container;
 mod container_terminal;
+mod create;
+mod interop;
 mod mount;
 mod usage;
