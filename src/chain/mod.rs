@@ -2,12 +2,18 @@
 //!
 //! Only [`open`] names concrete formats. Nothing here sees an L2 entry or a refcount.
 
+mod clone;
 mod create;
 mod device;
 mod flat;
+pub mod forest;
 mod gate;
+mod heal;
 mod inflight;
+pub mod merge;
 mod open;
+pub mod snapshot;
+pub mod tree;
 
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock, RwLockReadGuard};
@@ -17,9 +23,10 @@ use crate::error::Result;
 use crate::image::{Image, Mapping};
 use crate::storage::FileStorage;
 
+pub use clone::{Base, unseal};
 pub use create::{create, create_raw, ephemeral};
 pub use gate::{Format, MAX_DEPTH};
-pub use open::{OpenOptions, open, open_image, probe};
+pub use open::{OpenOptions, Peek, open, open_image, peek, probe};
 
 use flat::Flat;
 use inflight::InFlight;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::gate::{self, Format, Gate};
-use super::{Chain, Layer};
+use super::{Chain, Layer, heal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::raw;
 use crate::image::{Identity, Image, Role};
@@ -62,6 +62,9 @@ impl OpenOptions {
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Chain> {
     let mut gate = Gate::new();
     gate.pass(path)?;
+    if !options.read_only && !options.unprotected {
+        heal::heal(path)?;
+    }
     let head = open_image(path, options)?;
     let mut identity = identity(&head)?;
     if !options.read_only && !options.unprotected {
@@ -112,6 +115,29 @@ pub fn open_image(path: &Path, options: &OpenOptions) -> Result<Layer> {
     Ok(Layer { path: path.to_path_buf(), format, image, file })
 }
 
+/// What the header of a layer says, without opening the layer: no lock is taken, so it may be out
+/// of date by the time it is used. `None` where the file is no qcow2 image.
+pub fn peek(path: &Path) -> Result<Option<Peek>> {
+    let file = FileStorage::open(path, FileOptions { access: None, write: false })?;
+    if probe(&file)? != Format::Qcow2 {
+        return Ok(None);
+    }
+    let header = qcow2::Header::read(&file).map_err(|e| e.at_path(path))?;
+    let identity = header.identity().map_err(|e| e.at_path(path))?;
+    Ok(Some(Peek { identity, size: header.size, allocated: file.allocated()? }))
+}
+
+/// What [`peek`] sees.
+#[derive(Debug, Clone)]
+pub struct Peek {
+    /// Who the layer is.
+    pub identity: Identity,
+    /// The guest disk's size in bytes.
+    pub size: u64,
+    /// Bytes that the file takes on the host, holes left out.
+    pub allocated: u64,
+}
+
 /// The format that a file's first bytes show; raw where they show none.
 pub fn probe(storage: &dyn Storage) -> Result<Format> {
     let mut first = [0; 512];
@@ -129,10 +155,12 @@ fn check_not_frozen(path: &Path, identity: &Identity) -> Result<()> {
     let Some(label) = &identity.label else { return Ok(()) };
     let message = match label.role {
         Role::Head => return Ok(()),
-        Role::Base => "is a base: clones stand on it, and writing would change them; make a clone \
-                       of it and write to that"
-            .to_owned(),
-        Role::Snapshot | Role::Merging => format!(
+        Role::Base => {
+            "is a base: clones stand on it, and writing would change them. Make a clone of \
+                       it and write to that, or `vdisk unseal` it when no clone is left"
+                .to_owned()
+        }
+        Role::Snapshot | Role::Merging | Role::Leaving => format!(
             "is the frozen layer of snapshot '{}'; write to the disk itself or to a clone of this",
             label.name
         ),

@@ -43,7 +43,7 @@ pub fn open(path: &Path, using: &Use<'_>) -> Result<Arc<Chain>> {
         ..OpenOptions::default()
     };
     let chain = match using.snapshot {
-        Some(_) => return Err(Error::unsupported("snapshots are not looked at yet").at_path(path)),
+        Some(name) => chain::snapshot::open_at(path, name, &options)?,
         None => chain::open(path, &options)?,
     };
     Ok(Arc::new(if using.ephemeral { chain::ephemeral(chain, options.cache)? } else { chain }))

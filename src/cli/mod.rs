@@ -2,8 +2,10 @@
 //!
 //! Only this room prints, exits and parses arguments.
 
+mod ask;
 mod boot;
 mod bytes;
+mod clone;
 mod create;
 mod disk;
 mod mount;
@@ -11,6 +13,8 @@ mod mount_control;
 mod mount_daemon;
 mod run;
 mod size;
+mod snapshot;
+mod tree;
 mod umount;
 
 use std::process::ExitCode;
@@ -32,6 +36,10 @@ enum Verb {
     Mount(mount::Args),
     #[command(hide = true)]
     MountDaemon(mount::Args),
+    Clone(clone::Args),
+    Unseal(clone::UnsealArgs),
+    Snapshot(snapshot::Args),
+    Tree(tree::Args),
     Read(bytes::ReadArgs),
     Umount(umount::Args),
     Write(bytes::WriteArgs),
@@ -61,6 +69,10 @@ pub fn run() -> ExitCode {
         Verb::Create(args) => create::run(args),
         Verb::Mount(args) => mount::run(args),
         Verb::MountDaemon(args) => mount_daemon::run(args),
+        Verb::Clone(args) => clone::run(args),
+        Verb::Unseal(args) => clone::unseal(args),
+        Verb::Snapshot(args) => snapshot::run(args),
+        Verb::Tree(args) => tree::run(args),
         Verb::Read(args) => bytes::read(args),
         Verb::Umount(args) => umount::run(args),
         Verb::Write(args) => bytes::write(args),

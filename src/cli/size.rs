@@ -35,6 +35,24 @@ pub fn parse(text: &str) -> Result<u64, String> {
     bounded(u64::try_from(bytes).ok())
 }
 
+/// A size for people: at most three digits before the unit.
+pub fn human(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else if value < 10.0 && value.fract() != 0.0 {
+        format!("{value:.1} {}", UNITS[unit])
+    } else {
+        format!("{value:.0} {}", UNITS[unit])
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,5 +68,10 @@ mod tests {
         {
             assert!(parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn sizes_are_shown_short() {
+        assert_eq!([0, 1536, 65536, 20 << 30].map(human), ["0 B", "1.5 KiB", "64 KiB", "20 GiB"]);
     }
 }

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | 0-3 | CRC-32 of all that follows |
 //! | 4-5 | version of this layout, 1 |
-//! | 6-7 | role: 0 head, 1 snapshot, 2 base, 3 merging |
+//! | 6-7 | role: 0 head, 1 snapshot, 2 base, 3 merging, 4 leaving |
 //! | 8-23 | id of the disk |
 //! | 24-39 | id of the layer |
 //! | 40-55 | id of the contents |
@@ -40,6 +40,8 @@ pub enum Role {
     Base,
     /// A frozen layer into which its child is being folded: no restore point any more.
     Merging,
+    /// A frozen layer that its children hold all of by now, and are being moved off.
+    Leaving,
 }
 
 /// The layer below, as the layer above remembers it.
@@ -145,6 +147,7 @@ impl Label {
             1 => Role::Snapshot,
             2 => Role::Base,
             3 => Role::Merging,
+            4 => Role::Leaving,
             _ => return Err(damaged()),
         };
         let id = |at: usize| Id::from_slice(&bytes[at..at + 16]).map_err(|_| damaged());

@@ -9,7 +9,7 @@ use byteorder::{BigEndian, ByteOrder};
 use super::extension::{self, Extension};
 use crate::addr::Unit;
 use crate::error::{Error, Result};
-use crate::image::Backing;
+use crate::image::{Backing, Identity, Label};
 use crate::storage::Storage;
 
 /// `QFI\xfb`.
@@ -288,6 +288,15 @@ impl Header {
     /// The bytes of the extension with `magic`.
     pub fn extension(&self, magic: u32) -> Option<&[u8]> {
         self.extensions.iter().find(|e| e.magic == magic).map(|e| &e.data[..])
+    }
+
+    /// Who the layer says it is.
+    pub fn identity(&self) -> Result<Identity> {
+        Ok(Identity {
+            label: self.extension(Label::MAGIC).map(Label::decode).transpose()?,
+            vouched: self.autoclear & autoclear::CONTENT_ID != 0,
+            backing: self.backing.clone(),
+        })
     }
 
     /// Sets, replaces or (with `None`) removes an extension.

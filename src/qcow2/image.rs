@@ -336,12 +336,7 @@ impl image::Image for Image {
     }
 
     fn identity(&self) -> Result<Identity> {
-        let header = self.header();
-        Ok(Identity {
-            label: header.extension(Label::MAGIC).map(Label::decode).transpose()?,
-            vouched: header.autoclear & autoclear::CONTENT_ID != 0,
-            backing: header.backing,
-        })
+        self.header().identity()
     }
 
     fn set_identity(&self, identity: &Identity) -> Result<()> {

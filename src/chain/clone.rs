@@ -1,0 +1,135 @@
+//! Linked clones: an empty delta on a base, which is sealed from then on.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use super::open::{OpenOptions, open_image};
+use super::snapshot::{delta_options, unprotected};
+use super::tree::clones_of;
+use super::{Layer, heal};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Backing, Id, Identity, Label, Parent, Role};
+use crate::storage::draft::directory;
+
+/// A base that clones can be made of.
+pub struct Base {
+    layer: Layer,
+    /// The base's file, without symbolic links.
+    path: PathBuf,
+    parent: Option<Parent>,
+}
+
+impl Base {
+    /// Opens and seals the layer at `path`: it is not written any more while it is a base. A file
+    /// that cannot be written, and one that has no header, stay as they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] where somebody writes to it.
+    pub fn seal(path: &Path) -> Result<Base> {
+        let path =
+            fs::canonicalize(path).map_err(|e| Error::io("could not be found", e).at_path(path))?;
+        let read =
+            || open_image(&path, &OpenOptions { unprotected: true, ..OpenOptions::default() });
+        let mut layer = read()?;
+        let mut identity = layer.image.identity()?;
+        if !is_sealed(&identity) {
+            let format = layer.format;
+            drop(layer);
+            if format == super::Format::Qcow2 {
+                seal(&path)?;
+            }
+            layer = read()?;
+            identity = layer.image.identity()?;
+        }
+        let content = |l: &Label| if identity.vouched { l.content } else { Id::nil() };
+        let parent =
+            identity.label.as_ref().map(|l| Parent { layer: l.layer, content: content(l) });
+        Ok(Base { layer, path, parent })
+    }
+
+    /// Makes a clone at `path`, which must not exist. The work does not depend on the base's size.
+    pub fn clone_to(&self, path: &Path) -> Result<()> {
+        let label = Label { parent: self.parent, ..Label::new() };
+        let dir = directory(path);
+        let dir =
+            fs::canonicalize(dir).map_err(|e| Error::io("could not be found", e).at_path(dir))?;
+        let name = relative(&dir, &self.path);
+        let name = name.to_str().ok_or_else(|| {
+            Error::unsupported("the base's path is not UTF-8").at_path(&self.path)
+        })?;
+        let backing =
+            Backing { name: name.to_owned(), format: Some(self.layer.format.name().to_owned()) };
+        super::create(path, &delta_options(&*self.layer.image, backing, &label)?)
+    }
+}
+
+fn is_sealed(identity: &Identity) -> bool {
+    identity.vouched && identity.label.as_ref().is_some_and(|l| l.role != Role::Head)
+}
+
+fn seal(path: &Path) -> Result<()> {
+    heal::heal(path)?;
+    let layer = match open_image(path, &unprotected()) {
+        // A golden image that only root may write is as good as sealed.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
+            return Ok(());
+        }
+        other => other?,
+    };
+    let mut identity = layer.image.identity()?;
+    let label = identity.label.get_or_insert_default();
+    if label.role == Role::Head {
+        label.role = Role::Base;
+    }
+    label.content = Id::new_v4();
+    identity.vouched = true;
+    layer.image.set_identity(&identity).map_err(|e| e.at_path(path))
+}
+
+/// Makes a base an ordinary disk again.
+///
+/// # Errors
+/// [`ErrorKind::Sealed`] lists the clones in its directory that stand on it.
+pub fn unseal(path: &Path) -> Result<()> {
+    let clones = clones_of(path, None)?;
+    if !clones.is_empty() {
+        let names: Vec<String> = clones.iter().map(|p| p.display().to_string()).collect();
+        let message = format!("clones stand on it: {}", names.join(", "));
+        return Err(Error::new(ErrorKind::Sealed, message).at_path(path));
+    }
+    let layer = open_image(path, &unprotected())?;
+    let mut identity = layer.image.identity()?;
+    match &mut identity.label {
+        Some(label) if label.role == Role::Base => label.role = Role::Head,
+        _ => return Err(Error::invalid("is not sealed").at_path(path)),
+    }
+    identity.vouched = false;
+    layer.image.set_identity(&identity).map_err(|e| e.at_path(path))
+}
+
+/// The path from the directory `from` to `to`; both are absolute and without symbolic links.
+fn relative(from: &Path, to: &Path) -> PathBuf {
+    let mut from = from.components().peekable();
+    let mut to = to.components().peekable();
+    while let (Some(a), Some(b)) = (from.peek(), to.peek()) {
+        if a != b {
+            break;
+        }
+        from.next();
+        to.next();
+    }
+    from.map(|_| Component::ParentDir).chain(to).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_base_is_named_relative_to_its_clone() {
+        let of = |a: &str, b: &str| relative(Path::new(a), Path::new(b)).display().to_string();
+        assert_eq!(of("/vm", "/vm/base"), "base");
+        assert_eq!(of("/vm/clones", "/vm/base"), "../base");
+        assert_eq!(of("/a/b", "/c/base"), "../../c/base");
+    }
+}

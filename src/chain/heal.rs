@@ -1,0 +1,99 @@
+//! Finishing or rolling back what an interrupted change of the tree left.
+//!
+//! Every step of a change leaves one of these, each of which says itself what to do:
+//!
+//! * the head's file is marked as a frozen layer: a snapshot was not finished, or a delete was not:
+//!   it is the head, and its second name, if any, goes;
+//! * a layer is *leaving*: its children hold all of it; those still on it are moved to its parent;
+//! * a layer is *merging*: its child is folded into it, again if need be;
+//! * a layer carries the label of another file, which stands on it: it takes that file's name;
+//! * a hidden draft of a process that is gone: it goes.
+
+use std::path::Path;
+
+use super::open::{open_image, peek};
+use super::snapshot::unprotected;
+use super::tree::{Family, frozen_path, names_beside, same_file};
+use super::{Layer, gate, merge};
+use crate::error::Result;
+use crate::image::{Id, Role};
+use crate::storage::draft::{remove, rename, sync_directory};
+
+/// Puts right what an interrupted command left of the disk at `path`. Does nothing, and takes no
+/// lock, where nothing was left.
+pub(super) fn heal(path: &Path) -> Result<()> {
+    remove_drafts(path)?;
+    let Some(family) = Family::read(path)? else { return Ok(()) };
+    let label = &family.head.label;
+    if label.role == Role::Snapshot && !is_frozen_name(path, label.layer) {
+        thaw(path, &open_image(path, &unprotected())?)?;
+    }
+    for layer in &family.layers {
+        if frozen_path(path, layer.label.layer) != layer.path {
+            finish_rename(path, &layer.path)?;
+        }
+    }
+    for layer in &family.layers {
+        match layer.label.role {
+            Role::Leaving => merge::leave(path, layer.label.layer)?,
+            Role::Merging => merge::resume(path, layer.label.layer)?,
+            Role::Head | Role::Snapshot | Role::Base => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether the file has the name of the frozen layer that it is: then it is no head.
+fn is_frozen_name(path: &Path, layer: Id) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let stem = name.rsplit_once('.').map_or(&*name, |(stem, _)| stem);
+    let id = stem.rsplit_once('@').map(|(_, id)| id);
+    id.is_some_and(|id| id.len() == 12 && layer.simple().to_string().starts_with(id))
+}
+
+/// Makes a file at the head's name that is marked frozen the head again.
+pub(super) fn thaw(path: &Path, head: &Layer) -> Result<()> {
+    let mut identity = head.image.identity()?;
+    let Some(label) = &mut identity.label else { return Ok(()) };
+    let second = frozen_path(path, label.layer);
+    if second != path && same_file(&second, path) {
+        remove(&second)?;
+        sync_directory(path)?;
+    }
+    label.role = Role::Head;
+    label.time = 0;
+    label.name.clear();
+    label.description.clear();
+    identity.vouched = false;
+    head.image.set_identity(&identity).map_err(|e| e.at_path(path))
+}
+
+/// A layer that took over the label of the layer above it takes its name too.
+fn finish_rename(head: &Path, layer: &Path) -> Result<()> {
+    let Some(label) = peek(layer)?.and_then(|p| p.identity.label) else { return Ok(()) };
+    let target = match label.role {
+        Role::Head => head.to_path_buf(),
+        _ => frozen_path(head, label.layer),
+    };
+    let Ok(Some(above)) = peek(&target) else { return Ok(()) };
+    let same_layer = above.identity.label.is_some_and(|l| l.layer == label.layer);
+    let below = above.identity.backing.and_then(|b| gate::resolve(&target, &b.name).ok());
+    if same_layer && below.is_some_and(|below| same_file(&below, layer)) {
+        rename(layer, &target)?;
+        sync_directory(&target)?;
+    }
+    Ok(())
+}
+
+fn remove_drafts(path: &Path) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let prefix = format!(".{name}.");
+    let owner = |name: &str| -> Option<u32> {
+        let middle = name.strip_prefix(&prefix)?.strip_suffix(".draft")?;
+        middle.split_once('-')?.0.parse().ok()
+    };
+    let drafts = names_beside(path, |name| {
+        owner(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+    })?;
+    drafts.iter().try_for_each(|draft| remove(draft))
+}
