@@ -6,12 +6,15 @@
 /// How many bytes of a file's beginning [`foreign`] needs at most; fewer will do for a shorter file.
 pub const HEAD: usize = 4096;
 
-/// The foreign format of a file that begins with `head`, as qemu-img names it.
+/// A descriptor is text; a longer file that begins like one is somebody's disk.
+const MAX_TEXT: u64 = 1 << 20;
+
+/// The foreign format of a file of `len` bytes that begins with `head`, as qemu-img names it.
 ///
 /// A fixed VHD is not recognised: its one mark is a footer behind the guest's data.
-pub fn foreign(head: &[u8]) -> Option<&'static str> {
+pub fn foreign(head: &[u8], len: u64) -> Option<&'static str> {
     match head {
-        _ if vmdk(head) => Some("vmdk"),
+        _ if vmdk_sparse(head) || (vmdk_descriptor(head) && len <= MAX_TEXT) => Some("vmdk"),
         _ if vhd(head) => Some("vpc"),
         _ if vhdx(head) => Some("vhdx"),
         _ if vdi(head) => Some("vdi"),
@@ -21,7 +24,11 @@ pub fn foreign(head: &[u8]) -> Option<&'static str> {
 
 /// A VMDK: a sparse extent's magic, or the text of a descriptor.
 pub fn vmdk(head: &[u8]) -> bool {
-    head.starts_with(b"KDMV") || head.starts_with(b"COWD") || vmdk_descriptor(head)
+    vmdk_sparse(head) || vmdk_descriptor(head)
+}
+
+fn vmdk_sparse(head: &[u8]) -> bool {
+    head.starts_with(b"KDMV") || head.starts_with(b"COWD")
 }
 
 /// A descriptor's first line that is neither blank nor a comment names its version.
@@ -53,14 +60,16 @@ mod tests {
 
     #[test]
     fn a_format_is_known_by_its_first_bytes() {
-        assert_eq!(foreign(b"KDMV\x01\0\0\0"), Some("vmdk"));
-        assert_eq!(foreign(b"# Disk DescriptorFile\r\n \r\nversion=1\r\n"), Some("vmdk"));
-        assert_eq!(foreign(b"# Disk DescriptorFile\nversion=10\n"), None);
-        assert_eq!(foreign(b"conectix"), Some("vpc"));
-        assert_eq!(foreign(b"vhdxfile"), Some("vhdx"));
+        let probe = |head: &[u8]| foreign(head, head.len() as u64);
+        assert_eq!(probe(b"KDMV\x01\0\0\0"), Some("vmdk"));
+        assert_eq!(probe(b"# Disk DescriptorFile\r\n \r\nversion=1\r\n"), Some("vmdk"));
+        assert_eq!(probe(b"# Disk DescriptorFile\nversion=10\n"), None);
+        assert_eq!(foreign(b"version=1\n", (1 << 20) + 1), None);
+        assert_eq!(probe(b"conectix"), Some("vpc"));
+        assert_eq!(probe(b"vhdxfile"), Some("vhdx"));
         let mut head = [0; 512];
         head[0x40..0x44].copy_from_slice(&0xbeda_107fu32.to_le_bytes());
-        assert_eq!(foreign(&head), Some("vdi"));
-        assert_eq!((foreign(&[]), foreign(&[0; 4096]), foreign(b"QFI\xfb")), (None, None, None));
+        assert_eq!(probe(&head), Some("vdi"));
+        assert_eq!((probe(&[]), probe(&[0; 4096]), probe(b"QFI\xfb")), (None, None, None));
     }
 }

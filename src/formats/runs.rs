@@ -61,6 +61,21 @@ fn continues(first: Mapping, len: u64, next: Mapping) -> bool {
     }
 }
 
+/// The extent with its host bytes `base` further on.
+pub(super) fn shift(extent: Extent, base: u64) -> Extent {
+    match extent.mapping {
+        Mapping::Data { host, .. } => Extent { mapping: data(host.0 + base), ..extent },
+        _ => extent,
+    }
+}
+
+/// Takes [`shift`] back.
+pub(super) fn unshift(extent: Extent, base: u64) -> Result<Extent> {
+    let Mapping::Data { host, .. } = extent.mapping else { return Ok(extent) };
+    let host = host.0.checked_sub(base).ok_or_else(|| Error::invalid("not this image's extent"))?;
+    Ok(Extent { mapping: data(host), ..extent })
+}
+
 /// How far `at` lies inside an extent; an error unless `len` bytes from there do too.
 pub(super) fn skip(extent: &Extent, at: GuestOffset, len: u64) -> Result<u64> {
     at.0.checked_sub(extent.start.0)

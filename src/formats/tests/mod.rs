@@ -174,7 +174,7 @@ fn fixtures_read_as_the_disk_they_were_made_from() {
     for (format, name) in fixtures {
         let bytes = fixture(name);
         if name != "fixed.vhd" {
-            assert_eq!(probe::foreign(&bytes), Some(format), "{name}");
+            assert_eq!(probe::foreign(&bytes, bytes.len() as u64), Some(format), "{name}");
         }
         let image = open(format, bytes, &[]).unwrap();
         let mut expected = pattern();

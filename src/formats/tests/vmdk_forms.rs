@@ -192,3 +192,28 @@ fn a_header_without_a_disk_of_its_own_is_read_for_its_descriptor() {
     assert_eq!(flat(&image, &[]), [7; 1024]);
     assert_eq!(image.size(), 1024);
 }
+
+#[test]
+fn neighbours_in_different_files_do_not_look_like_one_extent() {
+    let plan = plan(
+        "version=1\ncreateType=\"custom\"\nRW 4 FLAT \"a\" 0\nRW 4 FLAT \"b\" 4\nRW 4 FLAT \"b\" 8\n",
+    );
+    let files = [storage(vec![1; 2048]), storage(noise(3, 6144))];
+    let image = plan.open(&files).unwrap();
+    let hosts: Vec<_> = extents(&image)
+        .unwrap()
+        .iter()
+        .map(|extent| match extent.mapping {
+            Mapping::Data { host, .. } => (host.0, extent.len),
+            other => unreachable!("{other:?}"),
+        })
+        .collect();
+    assert!(hosts[0] == (0, 2048) && hosts[1].0 > 2048, "{hosts:?}");
+    // In one file they may be joined: a longer extent reads on.
+    assert_eq!(hosts[2].0, hosts[1].0 + 2048);
+    let mut joined = extents(&image).unwrap()[1];
+    joined.len = 4096;
+    let mut buf = [0; 4096];
+    image.read(&joined, joined.start, &mut [std::io::IoSliceMut::new(&mut buf)]).unwrap();
+    assert_eq!(buf[..], noise(3, 6144)[2048..]);
+}

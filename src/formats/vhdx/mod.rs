@@ -133,8 +133,10 @@ impl Image for Vhdx {
         self.metadata.size
     }
 
+    /// The block; of a differencing disk, whose bitmaps cut blocks into sectors, less: who keeps a
+    /// map counts on few pieces in a cluster.
     fn cluster(&self) -> Unit {
-        self.metadata.block
+        if self.metadata.parent.is_some() { Unit::from_bits(16) } else { self.metadata.block }
     }
 
     fn granularity(&self) -> Unit {

@@ -51,6 +51,16 @@ pub(super) enum Kind {
     Zero,
 }
 
+impl Kind {
+    /// The file it stands in.
+    pub(super) fn file(self) -> Option<usize> {
+        match self {
+            Kind::Flat { file, .. } | Kind::Sparse { file } => Some(file),
+            Kind::Zero => None,
+        }
+    }
+}
+
 impl Descriptor {
     /// Reads and parses a descriptor of `len` bytes at `offset`.
     pub(super) fn read(storage: &Arc<dyn Storage>, offset: u64, len: u64) -> Result<Descriptor> {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use self::descriptor::Descriptor;
 use self::descriptor::Kind;
-use self::sparse::{Header, SECTOR, Sparse};
+use self::sparse::{Header, Sparse};
 use super::{fields, probe, runs};
 use crate::addr::{GuestOffset, Unit};
 use crate::block;
@@ -20,6 +20,10 @@ use crate::storage::Storage;
 mod descriptor;
 mod sparse;
 
+/// The unit in which flat extents are accounted for: as for raw images.
+const FLAT_UNIT: Unit = Unit::from_bits(16);
+/// What lies between two files in the order of host offsets, at least.
+const GAP: Unit = Unit::from_bits(16);
 /// Pages of tables that one disk keeps, shared out among its extents: 4 MiB.
 const PAGES: usize = super::pages::Pages::DEFAULT;
 
@@ -32,6 +36,9 @@ pub struct Plan {
 }
 
 /// One VMDK, open for reading.
+///
+/// Host offsets of a disk in several files count as if the files stood one after the other, with a
+/// gap between: extents that follow each other in different files never look like one.
 pub struct Vmdk {
     parts: Vec<Part>,
     size: u64,
@@ -53,6 +60,8 @@ struct Part {
     start: u64,
     len: u64,
     bytes: Bytes,
+    /// What the file's host offsets begin with: see [`Vmdk`].
+    base: u64,
 }
 
 enum Bytes {
@@ -102,24 +111,43 @@ impl Plan {
         if let Some(header) = self.own {
             let (len, grain) = (header.capacity, header.grain);
             let bytes = Bytes::Sparse(Box::new(Sparse::open(self.storage, header, PAGES)?));
-            let parts = vec![Part { start: 0, len, bytes }];
+            let parts = vec![Part { start: 0, len, bytes, base: 0 }];
             return Ok(Vmdk::new(parts, len, grain, self.descriptor));
         }
         let pages = PAGES / self.descriptor.extents.len().max(1);
-        let (mut parts, mut size, mut grain) = (Vec::new(), 0u64, None);
+        let bases = bases(files)?;
+        let (mut parts, mut size, mut grain) = (Vec::new(), 0u64, FLAT_UNIT);
         for line in self.descriptor.extents.iter().filter(|line| line.len != 0) {
             let bytes = open_extent(line.kind, line.len, files, pages)?;
             if let Bytes::Sparse(sparse) = &bytes {
-                grain.get_or_insert(sparse.header.grain);
+                let other = sparse.header.grain;
+                grain = if other.bytes() < grain.bytes() { other } else { grain };
             }
-            parts.push(Part { start: size, len: line.len, bytes });
+            let file = line.kind.file();
+            let base = file.and_then(|file| bases.get(file)).copied().unwrap_or(0);
+            parts.push(Part { start: size, len: line.len, bytes, base });
             size = size
                 .checked_add(line.len)
                 .filter(|&size| i64::try_from(size).is_ok())
                 .ok_or_else(|| Error::corrupt("the extents are larger than any disk"))?;
         }
-        Ok(Vmdk::new(parts, size, grain.unwrap_or(SECTOR), self.descriptor))
+        Ok(Vmdk::new(parts, size, grain, self.descriptor))
     }
+}
+
+/// The host offset at which each file begins.
+fn bases(files: &[Arc<dyn Storage>]) -> Result<Vec<u64>> {
+    let mut next = 0u64;
+    let mut bases = Vec::with_capacity(files.len());
+    for file in files {
+        bases.push(next);
+        next = next
+            .checked_add(GAP.ceil(file.len()?))
+            .and_then(|end| end.checked_add(GAP.bytes()))
+            .filter(|&end| i64::try_from(end).is_ok())
+            .ok_or_else(|| Error::corrupt("the files of the disk are larger than any disk"))?;
+    }
+    Ok(bases)
 }
 
 fn open_extent(kind: Kind, len: u64, files: &[Arc<dyn Storage>], pages: usize) -> Result<Bytes> {
@@ -204,14 +232,16 @@ impl Image for Vmdk {
         let len = len.min(part.len - skip);
         match &part.bytes {
             Bytes::Flat { offset, .. } => {
-                Ok(Extent { start: at, len, mapping: runs::data(offset + skip) })
+                Ok(Extent { start: at, len, mapping: runs::data(part.base + offset + skip) })
             }
             Bytes::Zero => {
                 Ok(Extent { start: at, len, mapping: Mapping::Zero { allocated: false } })
             }
             Bytes::Sparse(sparse) => {
                 let mut tables = sparse.tables();
-                runs::longest(at, len, |pos| sparse.piece(&mut tables, pos - part.start))
+                let extent =
+                    runs::longest(at, len, |pos| sparse.piece(&mut tables, pos - part.start))?;
+                Ok(runs::shift(extent, part.base))
             }
         }
     }
@@ -219,13 +249,17 @@ impl Image for Vmdk {
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         let part = self.part(extent.start.0)?;
         match (&part.bytes, extent.mapping) {
-            (Bytes::Flat { storage, .. }, _) => runs::read(storage, extent, at, bufs),
+            (Bytes::Flat { storage, .. }, _) => {
+                runs::read(storage, &runs::unshift(*extent, part.base)?, at, bufs)
+            }
             (Bytes::Sparse(sparse), Mapping::Compressed { descriptor }) => {
                 runs::skip(extent, at, block::total_mut(bufs))?;
                 let grain = self.grain(part.start, sparse, descriptor)?;
                 sparse.copy(&grain, descriptor, at.0 - part.start, bufs)
             }
-            (Bytes::Sparse(sparse), _) => runs::read(sparse.storage(), extent, at, bufs),
+            (Bytes::Sparse(sparse), _) => {
+                runs::read(sparse.storage(), &runs::unshift(*extent, part.base)?, at, bufs)
+            }
             (Bytes::Zero, _) => {
                 runs::skip(extent, at, block::total_mut(bufs))?;
                 block::fill_zero(bufs);
