@@ -21,6 +21,14 @@ pub enum Format {
     Qcow2,
     /// The guest's bytes as they are.
     Raw,
+    /// VirtualBox's format; only read.
+    Vdi,
+    /// Hyper-V's format; only read.
+    Vhdx,
+    /// VMware's formats; only read.
+    Vmdk,
+    /// Virtual PC's format, VHD; only read.
+    Vpc,
 }
 
 impl Format {
@@ -33,6 +41,10 @@ impl Format {
             "qcow2" => Ok(Format::Qcow2),
             // A device or file is raw whatever protocol driver reads it.
             "raw" | "file" | "host_device" => Ok(Format::Raw),
+            "vdi" => Ok(Format::Vdi),
+            "vhdx" => Ok(Format::Vhdx),
+            "vmdk" => Ok(Format::Vmdk),
+            "vpc" => Ok(Format::Vpc),
             other => Err(Error::unsupported(format!("unknown image format '{other}'"))),
         }
     }
@@ -42,6 +54,10 @@ impl Format {
         match self {
             Format::Qcow2 => "qcow2",
             Format::Raw => "raw",
+            Format::Vdi => "vdi",
+            Format::Vhdx => "vhdx",
+            Format::Vmdk => "vmdk",
+            Format::Vpc => "vpc",
         }
     }
 }

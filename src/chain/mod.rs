@@ -7,6 +7,7 @@ mod create;
 mod device;
 mod flat;
 pub mod forest;
+mod foreign;
 mod gate;
 mod heal;
 mod inflight;

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::gate::{self, Format, Gate};
-use super::{Chain, Layer, heal};
+use super::{Chain, Layer, foreign, heal};
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::raw;
+use crate::formats::{probe as signature, raw};
 use crate::image::{Identity, Image, Role};
 use crate::qcow2;
 use crate::storage::{Access, FileOptions, FileStorage, Storage};
@@ -111,6 +111,7 @@ pub fn open_image(path: &Path, options: &OpenOptions) -> Result<Layer> {
             let inner = qcow2::OpenOptions { read_only: options.read_only, cache };
             Arc::new(qcow2::Image::open(file.clone(), inner).map_err(|e| e.at_path(path))?)
         }
+        other => foreign::open(other, path, file.clone(), file_options)?,
     };
     Ok(Layer { path: path.to_path_buf(), format, image, file })
 }
@@ -140,10 +141,15 @@ pub struct Peek {
 
 /// The format that a file's first bytes show; raw where they show none.
 pub fn probe(storage: &dyn Storage) -> Result<Format> {
-    let mut first = [0; 512];
-    let have = storage.len()?.min(512) as usize;
-    storage.read_exact_at(0, &mut first[..have])?;
-    Ok(if qcow2::probe(&first[..have]) { Format::Qcow2 } else { Format::Raw })
+    let len = storage.len()?;
+    let mut first = [0; signature::HEAD];
+    let first = &mut first[..len.min(signature::HEAD as u64) as usize];
+    storage.read_exact_at(0, first)?;
+    match signature::foreign(first, len) {
+        _ if qcow2::probe(first) => Ok(Format::Qcow2),
+        Some(name) => Format::from_name(name),
+        None => Ok(Format::Raw),
+    }
 }
 
 fn identity(layer: &Layer) -> Result<Identity> {

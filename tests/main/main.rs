@@ -17,5 +17,6 @@ mod container;
 mod container_terminal;
 mod create;
 mod interop;
+mod formats;
 mod mount;
 mod usage;

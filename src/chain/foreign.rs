@@ -1,0 +1,59 @@
+//! Layers that other programs made: opened for reading, with the further files that they name.
+
+use std::path::{Component, Path};
+use std::sync::Arc;
+
+use super::gate::{self, Format};
+use crate::error::{Error, ErrorKind, Result};
+use crate::formats::{vdi, vhd, vhdx, vmdk};
+use crate::image::Image;
+use crate::storage::{FileOptions, FileStorage, Storage};
+
+/// Opens the layer in `file`, whose name is `path` and whose format is neither qcow2 nor raw.
+///
+/// # Errors
+/// [`ErrorKind::ReadOnly`] where `options` are for writing; [`ErrorKind::Denied`] where a VMDK
+/// names a file outside its directory.
+pub(super) fn open(
+    format: Format,
+    path: &Path,
+    file: Arc<FileStorage>,
+    options: FileOptions,
+) -> Result<Arc<dyn Image>> {
+    if options.write {
+        let message = format!(
+            "is a {format} image, which is only read: make a clone of it, or convert it to qcow2"
+        );
+        return Err(Error::new(ErrorKind::ReadOnly, message).at_path(path));
+    }
+    let image: Result<Arc<dyn Image>> = match format {
+        Format::Vmdk => return open_vmdk(path, file, options),
+        Format::Vpc => vhd::Vhd::open(file).map(|image| Arc::new(image) as _),
+        Format::Vhdx => vhdx::Vhdx::open(file).map(|image| Arc::new(image) as _),
+        Format::Vdi => vdi::Vdi::open(file).map(|image| Arc::new(image) as _),
+        Format::Qcow2 | Format::Raw => {
+            Err(Error::invalid(format!("{format} is no foreign format")))
+        }
+    };
+    image.map_err(|e| e.at_path(path))
+}
+
+fn open_vmdk(path: &Path, file: Arc<FileStorage>, options: FileOptions) -> Result<Arc<dyn Image>> {
+    let plan = vmdk::Plan::read(file).map_err(|e| e.at_path(path))?;
+    let mut files: Vec<Arc<dyn Storage>> = Vec::new();
+    for name in plan.files() {
+        let beside = Path::new(name)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+        if !beside {
+            let message = format!(
+                "names '{name}' as one of its files: only files in its own directory are opened \
+                 for it"
+            );
+            return Err(Error::new(ErrorKind::Denied, message).at_path(path));
+        }
+        files.push(Arc::new(FileStorage::open(&gate::resolve(path, name)?, options)?));
+    }
+    let image = plan.open(&files).map_err(|e| e.at_path(path))?;
+    Ok(Arc::new(image))
+}
