@@ -414,6 +414,25 @@ static void test_disks(const char *line)
 	say("disks", count);
 }
 
+/* A visit to a disk that holds ext4, as scripts/demo makes it: its first KiB is the guest's. */
+static void test_visit(void)
+{
+	static const char NOTE[] = "a guest was here\n";
+	set_up(ALL);
+	say("sectors", capacity());
+	expect(request(T_IN, 2, SECTOR) == 0, "read");
+	expect(buffer[56] == 0x53 && buffer[57] == 0xef, "no ext4 file system");
+	print("ext4: ");
+	buffer[120 + 16] = 0;
+	print((char *)buffer + 120);
+	print("\n");
+	fill(0, SECTOR);
+	for (u32 at = 0; NOTE[at]; at++)
+		buffer[at] = NOTE[at];
+	expect(request(T_OUT, 1, SECTOR) == 0 && request(T_FLUSH, 0, 0) == 0, "write and flush");
+	expect(request(T_IN, 1, SECTOR) == 0 && buffer[0] == NOTE[0], "read back");
+}
+
 static void test_echo(void)
 {
 	char text[2] = {0, 0};
@@ -476,6 +495,8 @@ void guest(const u8 *boot_params)
 		test_read_only();
 	else if (is_test(line, "disks"))
 		test_disks(line);
+	else if (is_test(line, "visit"))
+		test_visit();
 	else if (is_test(line, "echo"))
 		test_echo();
 	else if (is_test(line, "wait"))

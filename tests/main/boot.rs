@@ -25,20 +25,8 @@ fn guest() -> &'static Path {
     let (_, elf) = BUILT.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
         let elf = dir.path().join("guest.elf");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest");
-        // General registers only: the guest has no one to set up the others.
-        let built = Command::new("cc")
-            .args("-O1 -std=gnu11 -Wall -Wextra -Werror -ffreestanding -fno-builtin".split(' '))
-            .args("-mgeneral-regs-only -mno-red-zone -fno-pic -fno-stack-protector".split(' '))
-            .args("-fcf-protection=none -fno-asynchronous-unwind-tables".split(' '))
-            .args("-nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack".split(' '))
-            .arg("-T")
-            .arg(source.join("guest.ld"))
-            .arg("-o")
-            .arg(&elf)
-            .arg(source.join("guest.c"))
-            .output()
-            .expect("a C compiler: cc");
+        let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/build");
+        let built = Command::new(build).arg(&elf).output().expect("the guest's build script");
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         (dir, elf)
     });
