@@ -17,9 +17,9 @@ const COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 /// Boot a disk as a KVM microVM with its serial console on the terminal.
 ///
-/// The guest powers off by a reset (Linux: `reboot`, or a panic). On a terminal, Ctrl-A x ends it at
+/// The guest ends when it powers off or resets itself. On a terminal, Ctrl-A x ends it at
 /// once, and Ctrl-A Ctrl-A types a Ctrl-A. When the command ends, all that the guest wrote is
-/// durable. Exit status: 0 when the guest reset itself or was ended, 1 when it crashed.
+/// durable. Exit status: 0 when the guest powered off, reset itself or was ended, 1 when it crashed.
 #[derive(ClapArgs)]
 pub struct Args {
     /// The first disk: /dev/vda in a Linux guest.
@@ -77,7 +77,7 @@ pub fn run(args: &Args) -> Result<u8> {
     })?;
     end_on(signals, guest.control())?;
     match guest.run()? {
-        Ended::Reset => Ok(0),
+        Ended::PowerOff | Ended::Reset => Ok(0),
         Ended::Stopped => {
             eprintln!("vdisk: the guest was ended; all it wrote is on its disks");
             Ok(0)

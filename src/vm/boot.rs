@@ -11,6 +11,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::acpi::ROOT;
 use super::memory::{FIRMWARE_START, HIGH_START, low_end, usable};
 use crate::error::{Error, Result};
 use crate::virtio::Memory;
@@ -60,6 +61,7 @@ struct Loaded {
 pub fn load(memory: &Memory, payload: &Payload) -> Result<u64> {
     let kernel = load_kernel(memory, &payload.kernel).map_err(|e| e.at_path(&payload.kernel))?;
     let mut params = boot_params { hdr: kernel.header, ..Default::default() };
+    params.acpi_rsdp_addr = ROOT;
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = LOADER_UNDEFINED;

@@ -10,7 +10,9 @@ use crate::error::{Error, Result};
 /// Why a guest ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// It reset itself through the keyboard controller: how it powers off.
+    /// It powered off.
+    PowerOff,
+    /// It reset itself through the keyboard controller: how guests without ACPI power off.
     Reset,
     /// It crashed: a triple fault.
     TripleFault,

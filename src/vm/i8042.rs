@@ -15,7 +15,8 @@ pub const BASE: u64 = 0x60;
 pub const LEN: u64 = 5;
 
 const DATA: u64 = 0;
-const COMMAND: u64 = 4;
+/// Offset of the command port.
+pub const COMMAND: u64 = 4;
 
 /// Status: a byte waits at the data port.
 const OUTPUT_FULL: u8 = 0x01;
@@ -28,7 +29,8 @@ const TEST_MOUSE_PORT: u8 = 0xa9;
 const TEST_CONTROLLER: u8 = 0xaa;
 const TEST_KEYBOARD_PORT: u8 = 0xab;
 const LOOP_MOUSE: u8 = 0xd3;
-const RESET: u8 = 0xfe;
+/// The command that resets the machine.
+pub const RESET: u8 = 0xfe;
 
 const CONTROLLER_GOOD: u8 = 0x55;
 /// A port's clock line is stuck: nothing is plugged in.

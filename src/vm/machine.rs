@@ -11,12 +11,13 @@ use nix::libc::{EAGAIN, EINTR, c_int, c_void, siginfo_t};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use super::acpi::Place;
 use super::boot::BOOT_PARAMS;
 use super::bus::Bus;
 use super::console::{self, Console};
 use super::control::{Control, Ended};
 use super::mmio::{self, Transport};
-use super::{cpu, i8042, kvm_error, memory};
+use super::{cpu, i8042, kvm_error, memory, power};
 use crate::error::{Error, ErrorKind, Result};
 use crate::virtio::Memory;
 
@@ -41,7 +42,7 @@ struct Slot {
 }
 
 impl Parts {
-    /// Memory, a console and a keyboard controller.
+    /// Memory, a console, a keyboard controller and power management.
     pub fn new(
         memory: Arc<Memory>,
         console: Arc<Console>,
@@ -51,7 +52,15 @@ impl Parts {
         ports.insert(console::BASE, console::LEN, Arc::clone(&console) as _)?;
         let controller = i8042::Controller::new(Arc::clone(control));
         ports.insert(i8042::BASE, i8042::LEN, Arc::new(controller))?;
+        let power = power::Power::new(Arc::clone(control));
+        ports.insert(power::BASE, power::LEN, Arc::new(power))?;
         Ok(Parts { memory, ports, registers: Bus::default(), console, transports: Vec::new() })
+    }
+
+    /// Where the devices are.
+    pub fn places(&self) -> Vec<Place> {
+        let place = |slot: &Slot| Place { base: slot.base, len: mmio::LEN, irq: slot.irq };
+        self.transports.iter().map(place).collect()
     }
 
     /// Adds a device; returns how the kernel's command line names it (the Linux parameter

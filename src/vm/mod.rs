@@ -12,6 +12,7 @@ use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
 use crate::virtio::{Block, Id, VirtioDevice};
 
+mod acpi;
 mod boot;
 mod bus;
 mod console;
@@ -21,6 +22,7 @@ mod i8042;
 mod machine;
 mod memory;
 mod mmio;
+mod power;
 mod terminal;
 
 pub use bus::{Bus, BusDevice};
@@ -34,7 +36,7 @@ use console::Console;
 use machine::{Machine, Parts};
 
 /// Interrupt lines for disks: those that nothing on a PC without devices uses.
-const DISK_IRQS: [u32; 10] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 3];
+const DISK_IRQS: [u32; 9] = [5, 6, 7, 10, 11, 12, 14, 15, 3];
 
 /// The most disks that a guest can have.
 pub const MAX_DISKS: usize = DISK_IRQS.len();
@@ -98,6 +100,7 @@ impl Guest {
         }
         line.push_str(&config.command_line);
         let payload = Payload { kernel: config.kernel, initrd: config.initrd, command_line: line };
+        acpi::write(&memory, &parts.places())?;
         let entry = boot::load(&memory, &payload)?;
         let machine = Machine::new(&kvm, parts, entry)?;
         Ok(Guest { machine, disks, console, input: config.console.input, control })

@@ -34,6 +34,11 @@ static void outb(u16 port, u8 value)
 	__asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port));
 }
 
+static void outw(u16 port, u16 value)
+{
+	__asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port));
+}
+
 static u8 inb(u16 port)
 {
 	u8 value;
@@ -457,6 +462,22 @@ static void test_wait(void)
 		__asm__ volatile("hlt");
 }
 
+/* The control register is where the table says; "off" is sleep type 5. */
+static void test_acpi(const u8 *root)
+{
+	const u8 *pointers = *(const u8 **)(root + 24);
+	const u8 *fixed = *(const u8 **)(pointers + 36);
+	u8 sum = 0;
+	expect(*(const u64 *)root == 0x2052545020445352, "no root pointer");
+	expect(*(const u32 *)pointers == 0x54445358 && *(const u32 *)fixed == 0x50434146, "no tables");
+	for (u32 at = 0; at < *(const u32 *)(fixed + 4); at++)
+		sum += fixed[at];
+	expect(sum == 0, "checksum");
+	print("off\n");
+	outw(*(const u32 *)(fixed + 64), 5 << 10 | 1 << 13);
+	fail("still on");
+}
+
 static void triple_fault(void)
 {
 	struct { u16 limit; u64 base; } __attribute__((packed)) none = {0, 0};
@@ -501,6 +522,8 @@ void guest(const u8 *boot_params)
 		test_echo();
 	else if (is_test(line, "wait"))
 		test_wait();
+	else if (is_test(line, "acpi"))
+		test_acpi(*(const u8 *const *)(boot_params + 0x70));
 	else if (is_test(line, "triple-fault"))
 		triple_fault();
 	else

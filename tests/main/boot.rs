@@ -187,6 +187,15 @@ fn each_of_several_disks_gets_its_own_writes() {
 }
 
 #[test]
+fn a_guest_finds_acpi_tables_and_powers_off_by_them() {
+    if !can_boot() {
+        return;
+    }
+    let out = boot(&cloned(), "acpi", "").succeeds().out();
+    assert!(out.ends_with("off\n"), "{out}");
+}
+
+#[test]
 fn a_guest_that_crashes_ends_the_command_with_status_1() {
     if !can_boot() {
         return;
