@@ -42,11 +42,19 @@ fn cloned() -> Work {
 }
 
 fn can_boot() -> bool {
-    have(Need::Kvm) && have(Need::Qemu)
+    have(Need::Kvm)
+}
+
+/// Requires that QEMU finds the clone sound, and what it reads there.
+fn assert_sound(work: &Work, reads: &[&str]) {
+    if have(Need::Qemu) {
+        work.qemu_img("check clone.qcow2").succeeds();
+        work.qemu_io("clone.qcow2", reads).succeeds();
+    }
 }
 
 fn clone(work: &Work, name: &str) {
-    work.qemu_img(&format!("create -f qcow2 -b base.raw -F raw {name}")).succeeds();
+    work.vdisk(&format!("clone base.raw {name}")).succeeds();
 }
 
 /// The words that boot the guest for one of its tests.
@@ -113,9 +121,8 @@ fn a_guest_drives_its_disk_and_what_it_wrote_is_in_the_delta() {
     }
     assert_all(sectors(&disk, 4096, DISK / SECTOR - 4096), 0x11, "the end");
     assert_base_unchanged(&work);
-    work.qemu_img("check clone.qcow2").succeeds();
     let reads = ["read -P 0x22 1536 512", "read -P 0x33 512000 5120", "read -P 0x11 0 1536"];
-    work.qemu_io("clone.qcow2", &reads).succeeds();
+    assert_sound(&work, &reads);
 }
 
 #[test]
@@ -266,7 +273,7 @@ fn a_signal_ends_the_guest_and_its_writes_are_kept() {
         let done = running.wait().succeeds();
         assert!(done.out().ends_with("waiting\n"), "{}", done.out());
         assert_all(sectors(&flat(&work, "clone.qcow2"), 3, 1), 0x77, "the written sector");
-        work.qemu_img("check clone.qcow2").succeeds();
+        assert_sound(&work, &["read -P 0x77 1536 512"]);
         assert_base_unchanged(&work);
     }
 }
