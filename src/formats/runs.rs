@@ -3,7 +3,7 @@
 use std::io::IoSliceMut;
 use std::sync::Arc;
 
-use crate::addr::{GuestOffset, HostOffset};
+use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::block;
 use crate::error::{Error, Result};
 use crate::image::{Extent, Mapping};
@@ -11,6 +11,11 @@ use crate::storage::Storage;
 
 /// How many table entries one call to `map` looks at: bounds its time on any image.
 const STEPS: usize = 1 << 16;
+
+/// What the foreign formats report as their cluster: nothing is allocated in them, so it is only the
+/// unit in which others account for them and which a delta on them is made with. Their own blocks,
+/// of up to 256 MiB, would make each first write to such a delta copy as much.
+pub(super) const CLUSTER: Unit = Unit::from_bits(16);
 
 /// A table entry's meaning: how the bytes from the asked position on are mapped, and how many.
 pub(super) type Piece = (Mapping, u64);

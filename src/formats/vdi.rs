@@ -157,7 +157,7 @@ impl Image for Vdi {
     }
 
     fn cluster(&self) -> Unit {
-        self.header.block
+        runs::CLUSTER
     }
 
     fn read_only(&self) -> bool {

@@ -62,7 +62,15 @@ fn a_clone_of_another_programs_disk_takes_writes_and_leaves_it_alone() {
         let work = Work::new();
         made(&work, format, options, file);
         let before = work.bytes(file);
-        work.qemu_img(&format!("create -q -f qcow2 -b {file} -F {format} clone.qcow2")).succeeds();
+        if file == "fixed.vhd" {
+            let create = format!("create -q -f qcow2 -b {file} -F {format} clone.qcow2");
+            work.qemu_img(&create).succeeds();
+        } else {
+            work.vdisk(&format!("clone {file} clone.qcow2")).succeeds();
+        }
+        let info = work.qemu_img("info clone.qcow2").succeeds().out();
+        assert!(info.contains("cluster_size: 65536"), "{info}");
+        assert!(info.contains(&format!("backing file format: {format}")), "{info}");
         assert!(read(&work, "clone.qcow2") == contents(), "{file}");
         let mut expected = contents();
         for at in [100, (1 << 20) + 65_000, SIZE - 4000] {

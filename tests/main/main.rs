@@ -16,7 +16,7 @@ mod boot;
 mod container;
 mod container_terminal;
 mod create;
-mod interop;
 mod formats;
+mod interop;
 mod mount;
 mod usage;

@@ -18,9 +18,6 @@ use crate::storage::Storage;
 
 mod footer;
 
-/// The unit in which a disk without blocks is accounted for, and one whose blocks its bitmaps cut
-/// into sectors: who keeps a map counts on few pieces in a cluster.
-const SMALL: Unit = Unit::from_bits(16);
 /// An entry of the block allocation table for a block without data.
 const FREE: u32 = u32::MAX;
 
@@ -119,15 +116,7 @@ impl Image for Vhd {
     }
 
     fn cluster(&self) -> Unit {
-        let block = self.header.as_ref().map_or(SMALL, |header| header.block);
-        if self.footer.kind == Kind::Differencing && block.bytes() > SMALL.bytes() {
-            return SMALL;
-        }
-        block
-    }
-
-    fn granularity(&self) -> Unit {
-        if self.footer.kind == Kind::Differencing { SECTOR } else { self.cluster() }
+        runs::CLUSTER
     }
 
     fn backing(&self) -> Option<Backing> {

@@ -133,14 +133,8 @@ impl Image for Vhdx {
         self.metadata.size
     }
 
-    /// The block; of a differencing disk, whose bitmaps cut blocks into sectors, less: who keeps a
-    /// map counts on few pieces in a cluster.
     fn cluster(&self) -> Unit {
-        if self.metadata.parent.is_some() { Unit::from_bits(16) } else { self.metadata.block }
-    }
-
-    fn granularity(&self) -> Unit {
-        if self.metadata.parent.is_some() { self.metadata.sector } else { self.metadata.block }
+        runs::CLUSTER
     }
 
     fn backing(&self) -> Option<Backing> {

@@ -20,8 +20,6 @@ use crate::storage::Storage;
 mod descriptor;
 mod sparse;
 
-/// The unit in which flat extents are accounted for: as for raw images.
-const FLAT_UNIT: Unit = Unit::from_bits(16);
 /// What lies between two files in the order of host offsets, at least.
 const GAP: Unit = Unit::from_bits(16);
 /// Pages of tables that one disk keeps, shared out among its extents: 4 MiB.
@@ -42,7 +40,6 @@ pub struct Plan {
 pub struct Vmdk {
     parts: Vec<Part>,
     size: u64,
-    grain: Unit,
     descriptor: Descriptor,
     unpacked: Mutex<Option<Unpacked>>,
 }
@@ -109,20 +106,16 @@ impl Plan {
             return Err(Error::invalid("a storage for each file of the descriptor is needed"));
         }
         if let Some(header) = self.own {
-            let (len, grain) = (header.capacity, header.grain);
+            let len = header.capacity;
             let bytes = Bytes::Sparse(Box::new(Sparse::open(self.storage, header, PAGES)?));
             let parts = vec![Part { start: 0, len, bytes, base: 0 }];
-            return Ok(Vmdk::new(parts, len, grain, self.descriptor));
+            return Ok(Vmdk::new(parts, len, self.descriptor));
         }
         let pages = PAGES / self.descriptor.extents.len().max(1);
         let bases = bases(files)?;
-        let (mut parts, mut size, mut grain) = (Vec::new(), 0u64, FLAT_UNIT);
+        let (mut parts, mut size) = (Vec::new(), 0u64);
         for line in self.descriptor.extents.iter().filter(|line| line.len != 0) {
             let bytes = open_extent(line.kind, line.len, files, pages)?;
-            if let Bytes::Sparse(sparse) = &bytes {
-                let other = sparse.header.grain;
-                grain = if other.bytes() < grain.bytes() { other } else { grain };
-            }
             let file = line.kind.file();
             let base = file.and_then(|file| bases.get(file)).copied().unwrap_or(0);
             parts.push(Part { start: size, len: line.len, bytes, base });
@@ -131,7 +124,7 @@ impl Plan {
                 .filter(|&size| i64::try_from(size).is_ok())
                 .ok_or_else(|| Error::corrupt("the extents are larger than any disk"))?;
         }
-        Ok(Vmdk::new(parts, size, grain, self.descriptor))
+        Ok(Vmdk::new(parts, size, self.descriptor))
     }
 }
 
@@ -177,8 +170,8 @@ fn open_extent(kind: Kind, len: u64, files: &[Arc<dyn Storage>], pages: usize) -
 }
 
 impl Vmdk {
-    fn new(parts: Vec<Part>, size: u64, grain: Unit, descriptor: Descriptor) -> Vmdk {
-        Vmdk { parts, size, grain, descriptor, unpacked: Mutex::default() }
+    fn new(parts: Vec<Part>, size: u64, descriptor: Descriptor) -> Vmdk {
+        Vmdk { parts, size, descriptor, unpacked: Mutex::default() }
     }
 
     /// What the descriptor says: the kind of disk, its content id and its parent's.
@@ -213,7 +206,7 @@ impl Image for Vmdk {
     }
 
     fn cluster(&self) -> Unit {
-        self.grain
+        runs::CLUSTER
     }
 
     fn backing(&self) -> Option<Backing> {
