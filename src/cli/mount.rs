@@ -12,7 +12,6 @@ use vdisk::mount::table;
 use vdisk::{Error, ErrorKind, Result};
 
 use super::mount_daemon::READY;
-use super::umount;
 
 /// Mount the file system in DISK at DIR, or with --raw DISK itself as DIR/disk.raw
 #[derive(clap::Args, Clone)]
@@ -100,9 +99,7 @@ fn directory(dir: &Path) -> Result<PathBuf> {
     if !full.is_dir() {
         return Err(failed(std::io::ErrorKind::NotADirectory.into()));
     }
-    if let Some(mount) = table::at(&full)
-        && umount::identify(&mount).is_some()
-    {
+    if table::at(&full).is_some_and(|mount| mount.ours().is_some()) {
         let text = "a vdisk mount stands there already; `vdisk umount` takes it away";
         return Err(Error::new(ErrorKind::Exists, text).at_path(dir));
     }

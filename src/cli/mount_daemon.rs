@@ -157,7 +157,8 @@ fn unmount_when_asked(ending: SigSet, dir: PathBuf, number: String) -> Result<()
     let wait = move || {
         while ending.wait().is_ok() {
             // Somebody else's mount may stand on ours.
-            if table::at(&dir).is_some_and(|mount| umount::device(&mount) == Some(number.clone())) {
+            let here = table::at(&dir).and_then(|mount| mount.ours());
+            if here.is_some_and(|kind| kind.device() == number) {
                 let _ = unmount(&dir);
             }
         }

@@ -85,6 +85,8 @@ pub fn run(args: &Args) -> Result<u8> {
     };
     let root = space.root();
     let attached = mount::attach(device, &options, &root).map_err(|e| e.at_path(&args.disk))?;
+    // Another disk's `umount` is not to wait until this container ends.
+    mount::table::drop_copies(&root);
     let outcome = space.run(&root, &spec(args));
     // A write that was lost must not hide behind the command's success.
     let detached = attached.detach().map_err(|e| e.at_path(&args.disk));

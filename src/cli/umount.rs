@@ -8,9 +8,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
-use vdisk::mount::table::{self, Mount};
-use vdisk::mount::{LOOP_NAME, busy, unmount};
-use vdisk::storage::loopdev;
+use vdisk::mount::table::{self, Kind};
+use vdisk::mount::{busy, unmount};
 use vdisk::{Error, ErrorKind, Result};
 
 use super::mount_control::{DONE, FAILED, connect};
@@ -34,15 +33,15 @@ pub fn run(args: &Args) -> Result<u8> {
     let Some(mount) = table::at(&dir) else {
         return Err(Error::new(ErrorKind::NotFound, "nothing is mounted there").at_path(&args.dir));
     };
-    let Some(kind) = identify(&mount) else {
+    let Some(kind) = mount.ours() else {
         let text = format!("what is mounted there ({}) is not a vdisk mount", mount.kind);
         return Err(Error::invalid(text).at_path(&args.dir));
     };
-    let device = kind.device(&mount);
-    match (connect(&device)?, release(&dir, kind)) {
+    let device = kind.device();
+    match (connect(device)?, release(&dir, &kind)) {
         (Some(server), result) => {
             result?;
-            wait(server, &device).map_err(|error| error.at_path(&args.dir))?;
+            wait(server, device).map_err(|error| error.at_path(&args.dir))?;
         }
         // Nobody to ask, but the sync went through to a server: it is out of our reach.
         (None, Ok(())) => {}
@@ -61,49 +60,13 @@ pub fn run(args: &Args) -> Result<u8> {
 }
 
 /// Writes everything out and unmounts, with the rights that the user has.
-fn release(dir: &Path, kind: Kind) -> Result<()> {
+fn release(dir: &Path, kind: &Kind) -> Result<()> {
     match unmount(dir) {
-        Err(error) if kind == Kind::Raw && error.raw_os_error() == Some(libc::EPERM) => {
+        Err(error) if matches!(kind, Kind::Raw(_)) && error.raw_os_error() == Some(libc::EPERM) => {
             fusermount(dir, &["-u"])
         }
         result => result,
     }
-}
-
-/// What stands at a directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// The disk as a file.
-    Raw,
-    /// The file system in it, on the loop device with this number.
-    Files(u32),
-}
-
-impl Kind {
-    /// A file system may have an anonymous device number of its own (btrfs), so what counts is
-    /// the loop device's.
-    fn device(self, mount: &Mount) -> String {
-        match self {
-            Kind::Raw => mount.device.clone(),
-            Kind::Files(number) => format!("7:{number}"),
-        }
-    }
-}
-
-/// Whether a mount is ours, and of what kind.
-pub fn identify(mount: &Mount) -> Option<Kind> {
-    if mount.kind == format!("fuse.{}", vdisk_fuse::server::SUBTYPE) {
-        return Some(Kind::Raw);
-    }
-    let number = mount.source.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
-    let name = loopdev::name_of(Path::new(&mount.source)).ok()??;
-    (name == LOOP_NAME).then_some(Kind::Files(number))
-}
-
-/// The device number after which the control socket of a mount is named; `None` where the mount
-/// is not ours.
-pub fn device(mount: &Mount) -> Option<String> {
-    identify(mount).map(|kind| kind.device(mount))
 }
 
 /// The full path, also of a mount whose server is gone and whose root cannot be looked at.

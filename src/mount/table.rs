@@ -6,6 +6,10 @@ use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use nix::mount::{MntFlags, umount2};
+
+use crate::storage::loopdev;
+
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
@@ -17,6 +21,51 @@ pub struct Mount {
     pub kind: String,
     /// What was mounted.
     pub source: OsString,
+}
+
+/// A mount of vdisk's, with the device number (`major:minor`) that tells it from all others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// A disk as a file, on a FUSE connection.
+    Raw(String),
+    /// The file system in a disk, on a loop device. The file system's own number may be an
+    /// anonymous one (btrfs).
+    Files(String),
+}
+
+impl Kind {
+    /// The device number.
+    pub fn device(&self) -> &str {
+        match self {
+            Kind::Raw(device) | Kind::Files(device) => device,
+        }
+    }
+}
+
+impl Mount {
+    /// What the mount is to vdisk; `None` where somebody else made it.
+    pub fn ours(&self) -> Option<Kind> {
+        if self.kind == format!("fuse.{}", vdisk_fuse::server::SUBTYPE) {
+            return Some(Kind::Raw(self.device.clone()));
+        }
+        let number: u32 = self.source.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
+        let name = loopdev::name_of(Path::new(&self.source)).ok()??;
+        (name == super::LOOP_NAME).then(|| Kind::Files(format!("7:{number}")))
+    }
+}
+
+/// Lets go of the copies of vdisk's mounts that this thread's mount namespace was given when it
+/// was made, all but what stands at `keep`. Elsewhere they stay; but as long as any namespace
+/// holds a mount, its disk is not free.
+///
+/// To be called only in a namespace of the caller's own.
+pub fn drop_copies(keep: &Path) {
+    for mount in read(Path::new("/proc/thread-self/mountinfo")).iter().rev() {
+        if mount.point != keep && mount.ours().is_some() {
+            // What cannot be let go of only makes somebody's umount wait.
+            let _ = umount2(&mount.point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        }
+    }
 }
 
 /// The mounts of a mountinfo file in their order, a later one on top of an earlier one at the

@@ -21,6 +21,16 @@ fn can_mount() -> bool {
     have(Need::Fuse) && have(Need::Root) && have(Need::Qemu)
 }
 
+/// Requires that something comes true within some seconds.
+#[track_caller]
+fn soon(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what} does not come true");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// A raw file of so many bytes, all holes.
 fn blank(work: &Work, name: &str, size: u64) {
     File::create(work.path(name)).unwrap().set_len(size).unwrap();
@@ -63,11 +73,7 @@ fn server(at: &Path) -> Option<Pid> {
 /// Waits until the process that serves a mount has ended.
 #[track_caller]
 fn is_left_alone(at: &Path) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while let Some(pid) = server(at) {
-        assert!(Instant::now() < deadline, "{pid} still serves {}", at.display());
-        thread::sleep(Duration::from_millis(20));
-    }
+    soon("the end of the serving process", || server(at).is_none());
 }
 
 fn is_mounted(at: &Path) -> bool {
@@ -387,10 +393,7 @@ fn a_raw_mount_reads_writes_and_has_the_disks_holes() {
     use nix::unistd::Whence::{SeekData, SeekHole};
     let disk = File::open(work.path("at/disk.raw")).unwrap();
     // Everything counts as data until the kernel has told of the writer's close.
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while seek(&disk, 0, SeekData) == Some(0) && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(5));
-    }
+    soon("the first hole", || seek(&disk, 0, SeekData) != Some(0));
     assert_eq!(seek(&disk, 0, SeekData), Some(1 << 20));
     assert_eq!(seek(&disk, 1 << 20, SeekHole), Some(2 << 20));
     assert_eq!(seek(&disk, 2 << 20, SeekData), Some(10 << 20));
@@ -521,4 +524,35 @@ fn a_full_host_is_an_error_to_the_writer_and_to_umount_and_the_disk_stays_sound(
     is_left_alone(&work.path("at"));
     let check = work.qemu_img("check host/disk.qcow2");
     assert!(matches!(check.code, Some(0 | 3)), "{}", check.text());
+}
+
+/// A container's mount namespace begins as a copy of the host's, with every disk mounted there:
+/// `vdisk umount` once waited until all containers had ended.
+#[test]
+fn a_container_does_not_keep_other_disks_from_being_unmounted() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    fs::create_dir_all(work.path("files/bin")).unwrap();
+    fs::copy("/bin/busybox", work.path("files/bin/busybox")).unwrap();
+    blank(&work, "root.raw", 32 * MIB);
+    work.run("mke2fs", ["-q", "-t", "ext4", "-d", "files", "root.raw"]).succeeds();
+    work.qemu_img("convert -f raw -O qcow2 root.raw root.qcow2").succeeds();
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    let program = format!("/bin/busybox sleep 59.{}", std::process::id());
+    let container = work.vdisk_start(&format!("run root.qcow2 -- {program}"));
+    let words = program.replace(' ', "\0") + "\0";
+    soon("the container's start", || {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+            .any(|line| line == words.as_bytes())
+    });
+    let begun = Instant::now();
+    work.vdisk("umount at").succeeds();
+    assert!(begun.elapsed() < Duration::from_secs(30), "it waited for the container");
+    is_sound(&work);
+    container.signal(Signal::SIGTERM);
+    container.wait();
 }
