@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::open::{OpenOptions, open_image};
 use super::snapshot::{delta_options, unprotected};
-use super::tree::clones_of;
+use super::tree::{clones_of, same_file};
 use super::{Layer, heal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Backing, Id, Identity, Label, Parent, Role};
@@ -50,6 +50,33 @@ impl Base {
     /// Makes a clone at `path`, which must not exist. The work does not depend on the base's size.
     pub fn clone_to(&self, path: &Path) -> Result<()> {
         let label = Label { parent: self.parent, ..Label::new() };
+        let backing = self.backing_for(path)?;
+        super::create(path, &delta_options(&*self.layer.image, backing, &label)?)
+    }
+
+    /// The base's file, without symbolic links.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The base as its clones remember it.
+    pub(super) fn parent(&self) -> Option<Parent> {
+        self.parent
+    }
+
+    /// Refuses a base that stands on `disk` itself.
+    pub(super) fn refuse_below(&self, disk: &Path) -> Result<()> {
+        let options = OpenOptions { unprotected: true, ..OpenOptions::default() };
+        let stands_on = super::open(&self.path, &options)?.all_layers();
+        if stands_on.iter().any(|layer| same_file(&layer.path, disk)) {
+            let message = format!("cannot stand on '{}', which stands on it", self.path.display());
+            return Err(Error::invalid(message).at_path(disk));
+        }
+        Ok(())
+    }
+
+    /// The base as an image at `path` names it: relative to the image's directory.
+    pub(super) fn backing_for(&self, path: &Path) -> Result<Backing> {
         let dir = directory(path);
         let dir =
             fs::canonicalize(dir).map_err(|e| Error::io("could not be found", e).at_path(dir))?;
@@ -57,9 +84,7 @@ impl Base {
         let name = name.to_str().ok_or_else(|| {
             Error::unsupported("the base's path is not UTF-8").at_path(&self.path)
         })?;
-        let backing =
-            Backing { name: name.to_owned(), format: Some(self.layer.format.name().to_owned()) };
-        super::create(path, &delta_options(&*self.layer.image, backing, &label)?)
+        Ok(Backing { name: name.to_owned(), format: Some(self.layer.format.name().to_owned()) })
     }
 }
 

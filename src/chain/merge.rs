@@ -128,10 +128,10 @@ fn fold_up(child: &Member, layer: &Member, progress: &mut Progress<'_>) -> Resul
         let len = len.min(CHUNK);
         match mapping {
             Mapping::Unallocated => {}
-            Mapping::Zero { .. } if keeps_zeroes => chain.own_zeroes(at, len)?,
+            Mapping::Zero { .. } if keeps_zeroes => chain.adopt_zeroes(at, len)?,
             Mapping::Zero { .. } => {}
             Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                chain.own(at, len)?;
+                chain.adopt(at, len)?;
                 done += len;
                 tell(progress, done, total)?;
             }
@@ -220,51 +220,4 @@ fn tell(progress: &mut Progress<'_>, done: u64, total: u64) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Interrupted, "the merge was interrupted"))
-}
-
-impl Chain {
-    /// Makes the head hold what the disk shows in a range, wherever it does not hold it yet.
-    fn own(&self, at: u64, len: u64) -> Result<()> {
-        self.for_each_open(at, len, |pos, len| {
-            let mut bytes = vec![0; len as usize];
-            self.read_at(pos, &mut [IoSliceMut::new(&mut bytes)])?;
-            self.write_at(pos, &[IoSlice::new(&bytes)])
-        })
-    }
-
-    /// Makes the head say zero of a range that reads as zeroes, wherever it says nothing yet.
-    fn own_zeroes(&self, at: u64, len: u64) -> Result<()> {
-        let head = self.head().image;
-        let unit = head.granularity();
-        self.for_each_open(at, len, |pos, len| {
-            let end = pos + len;
-            let whole = unit.aligned(pos) && (unit.aligned(end) || end == head.size());
-            if whole {
-                match head.zero(GuestOffset(pos), len, true) {
-                    Err(e) if e.kind() == ErrorKind::Unsupported => {}
-                    done => return done,
-                }
-            }
-            self.write_at(pos, &[IoSlice::new(&vec![0; len as usize])])
-        })
-    }
-
-    /// Calls `fill` for each part of the range that the head holds nothing of, when it comes there.
-    fn for_each_open(
-        &self,
-        at: u64,
-        len: u64,
-        fill: impl Fn(u64, u64) -> Result<()>,
-    ) -> Result<()> {
-        let head = self.head().image;
-        let (mut pos, end) = (at, at + len);
-        while pos < end {
-            let extent = head.map(GuestOffset(pos), end - pos)?;
-            if extent.mapping == Mapping::Unallocated {
-                fill(pos, extent.len)?;
-            }
-            pos += extent.len;
-        }
-        Ok(())
-    }
 }

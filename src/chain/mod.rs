@@ -2,6 +2,7 @@
 //!
 //! Only [`open`] names concrete formats. Nothing here sees an L2 entry or a refcount.
 
+mod adopt;
 mod clone;
 mod create;
 mod device;
@@ -13,6 +14,7 @@ mod heal;
 mod inflight;
 pub mod merge;
 mod open;
+pub mod rebase;
 pub mod snapshot;
 pub mod tree;
 

@@ -11,9 +11,11 @@ mod disk;
 mod mount;
 mod mount_control;
 mod mount_daemon;
+mod rebase;
 mod run;
 mod size;
 mod snapshot;
+mod stop;
 mod tree;
 mod umount;
 
@@ -40,6 +42,7 @@ enum Verb {
     Unseal(clone::UnsealArgs),
     Snapshot(snapshot::Args),
     Tree(tree::Args),
+    Rebase(rebase::Args),
     Read(bytes::ReadArgs),
     Umount(umount::Args),
     Write(bytes::WriteArgs),
@@ -73,6 +76,7 @@ pub fn run() -> ExitCode {
         Verb::Unseal(args) => clone::unseal(args),
         Verb::Snapshot(args) => snapshot::run(args),
         Verb::Tree(args) => tree::run(args),
+        Verb::Rebase(args) => rebase::run(args),
         Verb::Read(args) => bytes::read(args),
         Verb::Umount(args) => umount::run(args),
         Verb::Write(args) => bytes::write(args),

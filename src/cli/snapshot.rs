@@ -1,8 +1,6 @@
 //! `vdisk snapshot`: restore points of a disk, which is named by its head.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::json;
@@ -138,13 +136,9 @@ fn delete(args: &DeleteArgs) -> Result<()> {
 }
 
 fn merge(args: &NameArgs) -> Result<()> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register(signal, stop.clone())
-            .map_err(|e| Error::io("signals could not be handled", e))?;
-    }
+    let stop = super::stop::on_signals()?;
     let down = plan_merge(&args.disk, &args.name)?.down;
-    merge::merge(&args.disk, &args.name, &mut |_, _| !stop.load(Ordering::Relaxed)).map_err(|e| {
+    merge::merge(&args.disk, &args.name, &mut |_, _| !stop.asked()).map_err(|e| {
         let state = if down {
             "; the disk is as it was, and its next writer finishes the merge"
         } else {
