@@ -1,17 +1,20 @@
 //! `vdisk boot`, with a guest of the project's own (tests/guest) that drives its disk by itself.
 
+use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::pty::openpty;
 use nix::sys::signal::Signal;
 use nix::sys::termios::tcgetattr;
+use nix::unistd::Pid;
 
-use crate::host::{Done, Running, VDISK, Work};
+use crate::host::{Done, PATIENCE, VDISK, Work};
 use crate::require::{Need, have};
 
 const SECTOR: usize = 512;
@@ -68,10 +71,6 @@ fn words(test: &str, rest: &str) -> Vec<String> {
 
 fn boot(work: &Work, test: &str, rest: &str) -> Done {
     work.vdisk_args(words(test, rest))
-}
-
-fn start(work: &Work, test: &str, rest: &str) -> Running {
-    work.command(VDISK, words(test, rest))
 }
 
 /// All bytes of a disk, through the whole chain.
@@ -237,15 +236,47 @@ fn what_is_typed_reaches_the_guest() {
     assert!(out.ends_with(&format!("ready\n{}\ndone\n", "x".repeat(1000))), "{out}");
 }
 
-/// Waits until the guest has written and then does nothing; its disk is not flushed yet.
-fn waiting(work: &Work) -> Running {
-    let running = start(work, "wait", "");
-    // The guest's write is in the file when the guest sleeps: wait for the file to grow.
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while cpu_time(running.pid(), Duration::from_millis(300)) > Duration::from_millis(50) {
-        assert!(Instant::now() < deadline, "the guest never comes to rest");
+/// A `vdisk boot` that is killed with this guard.
+struct Booted(Child);
+
+impl Booted {
+    /// Starts a guest that writes and then sleeps; returns when it says that it has written.
+    fn waiting(work: &Work) -> Booted {
+        let mut command = Command::new(VDISK);
+        command.args(words("wait", "")).current_dir(work.dir()).stdin(Stdio::null());
+        let out = File::create(work.path("out")).unwrap();
+        let booted = Booted(command.stdout(out).stderr(Stdio::null()).spawn().unwrap());
+        let deadline = Instant::now() + PATIENCE;
+        while !work.bytes("out").ends_with(b"waiting\n") {
+            assert!(Instant::now() < deadline, "the guest never writes");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        booted
     }
-    running
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.0.id()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
+    /// Its exit status, once it has ended.
+    fn status(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("vdisk boot hangs");
+    }
+}
+
+impl Drop for Booted {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// How much processor time a process takes in `span`.
@@ -268,10 +299,9 @@ fn a_signal_ends_the_guest_and_its_writes_are_kept() {
     }
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let work = cloned();
-        let running = waiting(&work);
-        running.signal(signal);
-        let done = running.wait().succeeds();
-        assert!(done.out().ends_with("waiting\n"), "{}", done.out());
+        let mut booted = Booted::waiting(&work);
+        booted.signal(signal);
+        assert_eq!(booted.status(), Some(0), "ended by {signal}");
         assert_all(sectors(&flat(&work, "clone.qcow2"), 3, 1), 0x77, "the written sector");
         assert_sound(&work, &["read -P 0x77 1536 512"]);
         assert_base_unchanged(&work);
@@ -284,23 +314,19 @@ fn a_guest_that_sleeps_takes_no_time_also_at_the_end_of_its_input() {
         return;
     }
     let work = cloned();
-    let mut command = Command::new(VDISK);
-    command.args(words("wait", "")).current_dir(work.dir());
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut child = command.spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let booted = Booted::waiting(&work);
+    // What it does right after its last word may still be counted: look again, within limits.
+    let deadline = Instant::now() + Duration::from_secs(10);
     let mut busy = Duration::MAX;
     while busy > Duration::from_millis(50) && Instant::now() < deadline {
-        busy = cpu_time(child.id(), Duration::from_millis(500));
+        busy = cpu_time(booted.0.id(), Duration::from_millis(500));
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
     assert!(busy <= Duration::from_millis(50), "half a second of sleep took {busy:?}");
 }
 
 /// `vdisk boot` on a terminal of its own.
 struct OnTerminal {
-    child: std::process::Child,
+    booted: Booted,
     master: OwnedFd,
     slave: OwnedFd,
 }
@@ -312,14 +338,16 @@ impl OnTerminal {
         let mut command = Command::new(VDISK);
         command.args(words("echo", "")).current_dir(work.dir());
         let child = command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
-        OnTerminal { child, master: pty.master, slave: pty.slave }
+        OnTerminal { booted: Booted(child), master: pty.master, slave: pty.slave }
     }
 
     /// Reads until the guest has printed `text`.
     fn read_until(&self, text: &str) -> String {
-        let mut master = std::fs::File::from(self.master.try_clone().unwrap());
+        let mut master = File::from(self.master.try_clone().unwrap());
         let mut seen = String::new();
         while !seen.contains(text) {
+            let mut ready = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
+            assert_eq!(poll(&mut ready, 60_000u16), Ok(1), "only {seen:?}");
             let mut bytes = [0; 256];
             let len = master.read(&mut bytes).unwrap();
             seen.push_str(&String::from_utf8_lossy(&bytes[..len]));
@@ -329,24 +357,6 @@ impl OnTerminal {
 
     fn type_in(&self, bytes: &[u8]) {
         nix::unistd::write(&self.master, bytes).unwrap();
-    }
-
-    fn ends_with(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        panic!("vdisk boot hangs");
-    }
-}
-
-impl Drop for OnTerminal {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -366,12 +376,11 @@ fn the_terminal_is_the_guests_while_it_runs_and_restored_after() {
         terminal.type_in(b"<\x03\x01\x01>");
         assert!(terminal.read_until(">").contains("<\x03\x01>"));
         if end == "SIGTERM" {
-            let pid = nix::unistd::Pid::from_raw(terminal.child.id() as i32);
-            nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+            terminal.booted.signal(Signal::SIGTERM);
         } else {
             terminal.type_in(end.as_bytes());
         }
-        assert_eq!(terminal.ends_with(), Some(0), "ended by {end:?}");
+        assert_eq!(terminal.booted.status(), Some(0), "ended by {end:?}");
         let after = settings(&terminal);
         let cooked = nix::sys::termios::LocalFlags::ICANON | nix::sys::termios::LocalFlags::ECHO;
         assert!(after.local_flags.contains(cooked), "ended by {end:?}");
