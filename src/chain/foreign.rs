@@ -3,6 +3,7 @@
 use std::path::{Component, Path};
 use std::sync::Arc;
 
+use super::Layer;
 use super::gate::{self, Format};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{vdi, vhd, vhdx, vmdk};
@@ -56,4 +57,20 @@ fn open_vmdk(path: &Path, file: Arc<FileStorage>, options: FileOptions) -> Resul
     }
     let image = plan.open(&files).map_err(|e| e.at_path(path))?;
     Ok(Arc::new(image))
+}
+
+/// The parent is the one that the child was made on, as far as the child's format can tell.
+pub(super) fn check_parent(child: &Layer, parent: &Layer) -> Result<()> {
+    let expected = child.image.parent_fingerprints();
+    let Some(found) = parent.image.fingerprint() else { return Ok(()) };
+    if expected.is_empty() || expected.contains(&found) {
+        return Ok(());
+    }
+    let message = format!(
+        "has changed since '{}' was made on it, or is another file: its id is {found}, {} was \
+         recorded. Bring the old file back",
+        child.path.display(),
+        expected.join(" or ")
+    );
+    Err(Error::new(ErrorKind::BaseChanged, message).at_path(&parent.path))
 }

@@ -88,6 +88,7 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Chain> {
         let found = self::identity(&layer)?;
         if !options.unprotected {
             check_unchanged(&child.path, &identity, &parent, &found)?;
+            foreign::check_parent(child, &layer)?;
         }
         lower.push(layer);
         identity = found;

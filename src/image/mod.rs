@@ -110,6 +110,17 @@ pub trait Image: Send + Sync {
         None
     }
 
+    /// What a child of this layer records to know it again, where the format keeps such a thing
+    /// outside [`identity`](Image::identity).
+    fn fingerprint(&self) -> Option<String> {
+        None
+    }
+
+    /// The fingerprints that the layer below may have; empty where any will do.
+    fn parent_fingerprints(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Whether changes are refused.
     fn read_only(&self) -> bool;
 

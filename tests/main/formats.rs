@@ -99,6 +99,19 @@ fn a_vmdk_with_a_parent_reads_through_to_it() {
 }
 
 #[test]
+fn a_vmdk_whose_parent_was_written_is_refused() {
+    if !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    made(&work, "vmdk", "", "base.vmdk");
+    work.qemu_img("create -q -f vmdk -b base.vmdk -F vmdk delta.vmdk").succeeds();
+    work.qemu_io("base.vmdk", &["write -P 0x3c 1M 64k"]).succeeds();
+    let done = work.vdisk("read delta.vmdk 0 512").ends(1);
+    assert!(done.err().contains("base.vmdk: has changed"), "{}", done.err());
+}
+
+#[test]
 fn another_programs_disk_is_not_written_and_the_message_says_what_to_do() {
     if !have(Need::Qemu) {
         return;

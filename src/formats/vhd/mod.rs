@@ -51,16 +51,6 @@ impl Vhd {
         Ok(Vhd { storage, pages, footer, header })
     }
 
-    /// The disk's UUID, which its children record.
-    pub fn id(&self) -> [u8; 16] {
-        self.footer.id
-    }
-
-    /// The UUID that the parent must have, for a differencing disk.
-    pub fn parent_id(&self) -> Option<[u8; 16]> {
-        self.header.as_ref().filter(|header| header.parent.is_some()).map(|h| h.parent_id)
-    }
-
     fn piece(&self, table: &mut Cursor<'_>, at: u64) -> Result<runs::Piece> {
         let Some(header) = &self.header else {
             return Ok((runs::data(at), self.footer.size - at));
@@ -110,6 +100,10 @@ fn find_footer(storage: &Arc<dyn Storage>) -> Result<Footer> {
     }
 }
 
+fn uuid(id: &[u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(*id))
+}
+
 impl Image for Vhd {
     fn size(&self) -> u64 {
         self.footer.size
@@ -122,6 +116,20 @@ impl Image for Vhd {
     fn backing(&self) -> Option<Backing> {
         let name = self.header.as_ref()?.parent.clone()?;
         Some(Backing { name, format: Some("vpc".to_owned()) })
+    }
+
+    /// The disk's UUID. It stays the same when the disk is written.
+    fn fingerprint(&self) -> Option<String> {
+        Some(uuid(&self.footer.id))
+    }
+
+    fn parent_fingerprints(&self) -> Vec<String> {
+        let header = self.header.as_ref().filter(|header| header.parent.is_some());
+        header
+            .filter(|header| header.parent_id != [0; 16])
+            .map(|h| uuid(&h.parent_id))
+            .into_iter()
+            .collect()
     }
 
     fn read_only(&self) -> bool {

@@ -39,11 +39,11 @@ pub(super) struct Metadata {
 
 /// What a differencing disk records about its parent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parent {
+pub(super) struct Parent {
     /// Its path, relative to this file where the image says so.
-    pub name: String,
-    /// The data write GUID that it must have, in braces.
-    pub linkage: Option<String>,
+    pub(super) name: String,
+    /// The data write GUIDs that it may have: two while the parent is being changed on purpose.
+    pub(super) linkages: Vec<String>,
 }
 
 impl Metadata {
@@ -160,7 +160,8 @@ impl Item {
                 Error::unsupported(format!("a parent locator of type {kind}")).at_offset(self.at)
             );
         }
-        let (mut relative, mut absolute, mut volume, mut linkage) = (None, None, None, None);
+        let (mut relative, mut absolute, mut volume) = (None, None, None);
+        let mut linkages = Vec::new();
         for entry in (0..usize::from(fields.le16(18)?)).map(|n| 20 + 12 * n) {
             let text = |at: usize, len: usize| -> Result<String> {
                 let len = usize::from(fields.le16(entry + len)?);
@@ -172,7 +173,9 @@ impl Item {
                 "relative_path" => relative = Some(value),
                 "absolute_win32_path" => absolute = Some(value),
                 "volume_path" => volume = Some(value),
-                "parent_linkage" => linkage = Some(value),
+                "parent_linkage" | "parent_linkage2" => {
+                    linkages.push(value.trim_matches(['{', '}']).to_ascii_lowercase());
+                }
                 _ => {}
             }
         }
@@ -180,6 +183,6 @@ impl Item {
         let name = name.ok_or_else(|| {
             Error::corrupt("a differencing VHDX that does not name its parent").at_offset(self.at)
         })?;
-        Ok(Parent { name: fields::native_path(&name), linkage })
+        Ok(Parent { name: fields::native_path(&name), linkages })
     }
 }

@@ -6,10 +6,9 @@
 use std::io::IoSliceMut;
 use std::sync::Arc;
 
-pub use self::guid::Guid;
+use self::guid::Guid;
 use self::header::{Header, MIB, Regions};
 use self::metadata::Metadata;
-pub use self::metadata::Parent;
 use super::pages::{BitOrder, Cursor, Pages};
 use super::{fields, runs};
 use crate::addr::{GuestOffset, Unit};
@@ -56,16 +55,6 @@ impl Vhdx {
             .map_err(|error| Error::corrupt(error.message()).at_offset(bat))?;
         let pages = Pages::new(Arc::clone(&storage), Pages::DEFAULT)?;
         Ok(Vhdx { storage, pages, metadata, id: header.data_write, bat, ratio })
-    }
-
-    /// The data write GUID, which the children record as their linkage.
-    pub fn id(&self) -> Guid {
-        self.id
-    }
-
-    /// What a differencing disk records about its parent.
-    pub fn parent(&self) -> Option<&Parent> {
-        self.metadata.parent.as_ref()
     }
 
     fn piece(&self, bat: &mut Cursor<'_>, at: u64) -> Result<runs::Piece> {
@@ -140,6 +129,15 @@ impl Image for Vhdx {
     fn backing(&self) -> Option<Backing> {
         let name = self.metadata.parent.as_ref()?.name.clone();
         Some(Backing { name, format: Some("vhdx".to_owned()) })
+    }
+
+    /// The data write GUID, which every writer changes.
+    fn fingerprint(&self) -> Option<String> {
+        Some(self.id.to_string())
+    }
+
+    fn parent_fingerprints(&self) -> Vec<String> {
+        self.metadata.parent.as_ref().map_or_else(Vec::new, |parent| parent.linkages.clone())
     }
 
     fn read_only(&self) -> bool {

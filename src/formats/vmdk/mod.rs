@@ -169,6 +169,10 @@ fn open_extent(kind: Kind, len: u64, files: &[Arc<dyn Storage>], pages: usize) -
     }
 }
 
+fn cid(id: u32) -> String {
+    format!("{id:08x}")
+}
+
 impl Vmdk {
     fn new(parts: Vec<Part>, size: u64, descriptor: Descriptor) -> Vmdk {
         Vmdk { parts, size, descriptor, unpacked: Mutex::default() }
@@ -212,6 +216,16 @@ impl Image for Vmdk {
     fn backing(&self) -> Option<Backing> {
         let name = self.descriptor.parent.clone()?;
         Some(Backing { name, format: Some("vmdk".to_owned()) })
+    }
+
+    /// The content id, which every writer changes.
+    fn fingerprint(&self) -> Option<String> {
+        self.descriptor.cid.map(cid)
+    }
+
+    fn parent_fingerprints(&self) -> Vec<String> {
+        let parent = self.descriptor.parent.as_ref().and(self.descriptor.parent_cid);
+        parent.filter(|&id| id != u32::MAX).map(cid).into_iter().collect()
     }
 
     fn read_only(&self) -> bool {
