@@ -112,13 +112,10 @@ impl VolumeFs {
 
     fn open_file(&self, ino: INodeNo, flags: OpenFlags) -> Result<FopenFlags, Errno> {
         let writes = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        if writes {
-            self.writable(ino)?;
-            if let Some(count) = self.writers(ino) {
-                count.fetch_add(1, Ordering::AcqRel);
-            }
-        } else {
-            self.volume(ino)?;
+        let volume = if writes { self.writable(ino)? } else { self.volume(ino)? };
+        guarded(|| volume.opened())?;
+        if writes && let Some(count) = self.writers(ino) {
+            count.fetch_add(1, Ordering::AcqRel);
         }
         Ok(match self.caching {
             Caching::None => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
@@ -372,6 +369,12 @@ impl Filesystem for VolumeFs {
             && let Some(count) = self.writers(ino)
         {
             count.fetch_sub(1, Ordering::AcqRel);
+        }
+        if let Ok(volume) = self.volume(ino) {
+            let _ = guarded(|| {
+                volume.closed();
+                Ok(())
+            });
         }
         reply.ok();
     }

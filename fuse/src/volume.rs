@@ -29,6 +29,15 @@ pub trait Volume: Send + Sync {
     /// Returns when every write that completed before the call is durable.
     fn flush(&self) -> io::Result<()>;
 
+    /// A file on the volume was opened; reads and writes come between this and the matching
+    /// [`closed`](Volume::closed). After an error there is no such file.
+    fn opened(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// A file on the volume was closed for good.
+    fn closed(&self) {}
+
     /// The start and end of the first stretch of stored data that ends after `offset`, its start
     /// not before `offset`; `None` when only zeroes follow. May be cautious and call zeroes data.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {

@@ -11,6 +11,7 @@ mod disk;
 mod mount;
 mod mount_control;
 mod mount_daemon;
+mod mount_snapshots;
 mod rebase;
 mod run;
 mod size;

@@ -15,7 +15,7 @@ use vdisk_fuse::{Caching, Options, Server, Tree};
 use super::disk::{self, Use};
 use super::mount::Args;
 use super::mount_control::Control;
-use super::umount;
+use super::{mount_snapshots, umount};
 
 /// The word on standard output when the mount can be used.
 pub const READY: &str = "ready";
@@ -103,10 +103,12 @@ impl Raw {
             threads: THREADS,
         };
         let mut tree = Tree::new();
-        let server = tree
-            .add("disk.raw", Arc::new(volume))
-            .and_then(|()| Server::mount(tree, &args.dir, &options))
-            .map_err(|e| Error::io("cannot mount over FUSE", e).at_path(&args.dir))?;
+        let failed = |e| Error::io("cannot mount over FUSE", e).at_path(&args.dir);
+        tree.add("disk.raw", Arc::new(volume)).map_err(failed)?;
+        for (name, snapshot) in mount_snapshots::all(&args.disk)? {
+            tree.add(&format!("snapshots/{name}"), Arc::new(snapshot)).map_err(failed)?;
+        }
+        let server = Server::mount(tree, &args.dir, &options).map_err(failed)?;
         Ok(Raw { server, device, lost })
     }
 
@@ -127,6 +129,7 @@ fn leave_caller() {
     // Fails only for a process that leads its group already.
     let _ = nix::unistd::setsid();
     let _ = std::env::set_current_dir("/");
+    allow_many_files();
     let open: Vec<i32> = std::fs::read_dir("/proc/self/fd")
         .into_iter()
         .flatten()
@@ -138,6 +141,14 @@ fn leave_caller() {
         // The directory's own descriptor is gone by now.
         let _ = nix::unistd::close(fd);
     }
+}
+
+/// A deep chain is many files, and so is each snapshot that is looked at: as many as may be.
+fn allow_many_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// Keeps signals that would end the process, and the mount with it, for a thread that waits for

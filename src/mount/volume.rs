@@ -61,7 +61,7 @@ impl DeviceVolume {
 }
 
 /// What the program that made the system call is told.
-fn to_io(error: &Error) -> io::Error {
+pub fn to_io(error: &Error) -> io::Error {
     let number = match error.kind() {
         ErrorKind::NoSpace => libc::ENOSPC,
         ErrorKind::ReadOnly | ErrorKind::Sealed => libc::EROFS,

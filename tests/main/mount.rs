@@ -526,6 +526,72 @@ fn a_full_host_is_an_error_to_the_writer_and_to_umount_and_the_disk_stays_sound(
     assert!(matches!(check.code, Some(0 | 3)), "{}", check.text());
 }
 
+#[test]
+fn a_raw_mount_shows_the_snapshots_as_they_were_taken() {
+    if !have(Need::Fuse) || !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("create disk.qcow2 16M").succeeds();
+    for (number, name) in ["one", "two", "three"].iter().enumerate() {
+        let write = format!("write -P {} {number}M 2M", number + 1);
+        work.qemu_io("disk.qcow2", &[&write]).succeeds();
+        work.vdisk(&format!("snapshot create disk.qcow2 {name}")).succeeds();
+    }
+    work.vdisk("mount --raw disk.qcow2 at").succeeds();
+    work.run("dd", ["if=/dev/zero", "of=at/disk.raw", "bs=1M", "count=16", "conv=notrunc,fsync"])
+        .succeeds();
+    let mut names: Vec<_> = fs::read_dir(work.path("at/snapshots"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["one.raw", "three.raw", "two.raw"]);
+    for (number, name) in ["one", "two", "three"].iter().enumerate() {
+        let bytes = work.bytes(format!("at/snapshots/{name}.raw"));
+        let last = number as u8 + 1;
+        let expected = |mib: usize| if mib > number + 1 { 0 } else { last.min(mib as u8 + 1) };
+        for mib in 0..16 {
+            let stretch = &bytes[mib << 20..(mib + 1) << 20];
+            assert!(stretch.iter().all(|b| *b == expected(mib)), "{name}: {mib} MiB");
+        }
+        let error = File::options().write(true).open(work.path(format!("at/snapshots/{name}.raw")));
+        assert!(matches!(error.unwrap_err().raw_os_error(), Some(libc::EROFS | libc::EACCES)));
+    }
+    work.vdisk("umount at").succeeds();
+    work.qemu_io("disk.qcow2", &["read -P 0 0 16M"]).succeeds();
+    work.qemu_img("check disk.qcow2").succeeds();
+}
+
+#[test]
+fn a_snapshots_files_can_be_mounted_to_look_at_them() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    for name in ["before", "after"] {
+        work.vdisk("mount disk.qcow2 at").succeeds();
+        fs::write(work.path("at").join(name), name).unwrap();
+        work.vdisk("umount at").succeeds();
+        work.vdisk(&format!("snapshot create disk.qcow2 {name}")).succeeds();
+    }
+    work.vdisk("mount --snapshot before disk.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/before"), b"before");
+    assert!(!work.path("at/after").exists());
+    assert!(fs::write(work.path("at/more"), "").is_err());
+    work.vdisk("umount at").succeeds();
+    work.vdisk("mount --snapshot missing disk.qcow2 at").fails(&["missing", "before", "after"]);
+    work.vdisk("mount --ephemeral --snapshot before disk.qcow2 at").succeeds();
+    fs::remove_file(work.path("at/before")).unwrap();
+    work.vdisk("umount at").succeeds();
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/before"), b"before");
+    assert_eq!(work.bytes("at/after"), b"after");
+    work.vdisk("umount at").succeeds();
+    is_sound(&work);
+}
+
 /// A container's mount namespace begins as a copy of the host's, with every disk mounted there:
 /// `vdisk umount` once waited until all containers had ended.
 #[test]
