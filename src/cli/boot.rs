@@ -38,7 +38,7 @@ pub struct Args {
     append: String,
     /// Number of processors.
     #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
+    cpus: u8,
     /// Memory.
     #[arg(long, value_name = "M", value_parser = size::parse, default_value = "512M")]
     memory: u64,
@@ -58,12 +58,6 @@ pub fn run(args: &Args) -> Result<u8> {
              the /boot/vmlinuz of the system in the disk",
         ));
     };
-    if args.cpus != 1 {
-        return Err(Error::unsupported(format!(
-            "a guest has one processor in this version: --cpus {} is not possible",
-            args.cpus
-        )));
-    }
     // Before any thread is started, so that the signals reach the one that waits for them.
     let signals = hold_signals()?;
     let disks = open_disks(args)?;
@@ -71,6 +65,7 @@ pub fn run(args: &Args) -> Result<u8> {
         kernel,
         initrd: args.initrd.clone(),
         command_line: command_line(args),
+        cpus: args.cpus,
         memory: args.memory,
         disks,
         console: streams()?,

@@ -1,5 +1,5 @@
 //! ACPI tables (ACPI 6.5): what a guest's kernel that does not look at its command line needs to find
-//! its processor, its interrupt controller, its console and its disks, and to power off.
+//! its processors, its interrupt controller, its console and its disks, and to power off.
 //!
 //! It knows addresses, not devices.
 
@@ -52,13 +52,13 @@ pub struct Place {
     pub irq: u32,
 }
 
-/// Writes tables for these devices.
-pub fn write(memory: &Memory, devices: &[Place]) -> Result<()> {
+/// Writes tables for this many processors and these devices.
+pub fn write(memory: &Memory, cpus: u8, devices: &[Place]) -> Result<()> {
     let mut tables = Tables { memory, next: ROOT + ALIGN };
     let dsdt = tables.put(dsdt(devices)?.as_slice())?;
     let facs = tables.put(&bytes(&FACS::new()))?;
     let fadt = tables.put(&bytes(&fadt(dsdt, facs)))?;
-    let madt = tables.put(madt().as_slice())?;
+    let madt = tables.put(madt(cpus).as_slice())?;
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -94,11 +94,13 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-fn madt() -> Sdt {
+fn madt(cpus: u8) -> Sdt {
     let mut madt = Sdt::new(*b"APIC", 44, 5, OEM, OEM_TABLE, REVISION);
     madt.write_u32(36, LOCAL_APIC);
     madt.write_u32(40, HAS_PIC);
-    madt.append_slice(&bytes(&ProcessorLocalApic::new(0, 0, EnabledStatus::Enabled)));
+    for cpu in 0..cpus {
+        madt.append_slice(&bytes(&ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled)));
+    }
     madt.append_slice(&bytes(&IoApic::new(0, IO_APIC, 0)));
     madt
 }
@@ -184,7 +186,7 @@ mod tests {
     fn each_table_has_its_checksum_and_the_root_leads_to_all() {
         let memory = super::super::memory::allocate(16 << 20).unwrap();
         let place = Place { base: 0xd000_0000, len: 0x1000, irq: 5 };
-        write(&memory, &[place, Place { base: 0xd000_1000, irq: 6, ..place }]).unwrap();
+        write(&memory, 1, &[place, Place { base: 0xd000_1000, irq: 6, ..place }]).unwrap();
         let root = read(&memory, ROOT, 36);
         assert_eq!((&root[..8], sum(&root[..20]), sum(&root)), (&b"RSD PTR "[..], 0, 0));
         let table = |at: u64| {
@@ -211,8 +213,8 @@ mod tests {
     fn tables_that_do_not_fit_are_refused() {
         let memory = super::super::memory::allocate(16 << 20).unwrap();
         let place = Place { base: 0xd000_0000, len: 0x1000, irq: 5 };
-        assert!(write(&memory, &vec![place; 3000]).is_err());
-        assert!(write(&memory, &vec![place; 5000]).is_err());
-        assert!(write(&memory, &[Place { base: 1 << 32, ..place }]).is_err());
+        assert!(write(&memory, 1, &vec![place; 3000]).is_err());
+        assert!(write(&memory, 1, &vec![place; 5000]).is_err());
+        assert!(write(&memory, 1, &[Place { base: 1 << 32, ..place }]).is_err());
     }
 }

@@ -35,6 +35,9 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
 
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
+const EDX_MANY: u32 = 1 << 28;
+const LEVEL_THREADS: u32 = 1;
+const LEVEL_CORES: u32 = 2;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -48,20 +51,27 @@ const APIC_LINT1: usize = 0x360;
 const APIC_EXTERNAL: i8 = 7;
 const APIC_NMI: i8 = 4;
 
-/// Prepares a processor to start at `entry` with the address of the boot parameters in rsi.
-pub fn prepare(
-    kvm: &Kvm,
-    vcpu: &VcpuFd,
-    memory: &Memory,
-    entry: u64,
-    boot_params: u64,
-) -> Result<()> {
-    let cpuid = cpuid(kvm)?;
+/// One of a guest's processors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Its number, from 0: also its APIC id.
+    pub index: u8,
+    /// How many there are.
+    pub count: u8,
+}
+
+/// Prepares any processor. All but the first then wait until the guest starts them.
+pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, place: Place) -> Result<()> {
+    let cpuid = cpuid(kvm, place)?;
     vcpu.set_cpuid2(&cpuid).map_err(|e| kvm_error("set the guest's CPUID", e))?;
     msrs(vcpu)?;
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
     vcpu.set_fpu(&fpu).map_err(|e| kvm_error("set the guest's FPU", e))?;
-    local_interrupts(vcpu)?;
+    local_interrupts(vcpu, place)
+}
+
+/// Lets the first processor start at `entry` with the address of the boot parameters in rsi.
+pub fn start(vcpu: &VcpuFd, memory: &Memory, entry: u64, boot_params: u64) -> Result<()> {
     tables(memory).map_err(|e| Error::invalid(format!("no memory for page tables: {e}")))?;
     let mut sregs = vcpu.get_sregs().map_err(|e| kvm_error("read system registers", e))?;
     long_mode(&mut sregs);
@@ -77,25 +87,45 @@ pub fn prepare(
     vcpu.set_regs(&regs).map_err(|e| kvm_error("set registers", e))
 }
 
-/// All that KVM can give a guest on this host, for the one processor with APIC id 0.
+/// All that KVM can give a guest on this host, for one of its processors: each is a core of one
+/// package.
 ///
 /// What KVM does by itself it does not count among the processor's features: it is added here.
-fn cpuid(kvm: &Kvm) -> Result<CpuId> {
+fn cpuid(kvm: &Kvm, place: Place) -> Result<CpuId> {
+    let (index, count) = (u32::from(place.index), u32::from(place.count));
+    let id_bits = u32::from(place.count).next_power_of_two().ilog2();
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|e| kvm_error("ask for supported CPUID", e))?;
     for entry in cpuid.as_mut_slice() {
         match entry.function {
-            // Initial APIC id, one logical processor; a hypervisor is there.
+            // APIC id, number of logical processors; a hypervisor is there.
             1 => {
-                entry.ebx = entry.ebx & 0xffff | 1 << 16;
+                entry.ebx = entry.ebx & 0xffff | count << 16 | index << 24;
+                entry.edx &= !EDX_MANY;
+                entry.edx |= if count > 1 { EDX_MANY } else { 0 };
                 entry.ecx |= ECX_HYPERVISOR;
                 if kvm.check_extension(Cap::TscDeadlineTimer) {
                     entry.ecx |= ECX_TSC_DEADLINE;
                 }
             }
-            // Topology leaves: the x2APIC id.
-            0xb | 0x1f => entry.edx = 0,
+            // Caches: their sharing, and cores in the package (Intel).
+            4 if entry.eax & 0x1f != 0 => {
+                entry.eax = entry.eax & 0x3fff | (count - 1).min(63) << 26;
+            }
+            // Topology: threads of a core, cores of the package; the x2APIC id.
+            0xb | 0x1f => {
+                let level = entry.index;
+                (entry.eax, entry.ebx, entry.ecx) = match level {
+                    0 => (0, 1, LEVEL_THREADS << 8),
+                    1 => (id_bits, count, LEVEL_CORES << 8 | 1),
+                    _ => (0, 0, level),
+                };
+                entry.edx = index;
+            }
+            // Cores in the package, and this one's ids (AMD).
+            0x8000_0008 => entry.ecx = id_bits << 12 | (count - 1),
+            0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (index, index, 0),
             _ => {}
         }
     }
@@ -115,10 +145,12 @@ fn msrs(vcpu: &VcpuFd) -> Result<()> {
     Ok(())
 }
 
-/// Pin 0 takes the interrupts of the PIC, pin 1 NMIs: as firmware leaves them.
-fn local_interrupts(vcpu: &VcpuFd) -> Result<()> {
+/// Pin 0 of the first processor takes the interrupts of the PIC, pin 1 of each NMIs: as firmware
+/// leaves them.
+fn local_interrupts(vcpu: &VcpuFd, place: Place) -> Result<()> {
     let mut lapic = vcpu.get_lapic().map_err(|e| kvm_error("read the local APIC", e))?;
-    for (pin, mode) in [(APIC_LINT0, APIC_EXTERNAL), (APIC_LINT1, APIC_NMI)] {
+    let pins = [(APIC_LINT1, APIC_NMI), (APIC_LINT0, APIC_EXTERNAL)];
+    for (pin, mode) in pins.into_iter().take(if place.index == 0 { 2 } else { 1 }) {
         // Bits 8 to 10 of a pin's entry: delivery mode.
         if let Some(byte) = lapic.regs.get_mut(pin + 1) {
             *byte = *byte & !7 | mode;

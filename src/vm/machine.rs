@@ -1,5 +1,5 @@
 //! The machine itself: KVM's virtual machine with memory, interrupt controllers and buses, and the
-//! thread that runs its processor.
+//! threads that run its processors.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -77,14 +77,14 @@ impl Parts {
 /// A virtual machine that is ready to run.
 pub struct Machine {
     // Fields are dropped in order: KVM lets go of the guest's memory before it is unmapped.
-    vcpu: VcpuFd,
+    vcpus: Vec<VcpuFd>,
     vm: VmFd,
     parts: Parts,
 }
 
 impl Machine {
-    /// Puts the parts together; the processor starts at `entry`.
-    pub fn new(kvm: &Kvm, parts: Parts, entry: u64) -> Result<Machine> {
+    /// Puts the parts together with `count` processors; the first starts at `entry`.
+    pub fn new(kvm: &Kvm, parts: Parts, count: u8, entry: u64) -> Result<Machine> {
         let vm = kvm.create_vm().map_err(|e| kvm_error("make a virtual machine", e))?;
         map_memory(&vm, &parts.memory)?;
         vm.set_tss_address(TASK_STATE).map_err(|e| kvm_error("place the task state", e))?;
@@ -92,25 +92,37 @@ impl Machine {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(|e| kvm_error("make a timer", e))?;
         connect(&vm, &parts)?;
-        let vcpu = vm.create_vcpu(0).map_err(|e| kvm_error("make a processor", e))?;
-        cpu::prepare(kvm, &vcpu, &parts.memory, entry, BOOT_PARAMS)?;
-        Ok(Machine { vcpu, vm, parts })
+        let mut vcpus = Vec::new();
+        for index in 0..count {
+            let made = vm.create_vcpu(index.into());
+            let vcpu = made.map_err(|e| kvm_error("make a processor", e))?;
+            cpu::prepare(kvm, &vcpu, cpu::Place { index, count })?;
+            if index == 0 {
+                cpu::start(&vcpu, &parts.memory, entry, BOOT_PARAMS)?;
+            }
+            vcpus.push(vcpu);
+        }
+        Ok(Machine { vcpus, vm, parts })
     }
 
     /// Runs to the end that `control` tells of. When it returns, no device is at work.
     pub fn run(self, control: &Arc<Control>) -> Result<Ended> {
-        let Machine { vcpu, vm, parts } = self;
-        let failed = |error| Error::io("cannot start the processor's thread", error);
+        let Machine { vcpus, vm, parts } = self;
+        let failed = |error| Error::io("cannot start a processor's thread", error);
         let parts = Arc::new(parts);
         register_signal_handler(SIGRTMIN(), leave_guest)
             .map_err(|e| failed(std::io::Error::from(e)))?;
-        let runner = Runner { vcpu, parts: Arc::clone(&parts), control: Arc::clone(control) };
-        let thread = std::thread::Builder::new()
-            .name("vcpu-0".into())
-            .spawn(move || runner.run())
-            .map_err(failed)?;
+        let mut threads = Vec::new();
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let runner = Runner { vcpu, parts: Arc::clone(&parts), control: Arc::clone(control) };
+            let builder = std::thread::Builder::new().name(format!("vcpu-{index}"));
+            match builder.spawn(move || runner.run()) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => control.end(Err(failed(error))),
+            }
+        }
         let ended = control.wait();
-        join(thread);
+        threads.into_iter().for_each(join);
         parts.transports.iter().for_each(|slot| slot.transport.stop());
         drop(vm);
         ended

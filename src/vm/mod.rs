@@ -1,4 +1,4 @@
-//! A KVM guest with one processor: memory, a kernel, a serial console and disks.
+//! A KVM guest: processors, memory, a kernel, a serial console and disks.
 //!
 //! It carries disks by virtio and knows nothing of what they are made of. It prints only what the
 //! guest prints, to where its caller says.
@@ -41,6 +41,9 @@ const DISK_IRQS: [u32; 9] = [5, 6, 7, 10, 11, 12, 14, 15, 3];
 /// The most disks that a guest can have.
 pub const MAX_DISKS: usize = DISK_IRQS.len();
 
+/// The most processors that a guest can have.
+pub const MAX_CPUS: u8 = 64;
+
 /// A disk for a guest.
 pub struct Disk {
     /// What it holds.
@@ -57,6 +60,8 @@ pub struct Config {
     pub initrd: Option<std::path::PathBuf>,
     /// What the kernel's command line holds beside the disks, which are put before it.
     pub command_line: String,
+    /// Number of processors, from 1 to [`MAX_CPUS`].
+    pub cpus: u8,
     /// RAM in bytes: whole pages, [`MIN_SIZE`] at least.
     pub memory: u64,
     /// The disks in order: /dev/vda, /dev/vdb, … in a Linux guest.
@@ -84,6 +89,13 @@ impl Guest {
             )));
         }
         let kvm = open_kvm()?;
+        let most = kvm.get_max_vcpus().min(MAX_CPUS.into());
+        if config.cpus == 0 || usize::from(config.cpus) > most {
+            return Err(Error::invalid(format!(
+                "a guest on this host can have 1 to {most} processors, not {}",
+                config.cpus
+            )));
+        }
         let control = Arc::new(Control::new()?);
         let memory = Arc::new(memory::allocate(config.memory)?);
         let console = Arc::new(Console::new(config.console.output, Arc::clone(&control))?);
@@ -100,9 +112,9 @@ impl Guest {
         }
         line.push_str(&config.command_line);
         let payload = Payload { kernel: config.kernel, initrd: config.initrd, command_line: line };
-        acpi::write(&memory, &parts.places())?;
+        acpi::write(&memory, config.cpus, &parts.places())?;
         let entry = boot::load(&memory, &payload)?;
-        let machine = Machine::new(&kvm, parts, entry)?;
+        let machine = Machine::new(&kvm, parts, config.cpus, entry)?;
         Ok(Guest { machine, disks, console, input: config.console.input, control })
     }
 

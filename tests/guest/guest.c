@@ -467,12 +467,18 @@ static void test_acpi(const u8 *root)
 {
 	const u8 *pointers = *(const u8 **)(root + 24);
 	const u8 *fixed = *(const u8 **)(pointers + 36);
+	const u8 *interrupts = *(const u8 **)(pointers + 44);
+	const u8 *entry = interrupts + 44, *end = interrupts + *(const u32 *)(interrupts + 4);
+	u32 processors = 0;
 	u8 sum = 0;
 	expect(*(const u64 *)root == 0x2052545020445352, "no root pointer");
 	expect(*(const u32 *)pointers == 0x54445358 && *(const u32 *)fixed == 0x50434146, "no tables");
 	for (u32 at = 0; at < *(const u32 *)(fixed + 4); at++)
 		sum += fixed[at];
 	expect(sum == 0, "checksum");
+	for (; entry < end && entry[1]; entry += entry[1])
+		processors += entry[0] == 0 && *(const u32 *)(entry + 4) == 1;
+	say("processors", processors);
 	print("off\n");
 	outw(*(const u32 *)(fixed + 64), 5 << 10 | 1 << 13);
 	fail("still on");
