@@ -108,7 +108,8 @@ fn mark(layer: &Member, role: Role) -> Result<()> {
 
 /// Copies into `child` what only `layer` holds.
 fn fold_up(child: &Member, layer: &Member, progress: &mut Progress<'_>) -> Result<()> {
-    let chain = open(&child.path, &unprotected())?;
+    let options = super::OpenOptions { same_contents: true, ..unprotected() };
+    let chain = open(&child.path, &options)?;
     let below = chain.all_layers().get(1).cloned();
     let below =
         below.filter(|l| super::tree::same_file(&l.path, &layer.path)).ok_or_else(|| {

@@ -22,6 +22,8 @@ pub struct OpenOptions {
     pub shared: bool,
     /// Open a layer although it is sealed, frozen or not the one its child was made from.
     pub unprotected: bool,
+    /// Writing copies into the head what the disk shows already: it stays what others were made on.
+    pub same_contents: bool,
     /// Bytes of metadata to keep in memory, for the whole chain.
     pub cache: u64,
 }
@@ -33,6 +35,7 @@ impl Default for OpenOptions {
             format: None,
             shared: false,
             unprotected: false,
+            same_contents: false,
             cache: 32 << 20,
         }
     }
@@ -109,7 +112,8 @@ pub fn open_image(path: &Path, options: &OpenOptions) -> Result<Layer> {
     let image: Arc<dyn Image> = match format {
         Format::Raw => Arc::new(raw::Image::open(file.clone(), options.read_only)?),
         Format::Qcow2 => {
-            let inner = qcow2::OpenOptions { read_only: options.read_only, cache };
+            let same_contents = options.same_contents;
+            let inner = qcow2::OpenOptions { read_only: options.read_only, cache, same_contents };
             Arc::new(qcow2::Image::open(file.clone(), inner).map_err(|e| e.at_path(path))?)
         }
         other => foreign::open(other, path, file.clone(), file_options)?,
@@ -182,14 +186,17 @@ fn check_unchanged(
     parent: &Path,
     parent_identity: &Identity,
 ) -> Result<()> {
-    let Some(expected) = child_identity.label.as_ref().and_then(|l| l.parent) else {
-        return Ok(());
-    };
+    let Some(own) = &child_identity.label else { return Ok(()) };
+    let Some(expected) = own.parent else { return Ok(()) };
     let what = match &parent_identity.label {
+        // A merge that was stopped: the parent holds all of the child, and is to take its name.
+        Some(label) if label.layer == own.layer => return Ok(()),
         None => "it is another file than before, or its label was removed",
         Some(label) if label.layer != expected.layer => "it is another layer than before",
         Some(_) if expected.content.is_nil() => return Ok(()),
         Some(label) if label.content != expected.content => "its contents were given a new id",
+        // A merge that was stopped: whatever it has written there, the child shows itself.
+        Some(label) if label.role == Role::Merging => return Ok(()),
         Some(_) if !parent_identity.vouched => "another program has opened it for writing",
         Some(_) => return Ok(()),
     };

@@ -23,11 +23,14 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Bytes of L2 tables, and as many again of refcounts, to keep in memory.
     pub cache: u64,
+    /// What is written is what the image shows already, through the layers below it: the content id
+    /// goes on speaking for it.
+    pub same_contents: bool,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { read_only: true, cache: 4 << 20 }
+        OpenOptions { read_only: true, cache: 4 << 20, same_contents: false }
     }
 }
 
@@ -36,6 +39,7 @@ pub struct Image {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) shape: Shape,
     pub(super) read_only: bool,
+    pub(super) same_contents: bool,
     pub(super) header: Mutex<Header>,
     pub(super) size: AtomicU64,
     pub(super) tables: RwLock<Tables>,
@@ -100,6 +104,7 @@ impl Image {
         let image = Image {
             shape: Shape::of(&header),
             read_only: options.read_only,
+            same_contents: options.same_contents,
             size: AtomicU64::new(header.size),
             tables: RwLock::new(Tables::open(&*storage, &header, capacity)?),
             refcounts: Mutex::new(Refcounts::open(storage.clone(), &header, capacity)?),
@@ -175,7 +180,7 @@ impl Image {
     /// To be called before the guest's bytes change: the content id no longer speaks for them.
     pub(super) fn begin_change(&self) -> Result<()> {
         self.check_writable()?;
-        if self.vouched.load(Ordering::Acquire) {
+        if self.vouched.load(Ordering::Acquire) && !self.same_contents {
             self.update_header(|h| h.autoclear &= !autoclear::CONTENT_ID)?;
         }
         Ok(())
