@@ -9,14 +9,16 @@
 #[allow(dead_code, reason = "the themes grow into it")]
 mod host;
 mod require;
-#[allow(dead_code, reason = "the themes grow into it")]
 mod twin;
 
 mod boot;
+mod chains;
 mod container;
 mod container_terminal;
 mod create;
 mod formats;
 mod interop;
 mod mount;
+mod snapshots;
 mod usage;
+mod wrong_use;
