@@ -114,25 +114,8 @@ fn a_guest_cannot_turn_its_fixed_vhd_into_a_child_of_any_file() {
     assert_eq!(difference(&flat(&*image, &[])[..evil.len()], &evil), None);
 }
 
-/// Turns QEMU's dynamic VHDX (blocks of 1 MiB, 512-byte sectors) into a differencing one: block 0
-/// keeps sectors 0 to 2 and 9, block 1 is whole, the others as they were.
-pub(super) fn vhdx() -> Vec<u8> {
-    let mut file = fixture("dynamic.vhdx");
-    let find = |file: &[u8], guid: [u8; 4], from: usize| {
-        from + file[from..].windows(4).position(|w| w == guid).unwrap()
-    };
-    let le =
-        |file: &[u8], at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
-    let entry = find(&file, [0x66, 0x77, 0xc2, 0x2d], 192 << 10);
-    let bat = le(&file, entry + 16);
-    let metadata = le(&file, find(&file, [0x06, 0xa2, 0x7c, 0x8b], 192 << 10) + 16);
-    // File parameters: has a parent.
-    let item = find(&file, [0x37, 0x67, 0xa1, 0xca], metadata);
-    let offset = metadata + (le(&file, item + 16) as u32) as usize;
-    file[offset + 4] |= 2;
-    // A parent locator, behind all other items.
-    let count = u16::from_le_bytes([file[metadata + 10], file[metadata + 11]]) as usize;
-    file[metadata + 10] += 1;
+/// A parent locator, [MS-VHDX] 2.6.2.6.
+fn locator() -> Vec<u8> {
     let mut locator = vec![0; 20];
     locator[..16].copy_from_slice(&[
         0xb7, 0xef, 0x4a, 0xb0, 0x9e, 0xd1, 0x81, 0x4a, 0xb7, 0x89, 0x25, 0xb8, 0xe9, 0x44, 0x59,
@@ -156,6 +139,29 @@ pub(super) fn vhdx() -> Vec<u8> {
         text.extend([key, value].concat());
     }
     locator.extend(text);
+    locator
+}
+
+/// Turns QEMU's dynamic VHDX (blocks of 1 MiB, 512-byte sectors) into a differencing one: block 0
+/// keeps sectors 0 to 2 and 9, block 1 is whole, the others as they were.
+pub(super) fn vhdx() -> Vec<u8> {
+    let mut file = fixture("dynamic.vhdx");
+    let find = |file: &[u8], guid: [u8; 4], from: usize| {
+        from + file[from..].windows(4).position(|w| w == guid).unwrap()
+    };
+    let le =
+        |file: &[u8], at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
+    let entry = find(&file, [0x66, 0x77, 0xc2, 0x2d], 192 << 10);
+    let bat = le(&file, entry + 16);
+    let metadata = le(&file, find(&file, [0x06, 0xa2, 0x7c, 0x8b], 192 << 10) + 16);
+    // File parameters: has a parent.
+    let item = find(&file, [0x37, 0x67, 0xa1, 0xca], metadata);
+    let offset = metadata + (le(&file, item + 16) as u32) as usize;
+    file[offset + 4] |= 2;
+    // A parent locator, behind all other items.
+    let count = u16::from_le_bytes([file[metadata + 10], file[metadata + 11]]) as usize;
+    file[metadata + 10] += 1;
+    let locator = locator();
     let mut item = vec![0; 32];
     item[..16].copy_from_slice(&[
         0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab,

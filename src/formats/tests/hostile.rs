@@ -29,7 +29,10 @@ fn victims() -> Vec<Victim> {
     };
     let (log, used) = vhdx_log::dirty_file();
     let child = differencing::vhd(&[Some(&[1, 2]), None, Some(&[7])], Some((b"W2ru", "base")), 4);
+    let text = "# Disk DescriptorFile\nversion=1\nCID=00000001\nparentCID=ffffffff\n\
+        createType=\"custom\"\nRW 3 FLAT \"a.bin\" 2\nRW 5 ZERO\nRW 1 FLAT \"b.bin\" 0\n";
     vec![
+        Victim { format: "vmdk", name: "a descriptor", bytes: text.into(), tables: 0..text.len() },
         packed("vmdk", "sparse.vmdk", 72 << 10),
         packed("vmdk", "stream.vmdk", 132_608),
         packed("vpc", "dynamic.vhd", 4096),
