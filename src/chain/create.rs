@@ -7,6 +7,7 @@ use super::{Chain, Format, Layer};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::qcow2::{self, CreateOptions, Preallocation};
+use crate::storage::draft::unsynced;
 use crate::storage::{Draft, FileStorage, Storage};
 
 /// Makes a qcow2 file at `path`, which must not exist. It is durable afterwards.
@@ -16,7 +17,7 @@ use crate::storage::{Draft, FileStorage, Storage};
 pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     refuse_existing(path)?;
     let draft = Draft::new(path)?;
-    let made = qcow2::create(draft.storage().clone(), options).and_then(|image| image.flush());
+    let made = qcow2::create(draft.storage(), options).and_then(|image| image.flush());
     made.map_err(|e| e.at_path(path))?;
     draft.publish()
 }
@@ -25,7 +26,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
 pub fn create_raw(path: &Path, size: u64, preallocation: Preallocation) -> Result<()> {
     refuse_existing(path)?;
     let draft = Draft::new(path)?;
-    let storage = draft.storage();
+    let storage = draft.file();
     storage.set_len(size)?;
     match preallocation {
         Preallocation::Off => {}
@@ -62,7 +63,7 @@ pub fn ephemeral(chain: Chain, memory: u64) -> Result<Chain> {
         },
         ..CreateOptions::new(chain.size())
     };
-    let image: Arc<dyn Image> = Arc::new(qcow2::create(file.clone(), &options)?);
+    let image: Arc<dyn Image> = Arc::new(qcow2::create(unsynced(file.clone()), &options)?);
     let path = chain.head().path;
     let head = Layer { path, format: Format::Qcow2, image, file };
     Ok(Chain::new(head, lower, memory))

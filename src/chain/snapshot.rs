@@ -253,7 +253,7 @@ fn put_head_on(path: &Path, parent: &Layer) -> Result<()> {
     let backing = Backing { name, format: Some(parent.format.name().to_owned()) };
     let draft = Draft::new(path)?;
     let options = delta_options(&*parent.image, backing, &delta)?;
-    drop(qcow2::create(draft.storage().clone(), &options).map_err(|e| e.at_path(path))?);
+    drop(qcow2::create(draft.storage(), &options).map_err(|e| e.at_path(path))?);
     draft.replace()
 }
 

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -48,8 +49,14 @@ impl Draft {
         Ok(Draft { storage: Arc::new(storage), target: target.to_path_buf(), hidden })
     }
 
-    /// The file's bytes.
-    pub fn storage(&self) -> &Arc<FileStorage> {
+    /// The file's bytes. Syncing them does nothing yet: a file without a name needs no order of
+    /// writes, and getting its name makes all of it durable at once.
+    pub fn storage(&self) -> Arc<dyn Storage> {
+        unsynced(self.storage.clone())
+    }
+
+    /// The file itself.
+    pub fn file(&self) -> &Arc<FileStorage> {
         &self.storage
     }
 
@@ -87,6 +94,51 @@ impl Draft {
         let from = self.hidden.as_deref().unwrap_or(Path::new(&open));
         linkat(AT_FDCWD, from, AT_FDCWD, name, AtFlags::AT_SYMLINK_FOLLOW)
             .map_err(|e| Error::io("could not be created", e.into()).at_path(name))
+    }
+}
+
+/// The bytes of a file that nobody will look for after a crash: syncing them does nothing.
+pub fn unsynced(file: Arc<FileStorage>) -> Arc<dyn Storage> {
+    Arc::new(Unsynced(file))
+}
+
+struct Unsynced(Arc<FileStorage>);
+
+impl Storage for Unsynced {
+    fn len(&self) -> Result<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        self.0.read_at(offset, bufs)
+    }
+
+    fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        self.0.write_at(offset, bufs)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.punch_hole(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.write_zeroes(offset, len)
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        self.0.next_data(offset)
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        self.0.allocated()
     }
 }
 
