@@ -26,7 +26,8 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// The serving process's end.
 pub struct Control {
     listener: UnixListener,
-    path: PathBuf,
+    /// Taken when the name is removed: from then on it may be another process's.
+    path: Option<PathBuf>,
 }
 
 impl Control {
@@ -48,21 +49,33 @@ impl Control {
         }
         let listener = UnixListener::bind(&path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Control { listener, path })
+        Ok(Control { listener, path: Some(path) })
     }
 
     /// Tells everyone who has asked how the mount ended.
-    pub fn end(self, result: &Result<()>) {
+    pub fn end(mut self, result: &Result<()>) {
         let line = match result {
             Ok(()) => format!("{DONE}\n"),
             Err(error) => format!("{FAILED}{}\n", error.to_string().replace('\n', " ")),
         };
-        let _ = std::fs::remove_file(&self.path);
+        self.remove();
         while let Ok((mut stream, _)) = self.listener.accept() {
             // Whoever asked and left need not know.
             let _ = stream.set_write_timeout(Some(Duration::from_secs(1)));
             let _ = stream.write_all(line.as_bytes());
         }
+    }
+
+    fn remove(&mut self) {
+        if let Some(path) = self.path.take() {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 

@@ -231,6 +231,33 @@ fn a_server_that_is_asked_to_end_unmounts_first_and_stays_while_the_mount_is_in_
 }
 
 #[test]
+fn a_mount_command_that_is_interrupted_leaves_a_mount_or_nothing() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    let at = work.path("at");
+    for delay in 0..16 {
+        let mut command = work.vdisk_start("mount disk.qcow2 at");
+        thread::sleep(Duration::from_millis(delay));
+        if !command.has_ended() {
+            command.signal(Signal::SIGINT);
+        }
+        command.wait();
+        // A process that finds its caller gone unmounts again.
+        soon("an end of the start", || is_mounted(&at) == server(&at).is_some());
+        if is_mounted(&at) {
+            // May meet the process that takes the mount away itself.
+            work.vdisk("umount at");
+        }
+        is_left_alone(&at);
+        assert!(!is_mounted(&at), "after {delay} ms");
+    }
+    soon("a free disk", || work.qemu_img("check disk.qcow2").code == Some(0));
+    is_sound(&work);
+}
+
+#[test]
 fn what_vdisk_has_not_mounted_it_does_not_unmount() {
     let work = Work::new();
     fs::create_dir(work.path("at")).unwrap();
