@@ -19,6 +19,7 @@ mod create;
 mod formats;
 mod interop;
 mod mount;
+mod mount_raw;
 mod snapshots;
 mod usage;
 mod wrong_use;
