@@ -271,6 +271,11 @@ impl Allocation for Reservation<'_> {
             image.change_entry(GuestOffset(base), Lost::Data, |old| {
                 shape.with_data(old, host, pos - base, to)
             })?;
+            if let Some(run) = &mut self.owned {
+                // An entry refers to it now: a failure further on must not give it back.
+                run.host = run.host + cluster.bytes();
+                run.clusters = run.clusters.saturating_sub(1);
+            }
             pos = next;
         }
         self.owned = None;
