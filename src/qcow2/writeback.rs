@@ -27,13 +27,14 @@ impl Image {
 
     /// Like [`write_back`](Image::write_back), for a caller that keeps others out.
     pub(super) fn write_back_under(&self, _only: &MutexGuard<'_, ()>) -> Result<()> {
+        // Whoever had the lock before may have failed, with changes of this caller's in its hands.
+        self.check_writable()?;
         // The tables have let go of these by now, and what the tables refer to is counted by now.
         let freed = std::mem::take(&mut lock(&self.freed).waiting);
         let tables = write(&self.tables).take_dirty();
         let refcounts = lock(&self.refcounts).take_dirty();
-        if tables.is_empty() && refcounts.is_empty() {
-            return self.storage.sync();
-        }
+        // A failed sync poisons, too: the host may have dropped what it could not write, and the
+        // next sync would succeed without it.
         self.metadata(|| self.write_in_order(&tables, &refcounts))?;
         write(&self.tables).written(&tables);
         lock(&self.freed).ready.extend(freed);
