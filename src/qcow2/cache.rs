@@ -31,6 +31,8 @@ struct Slot {
     bytes: Box<[u8]>,
     used: AtomicBool,
     dirty: bool,
+    /// It was changed since it was read from the file: what others read before is out of date.
+    changed: bool,
     /// Its bytes are on their way to the file: until they are there, the file is behind.
     writing: bool,
 }
@@ -48,7 +50,8 @@ impl Cache {
         }
     }
 
-    /// Changes whenever a slice leaves: bytes read from the file before that may be out of date.
+    /// Changes whenever a slice leaves that is not what it was when it came, or whose table is gone:
+    /// bytes read from the file before that may be out of date.
     pub fn generation(&self) -> u64 {
         self.generation
     }
@@ -67,6 +70,7 @@ impl Cache {
         let slot = &mut self.slots[*self.index.get(&offset)?];
         self.dirty += usize::from(!slot.dirty);
         slot.dirty = true;
+        slot.changed = true;
         *slot.used.get_mut() = true;
         Some(&mut slot.bytes)
     }
@@ -81,7 +85,8 @@ impl Cache {
         }
         self.index.insert(offset, self.slots.len());
         let used = AtomicBool::new(true);
-        self.slots.push(Slot { offset, bytes, used, dirty: false, writing: false });
+        let (dirty, changed, writing) = (false, false, false);
+        self.slots.push(Slot { offset, bytes, used, dirty, changed, writing });
     }
 
     /// Whether so much is dirty that it should be written.
@@ -91,6 +96,7 @@ impl Cache {
 
     /// Forgets the slices in `range`, dirty or not: their table is gone.
     pub fn forget(&mut self, range: Range<u64>) {
+        self.generation += 1;
         let gone: Vec<u64> = self.index.keys().copied().filter(|o| range.contains(o)).collect();
         for offset in gone {
             if let Some(at) = self.index.get(&offset) {
@@ -143,7 +149,7 @@ impl Cache {
         if let Some(moved) = self.slots.get(at) {
             self.index.insert(moved.offset, at);
         }
-        self.generation += 1;
+        self.generation += u64::from(slot.changed);
     }
 }
 
