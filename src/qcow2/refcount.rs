@@ -3,8 +3,7 @@
 //! Everything here changes memory only. [`Refcounts::take_dirty`] hands out what has to reach the
 //! file, and the write-back puts it there in order. Specification: qcow2, "Host cluster management".
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use byteorder::{BigEndian, ByteOrder};
@@ -30,6 +29,8 @@ pub(super) struct Refcounts {
     /// Where the table stood before it had to move; the file's header says the first of them.
     outgrown: Vec<TablePlace>,
     cache: Cache,
+    /// The table has grown in memory, and no place was found for it.
+    homeless: bool,
     /// No cluster below this one is free.
     next_free: u64,
     /// No cluster from this one on was ever written: they read as zeroes.
@@ -69,12 +70,6 @@ pub(super) struct MovedTable {
     outgrown: usize,
 }
 
-impl DirtyRefcounts {
-    pub fn is_empty(&self) -> bool {
-        self.blocks.is_empty() && self.entries.is_empty() && self.moved.is_none()
-    }
-}
-
 impl Refcounts {
     /// Reads the refcount table. `capacity` is the number of cached slices of blocks.
     pub fn open(storage: Arc<dyn Storage>, header: &Header, capacity: usize) -> Result<Refcounts> {
@@ -96,6 +91,7 @@ impl Refcounts {
             dirty_table: BTreeSet::new(),
             outgrown: Vec::new(),
             cache: Cache::new(capacity),
+            homeless: false,
             next_free: 0,
             untouched: header.cluster.count(len),
             storage,
@@ -186,8 +182,17 @@ impl Refcounts {
         Ok(freed)
     }
 
+    fn check_home(&self) -> Result<()> {
+        if self.homeless {
+            let message = "the refcount table could not be moved; reopen the disk";
+            return Err(Error::new(ErrorKind::Poisoned, message));
+        }
+        Ok(())
+    }
+
     /// Allocates 1 to `want` clusters in one run, from the first free one on.
     pub fn allocate_run(&mut self, want: u64) -> Result<Run> {
+        self.check_home()?;
         let start = self.first_free(self.next_free)?;
         self.next_free = start;
         if self.block_of(start).is_none() {
@@ -202,6 +207,7 @@ impl Refcounts {
 
     /// Allocates exactly `clusters` clusters in one run.
     pub fn allocate(&mut self, clusters: u64) -> Result<Run> {
+        self.check_home()?;
         let mut start = self.first_free(self.next_free)?;
         self.next_free = start;
         loop {
@@ -272,7 +278,10 @@ impl Refcounts {
         let entries = entries.min(limit).max(self.table.len() as u64);
         self.table.resize(entries as usize, 0);
         let clusters = entries / per_cluster;
-        let run = self.allocate(clusters)?;
+        // Without a place, what stands in its new part has nowhere to be written.
+        let run = self.allocate(clusters);
+        self.homeless = run.is_err();
+        let run = run?;
         self.outgrown.push(self.place);
         self.place = TablePlace { offset: run.host.0, clusters: clusters as u32 };
         Ok(())
@@ -333,7 +342,8 @@ impl Refcounts {
         let indices = std::mem::take(&mut self.dirty_table);
         if self.outgrown.is_empty() {
             let entry = |i: usize| (self.place.offset + i as u64 * 8, self.table[i]);
-            let entries = indices.into_iter().map(entry).collect();
+            let room = (u64::from(self.place.clusters) * self.cluster.bytes() / 8) as usize;
+            let entries = indices.into_iter().filter(|i| *i < room).map(entry).collect();
             return DirtyRefcounts { blocks, entries, moved: None };
         }
         let mut bytes = vec![0; self.table.len() * 8];
@@ -350,11 +360,27 @@ impl Refcounts {
         self.outgrown.drain(..outgrown).collect()
     }
 
-    /// The ranges of cluster numbers that have a refcount block.
-    pub fn counted_ranges(&self) -> Vec<Range<u64>> {
-        let bits = self.block_bits();
-        let used = self.table.iter().enumerate().filter(|(_, o)| **o != 0);
-        used.map(|(i, _)| (i as u64) << bits..(i as u64 + 1) << bits).collect()
+    /// The clusters with a refcount in slice number `slice` of block number `block`, and their
+    /// refcounts; `None` past the block's end.
+    pub fn used_in_slice(&mut self, block: usize, slice: u64) -> Result<Option<Vec<(u64, u64)>>> {
+        let per_slice = (self.slice_bytes() * 8) >> self.order;
+        let first = slice * per_slice;
+        if first >> self.block_bits() != 0 {
+            return Ok(None);
+        }
+        let first = ((block as u64) << self.block_bits()) + first;
+        let Some((offset, _)) = self.slice_of(first)? else { return Ok(None) };
+        let bytes = self.cache.get(offset).unwrap_or_default();
+        let counts = (0..per_slice).map(|i| (first + i, get_in(bytes, self.order, i as usize)));
+        Ok(Some(counts.filter(|(_, count)| *count != 0).collect()))
+    }
+
+    /// The numbers of the clusters in which the refcounts themselves stand.
+    pub fn own_clusters(&self) -> HashSet<u64> {
+        let first = self.cluster.index(self.place.offset);
+        let table = first..first.saturating_add(u64::from(self.place.clusters));
+        let blocks = self.table.iter().filter(|o| **o != 0).map(|o| self.cluster.index(*o));
+        table.chain(blocks).collect()
     }
 
     /// Makes a refcount what it should be. A block that is missing for it is put at or after

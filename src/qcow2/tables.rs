@@ -56,12 +56,6 @@ pub(super) struct DirtyTables {
     pub l1: Vec<(u64, u64)>,
 }
 
-impl DirtyTables {
-    pub fn is_empty(&self) -> bool {
-        self.unpublished.is_empty() && self.published.is_empty() && self.l1.is_empty()
-    }
-}
-
 impl Tables {
     /// Reads the active L1 table. `capacity` is the number of cached L2 slices.
     pub fn open(storage: &dyn Storage, header: &Header, capacity: usize) -> Result<Tables> {
@@ -112,7 +106,9 @@ impl Tables {
     /// How far the part of the disk goes that has no L2 table, from `at` on; at most `len` bytes.
     pub fn unmapped(&self, at: GuestOffset, len: u64) -> u64 {
         let index = self.coverage.index(at.0) as usize;
-        let empty = self.l1.iter().skip(index).take_while(|e| **e & OFFSET == 0).count() as u64;
+        let most = self.coverage.count(self.coverage.within(at.0).saturating_add(len)) as usize;
+        let entries = self.l1.iter().skip(index).take(most);
+        let empty = entries.take_while(|e| **e & OFFSET == 0).count() as u64;
         let end = (index as u64 + empty).saturating_mul(self.coverage.bytes());
         (end - at.0).min(len)
     }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-/// Clusters of one page.
-const PAGE: u64 = 4096;
+/// Clusters of one page: few, so that references scattered over a huge sparse file stay cheap.
+const PAGE: u64 = 64;
 
 /// Counts by cluster number.
 #[derive(Default)]
@@ -12,11 +12,12 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    pub fn add(&mut self, cluster: u64) {
+    /// Notes `times` more references to a cluster.
+    pub fn add(&mut self, cluster: u64, times: u32) {
         let page =
             self.pages.entry(cluster / PAGE).or_insert_with(|| vec![0; PAGE as usize].into());
         let count = &mut page[(cluster % PAGE) as usize];
-        *count = count.saturating_add(1);
+        *count = count.saturating_add(times);
     }
 
     pub fn get(&self, cluster: u64) -> u64 {

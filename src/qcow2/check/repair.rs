@@ -1,11 +1,13 @@
 //! Comparing refcounts and COPIED flags with what was counted, and making them so.
 
+use std::collections::HashSet;
+
 use byteorder::{BigEndian, ByteOrder};
 
 use super::counts::Counts;
 use super::{Check, Repair};
 use crate::error::Result;
-use crate::qcow2::entry::{COPIED, OFFSET, Shape};
+use crate::qcow2::entry::{COPIED, OFFSET};
 use crate::qcow2::image::{Image, lock, write};
 
 /// Compares every refcount with the count.
@@ -27,25 +29,37 @@ impl Compare<'_> {
                 changed |= self.differs(cluster, stored, count)?;
             }
         }
-        for (cluster, stored) in self.unused()? {
-            changed |= self.differs(cluster, stored, 0)?;
-        }
-        Ok(changed)
+        Ok(self.unused()? || changed)
     }
 
-    /// Clusters with a refcount that nothing refers to.
-    fn unused(&self) -> Result<Vec<(u64, u64)>> {
-        let mut refcounts = lock(&self.image.refcounts);
-        let mut found = Vec::new();
-        for range in refcounts.counted_ranges() {
-            for cluster in range {
-                let stored = refcounts.get(cluster).unwrap_or(0);
-                if stored != 0 && self.counts.get(cluster) == 0 {
-                    found.push((cluster, stored));
+    /// Finds clusters with a refcount that nothing refers to.
+    fn unused(&mut self) -> Result<bool> {
+        let (blocks, own) = {
+            let refcounts = lock(&self.image.refcounts);
+            (refcounts.blocks(), refcounts.own_clusters())
+        };
+        let cluster = self.image.shape.cluster;
+        let (mut changed, mut seen) = (false, HashSet::new());
+        for (index, offset) in blocks {
+            let data = self.image.storage.next_data(offset).unwrap_or(None);
+            let hole =
+                data.is_none_or(|(start, _)| start >= offset.saturating_add(cluster.bytes()));
+            // A block that was just made for the repair is in memory only, and right.
+            if hole || !cluster.aligned(offset) || !seen.insert(offset) {
+                continue;
+            }
+            for slice in 0.. {
+                let found = lock(&self.image.refcounts).used_in_slice(index, slice);
+                let Ok(Some(found)) = found else { break };
+                for (number, stored) in found {
+                    // The repair itself may have made blocks, and moved the table.
+                    if self.counts.get(number) == 0 && !own.contains(&number) {
+                        changed |= self.differs(number, stored, 0)?;
+                    }
                 }
             }
         }
-        Ok(found)
+        Ok(changed)
     }
 
     fn differs(&mut self, cluster: u64, stored: u64, count: u64) -> Result<bool> {
@@ -90,7 +104,7 @@ impl Flags<'_> {
         if self.image.storage.read_exact_at(header.l1_offset, &mut l1).is_err() {
             return Ok(());
         }
-        let mut l1_changed = false;
+        let (mut l1_changed, mut seen) = (false, HashSet::new());
         for raw in l1.chunks_exact_mut(8) {
             let entry = BigEndian::read_u64(raw);
             let l2 = entry & OFFSET;
@@ -101,7 +115,10 @@ impl Flags<'_> {
                 BigEndian::write_u64(raw, mended);
                 l1_changed = true;
             }
-            self.l2(l2)?;
+            // However many entries point at it, it is read once.
+            if seen.insert(l2) {
+                self.l2(l2)?;
+            }
         }
         if l1_changed {
             self.image.metadata(|| self.image.storage.write_all_at(header.l1_offset, &l1))?;
@@ -112,7 +129,11 @@ impl Flags<'_> {
     }
 
     fn l2(&mut self, offset: u64) -> Result<()> {
-        let shape = Shape::of(&self.image.header());
+        let shape = self.image.shape;
+        let data = self.image.storage.next_data(offset)?;
+        if data.is_none_or(|(start, _)| start >= offset + shape.cluster.bytes()) {
+            return Ok(());
+        }
         let mut table = vec![0; shape.cluster.bytes() as usize];
         if self.image.storage.read_exact_at(offset, &mut table).is_err() {
             return Ok(());

@@ -1,4 +1,9 @@
 //! The walk over everything that the header reaches, counting references.
+//!
+//! What is referred to many times is read once: the work is bounded by the size of the file, also
+//! where a hostile image makes millions of entries point at one table.
+
+use std::collections::HashMap;
 
 use byteorder::{BigEndian, ByteOrder};
 
@@ -17,6 +22,8 @@ const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// The largest bitmap directory, in bytes.
 const MAX_BITMAP_DIRECTORY: u64 = 1 << 20;
+/// The largest table of one bitmap, in bytes.
+const MAX_BITMAP_TABLE: u64 = 32 << 20;
 
 pub(super) struct Walk<'a> {
     image: &'a Image,
@@ -24,15 +31,36 @@ pub(super) struct Walk<'a> {
     header: Header,
     counts: Counts,
     file_len: u64,
+    /// The L2 tables, in the order in which they were first seen.
+    l2: Vec<L2>,
+    /// Where in `l2` a table with this host offset is.
+    l2_index: HashMap<u64, usize>,
     /// The host cluster after the last data cluster seen, to tell fragments.
     next_data: u64,
+}
+
+/// An L2 table, and how often it is referred to.
+struct L2 {
+    offset: u64,
+    times: u32,
+    /// By the active L1 table.
+    active: bool,
 }
 
 impl<'a> Walk<'a> {
     pub fn new(image: &'a Image, check: &'a mut Check) -> Result<Walk<'a>> {
         let file_len = image.storage.len()?;
         let header = image.header();
-        Ok(Walk { image, check, header, counts: Counts::default(), file_len, next_data: 0 })
+        Ok(Walk {
+            image,
+            check,
+            header,
+            counts: Counts::default(),
+            file_len,
+            l2: Vec::new(),
+            l2_index: HashMap::new(),
+            next_data: 0,
+        })
     }
 
     pub fn finish(self) -> Counts {
@@ -58,6 +86,9 @@ impl<'a> Walk<'a> {
                 self.check.say(format!("ERROR failed to read the snapshot table: {error}"));
             }
         }
+        for table in std::mem::take(&mut self.l2) {
+            self.l2(&table)?;
+        }
         self.crypto_header(&header);
         self.bitmaps(&header)?;
         let table = u64::from(header.refcount_table_clusters) * cluster.bytes();
@@ -65,7 +96,7 @@ impl<'a> Walk<'a> {
         let blocks = lock(&self.image.refcounts).blocks();
         for (index, offset) in blocks {
             if cluster.aligned(offset) {
-                self.count("refcount block", offset, cluster.bytes());
+                self.count_once("refcount block", offset, cluster.bytes());
             } else {
                 self.check.corruption(format!(
                     "refcount block {index} is not cluster aligned; refcount table entry corrupted"
@@ -78,6 +109,23 @@ impl<'a> Walk<'a> {
     /// Counts the clusters that `len` bytes at `offset` touch. A region past the end of the file
     /// is an error and is not counted: no count may take memory that no file backs.
     fn count(&mut self, what: &str, offset: u64, len: u64) {
+        self.count_times(what, offset, len, 1);
+    }
+
+    /// Counts a table that nothing else may use. Whether that holds.
+    fn count_once(&mut self, what: &str, offset: u64, len: u64) -> bool {
+        let cluster = self.header.cluster;
+        let last = offset.saturating_add(len.saturating_sub(1)).min(self.file_len);
+        let mut clusters = cluster.index(offset)..=cluster.index(last);
+        let alone = clusters.all(|number| self.counts.get(number) == 0);
+        if !alone {
+            self.check.corruption(format!("offset={offset:#x}: {what} overlaps other metadata"));
+        }
+        self.count(what, offset, len);
+        alone
+    }
+
+    fn count_times(&mut self, what: &str, offset: u64, len: u64, times: u32) {
         if len == 0 {
             return;
         }
@@ -90,7 +138,7 @@ impl<'a> Walk<'a> {
             return;
         };
         for number in cluster.index(offset)..=cluster.index(end - 1) {
-            self.counts.add(number);
+            self.counts.add(number, times);
         }
     }
 
@@ -115,7 +163,9 @@ impl<'a> Walk<'a> {
             ));
             return Ok(());
         }
-        self.count("L1 table", offset, bytes);
+        if !self.count_once("L1 table", offset, bytes) {
+            return Ok(());
+        }
         let Ok(table) = self.read(offset, bytes) else {
             self.check.errors += 1;
             self.check.say(format!("ERROR the L1 table at {offset:#x} cannot be read"));
@@ -136,30 +186,48 @@ impl<'a> Walk<'a> {
                 ));
                 continue;
             }
-            self.l2(l2, active);
+            self.note_l2(l2, active);
         }
         Ok(())
     }
 
-    fn l2(&mut self, offset: u64, active: bool) {
-        let Ok(table) = self.read(offset, self.header.cluster.bytes()) else {
+    fn note_l2(&mut self, offset: u64, active: bool) {
+        if offset >= self.file_len {
+            return;
+        }
+        let next = self.l2.len();
+        let index = *self.l2_index.entry(offset).or_insert(next);
+        match self.l2.get_mut(index) {
+            Some(table) => table.times = table.times.saturating_add(1),
+            None => self.l2.push(L2 { offset, times: 1, active }),
+        }
+    }
+
+    fn l2(&mut self, &L2 { offset, times, active }: &L2) -> Result<()> {
+        let bytes = self.header.cluster.bytes();
+        let data = self.image.storage.next_data(offset)?;
+        if data.is_none_or(|(start, _)| start >= offset.saturating_add(bytes)) {
+            return Ok(());
+        }
+        let Ok(table) = self.read(offset, bytes) else {
             self.check.errors += 1;
             self.check.say(format!("ERROR the L2 table at {offset:#x} cannot be read"));
-            return;
+            return Ok(());
         };
         let shape = Shape::of(&self.header);
         for index in 0..(self.header.cluster.bytes() / shape.entry_bytes()) as usize {
             let entry = shape.get(&table, index);
             if entry != Entry::default() {
-                self.entry(shape, entry, active);
+                self.entry(shape, entry, active, times);
             }
         }
+        Ok(())
     }
 
-    fn entry(&mut self, shape: Shape, entry: Entry, active: bool) {
+    fn entry(&mut self, shape: Shape, entry: Entry, active: bool, times: u32) {
         let cluster = self.header.cluster;
         if entry.is_compressed() {
-            self.compressed(shape, entry, active);
+            self.compressed(shape, entry, active, times);
             return;
         }
         let descriptor = entry.descriptor;
@@ -187,10 +255,10 @@ impl<'a> Walk<'a> {
             self.check.allocated_clusters += 1;
             self.fragment(host, cluster.bytes());
         }
-        self.count("data", host, cluster.bytes());
+        self.count_times("data", host, cluster.bytes(), times);
     }
 
-    fn compressed(&mut self, shape: Shape, entry: Entry, active: bool) {
+    fn compressed(&mut self, shape: Shape, entry: Entry, active: bool, times: u32) {
         if entry.exclusive() {
             let at = entry.descriptor;
             self.check.corruption(format!(
@@ -205,7 +273,7 @@ impl<'a> Walk<'a> {
         }
         // The last sector may reach past the end: its length is counted in sectors.
         let len = len.min(self.header.cluster.ceil(self.file_len).saturating_sub(host.0).max(1));
-        self.count("compressed data", host.0, len);
+        self.count_times("compressed data", host.0, len, times);
     }
 
     fn fragment(&mut self, host: u64, len: u64) {
@@ -251,7 +319,13 @@ impl<'a> Walk<'a> {
     }
 
     fn bitmap(&mut self, table: u64, entries: u64) {
-        self.count("bitmap table", table, entries * 8);
+        if entries * 8 > MAX_BITMAP_TABLE {
+            self.check.corruption(format!("the bitmap table at {table:#x} has {entries} entries"));
+            return;
+        }
+        if !self.count_once("bitmap table", table, entries * 8) {
+            return;
+        }
         let Ok(bytes) = self.read(table, entries * 8) else {
             self.check.errors += 1;
             self.check.say(format!("ERROR the bitmap table at {table:#x} cannot be read"));
