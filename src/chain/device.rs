@@ -162,6 +162,9 @@ impl Chain {
         let layers = self.layers.write().unwrap_or_else(|e| e.into_inner());
         let old = layers.head.image.size();
         layers.head.image.resize(size)?;
+        // The last cluster went on past the end of the disk, and nobody cared what stood there.
+        let rest = layers.head.image.cluster().ceil(old).min(size);
+        self.write_zero_bytes(&layers, old, rest)?;
         // A longer layer below would show through where the disk ended before.
         let below = layers.lower.layers().first().map_or(0, |l| l.image.size());
         let (from, to) = (old, size.min(below));

@@ -73,7 +73,9 @@ pub struct MapExtent {
 }
 
 impl Chain {
-    fn new(head: Layer, lower: Vec<Layer>, memory: u64) -> Chain {
+    /// The disk whose layers are `head` and, from the one below it down to the base, `lower`.
+    /// `memory` bounds the flattened map, in bytes. Opening by name is [`open`]'s work.
+    pub fn new(head: Layer, lower: Vec<Layer>, memory: u64) -> Chain {
         let layers = Layers { head, lower: Flat::new(lower, memory) };
         Chain { layers: RwLock::new(layers), inflight: InFlight::default() }
     }
