@@ -1,0 +1,84 @@
+//! Seeded randomness and the size of random tests.
+
+use std::time::{Duration, Instant};
+
+/// A small generator (splitmix64): the same seed, the same run, on every machine.
+pub struct Dice(u64);
+
+impl Dice {
+    pub fn new(seed: u64) -> Dice {
+        Dice(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// A number below `n`, which is not 0.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    /// True once in `n` times.
+    pub fn once_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+}
+
+/// The seed of this run: `VDISK_SEED`, or the clock's.
+pub fn seed() -> u64 {
+    match std::env::var("VDISK_SEED") {
+        Ok(text) => {
+            let text = text.trim();
+            let hex = text.strip_prefix("0x").map(|hex| u64::from_str_radix(hex, 16));
+            hex.unwrap_or_else(|| text.parse()).expect("VDISK_SEED is a number")
+        }
+        Err(_) => {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+            Dice::new(now.as_nanos() as u64).next()
+        }
+    }
+}
+
+/// How long a random test goes on.
+pub struct Budget {
+    cases: Option<u64>,
+    until: Instant,
+}
+
+impl Budget {
+    /// `VDISK_PROPTEST_CASES` cases, or as many as fit into `seconds`.
+    pub fn new(seconds: u64) -> Budget {
+        let cases = std::env::var("VDISK_PROPTEST_CASES").ok();
+        Budget {
+            cases: cases.map(|n| n.parse().expect("VDISK_PROPTEST_CASES is a number")),
+            until: Instant::now() + Duration::from_secs(seconds),
+        }
+    }
+
+    /// Whether case number `done`, from 0, is to be run.
+    pub fn goes_on(&self, done: u64) -> bool {
+        match self.cases {
+            Some(cases) => done < cases,
+            None => done == 0 || Instant::now() < self.until,
+        }
+    }
+}
+
+/// Says the seed when the test panics.
+pub struct Confess(pub u64);
+
+impl Drop for Confess {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("to run this again: VDISK_SEED={:#x}", self.0);
+        }
+    }
+}

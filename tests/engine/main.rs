@@ -1,0 +1,19 @@
+//! The engine under torture, through the library's public interface: random use against a model,
+//! crashes at every point, failing storage, many threads, hostile files.
+//!
+//! What a user's script can know is tested next door, in `tests/main`. Every random test prints its
+//! seed when it fails; `VDISK_SEED` runs it again. `VDISK_PROPTEST_CASES` sets how many cases the
+//! random tests run; without it they stop after some seconds.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../main/require.rs"]
+#[allow(dead_code, reason = "shared with the black-box tests")]
+mod require;
+
+mod crash;
+mod dice;
+mod model;
+mod property;
+mod recorder;
+mod threads;

@@ -1,0 +1,224 @@
+//! Random chains of random layers, used at random, against the model; QEMU agrees at the end.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
+use vdisk::addr::Unit;
+use vdisk::chain::{self, Chain};
+use vdisk::image::Backing;
+use vdisk::qcow2::{self, CreateOptions, Preallocation};
+use vdisk::storage::{FileOptions, FileStorage};
+use vdisk::{ErrorKind, Result};
+
+use crate::dice::{Budget, Dice, seed};
+use crate::model::{Model, random_op};
+use crate::require::{Need, have};
+
+/// One layer of a case: how it is made, and what is done to the disk while it is the head.
+#[derive(Debug, Clone)]
+struct Spec {
+    /// Raw files only stand at the bottom.
+    raw: bool,
+    cluster_bits: u32,
+    extended: bool,
+    refcount_order: u32,
+    version: u32,
+    /// Of the case's disk, in 64ths: bases may be shorter or longer than what stands on them.
+    size: u64,
+    ops: usize,
+    /// Whether metadata is kept in next to no memory.
+    tiny_cache: bool,
+    dice: u64,
+}
+
+fn spec() -> impl Strategy<Value = Spec> {
+    let cluster = prop_oneof![3 => 9..=12u32, 3 => 13..=16u32, 1 => 17..=21u32];
+    (any::<(bool, bool, bool)>(), cluster, 0..=6u32, 32..=96u64, 0..40usize, any::<u64>()).prop_map(
+        |((raw, extended, tiny_cache), cluster_bits, refcount_order, size, ops, dice)| {
+            let extended = extended && cluster_bits >= 14;
+            let version = if extended || refcount_order != 4 || dice % 4 > 0 { 3 } else { 2 };
+            let size = if dice % 3 == 0 { size } else { 64 };
+            Spec {
+                raw,
+                cluster_bits,
+                extended,
+                refcount_order,
+                version,
+                size,
+                ops,
+                tiny_cache,
+                dice,
+            }
+        },
+    )
+}
+
+impl Spec {
+    fn create(&self, path: &Path, size: u64, below: Option<(&Path, bool)>) -> Result<()> {
+        let backing = below.map(|(path, raw)| Backing {
+            name: path.file_name().unwrap().to_str().unwrap().to_owned(),
+            format: Some(if raw { "raw" } else { "qcow2" }.to_owned()),
+        });
+        if self.is_raw(below.is_none()) {
+            return chain::create_raw(path, size, Preallocation::Off);
+        }
+        let options = CreateOptions {
+            cluster: Unit::from_bits(self.cluster_bits),
+            version: self.version,
+            refcount_bits: if self.version == 2 { 16 } else { 1 << self.refcount_order },
+            extended_l2: self.extended,
+            backing,
+            ..CreateOptions::new(size)
+        };
+        chain::create(path, &options)
+    }
+
+    fn is_raw(&self, bottom: bool) -> bool {
+        self.raw && bottom
+    }
+
+    fn open(&self, path: &Path) -> Result<Chain> {
+        let cache = if self.tiny_cache { 0 } else { 1 << 20 };
+        open_patiently(path, &chain::OpenOptions { cache, ..chain::OpenOptions::writable() })
+    }
+
+    /// Uses the disk at `path` at random, the model with it.
+    fn play(&self, path: &Path, model: &mut Model) -> Result<()> {
+        let mut dice = Dice::new(self.dice);
+        let mut disk = self.open(path)?;
+        for _ in 0..self.ops {
+            if dice.once_in(25) {
+                disk = {
+                    drop(disk);
+                    self.open(path)?
+                };
+            } else if dice.once_in(40) {
+                let grown = model.size() + dice.below(3 << self.cluster_bits) / 512 * 512;
+                disk.resize(grown)?;
+                model.bytes.resize(grown as usize, 0);
+            } else {
+                let op = random_op(&mut dice, model.size(), 1 << self.cluster_bits);
+                model.apply(&disk, &op)?;
+            }
+        }
+        model.compare(&disk)
+    }
+}
+
+/// Opens a disk. A child that another test's thread is just starting holds our closed files, and
+/// with them their locks, until it has become another program.
+pub fn open_patiently(path: &Path, options: &chain::OpenOptions) -> Result<Chain> {
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        match chain::open(path, options) {
+            Err(e) if e.kind() == ErrorKind::InUse && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return other,
+        }
+    }
+}
+
+fn run_case(specs: &[Spec], with_qemu: bool) -> Result<()> {
+    let dir = tempfile::tempdir().unwrap();
+    let top = specs.iter().map(|s| s.cluster_bits).max().unwrap_or(16);
+    // Two L2 tables of the smallest clusters; some clusters of the biggest.
+    let size = (96 << 10 | 4 << top).min(6 << 20);
+    let mut model = Model::default();
+    let mut below: Option<(PathBuf, bool)> = None;
+    for (number, spec) in specs.iter().enumerate() {
+        let path = dir.path().join(format!("layer{number}"));
+        let own = size * spec.size / 64 / 512 * 512;
+        spec.create(&path, own, below.as_ref().map(|(p, raw)| (p.as_path(), *raw)))?;
+        model.bytes.resize(own as usize, 0);
+        spec.play(&path, &mut model)?;
+        below = Some((path, spec.is_raw(number == 0)));
+        let head = &below.as_ref().unwrap().0;
+        let disk = open_patiently(head, &chain::OpenOptions::default())?;
+        model.compare(&disk)?;
+    }
+    for (number, spec) in specs.iter().enumerate() {
+        if !spec.is_raw(number == 0) {
+            check_layer(&dir.path().join(format!("layer{number}")), with_qemu)?;
+        }
+    }
+    match below {
+        Some((head, false)) if with_qemu => qemu_reads(&head, &model),
+        _ => {}
+    }
+    Ok(())
+}
+
+pub fn check_layer(path: &Path, with_qemu: bool) -> Result<()> {
+    let file = FileStorage::open(path, FileOptions { access: None, write: false })?;
+    let image = qcow2::Image::open(Arc::new(file), qcow2::OpenOptions::default())?;
+    let check = image.check(qcow2::Repair::None)?;
+    assert!(check.is_clean(), "{}: {:#?}", path.display(), check);
+    drop(image);
+    if with_qemu {
+        let out = Command::new("qemu-img").args(["check", "-q", "-U"]).arg(path).output().unwrap();
+        assert!(out.status.success(), "qemu-img check: {}", String::from_utf8_lossy(&out.stdout));
+    }
+    Ok(())
+}
+
+fn qemu_reads(head: &Path, model: &Model) {
+    let flat = head.with_extension("flat");
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-U", "-f", "qcow2", "-O", "raw"]).arg(head).arg(&flat);
+    let out = convert.output().unwrap();
+    assert!(out.status.success(), "qemu-img convert: {}", String::from_utf8_lossy(&out.stderr));
+    let got = std::fs::read(&flat).unwrap();
+    assert_eq!(got.len(), model.bytes.len(), "the size that QEMU sees");
+    let differs = crate::model::first_difference(&got, &model.bytes);
+    assert_eq!(differs, None, "the first byte that QEMU reads differently");
+}
+
+/// Runs `strategy`'s cases with a printed seed, as many as the budget allows.
+fn run_cases<S: Strategy>(seconds: u64, strategy: S, test: impl Fn(S::Value, u64) -> Result<()>) {
+    let seed = seed();
+    let budget = Budget::new(seconds);
+    let bytes: Vec<u8> = (0..4).flat_map(|i| (seed ^ i).to_le_bytes()).collect();
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let config = Config {
+        cases: u32::MAX,
+        failure_persistence: None,
+        max_shrink_iters: 200,
+        ..Config::default()
+    };
+    let mut runner = TestRunner::new_with_rng(config, rng);
+    let mut done = 0;
+    // The runner has no notion of time: cases are drawn from it one by one.
+    while budget.goes_on(done) {
+        let tree = strategy.new_tree(&mut runner).unwrap();
+        let outcome = runner.run_one(tree, |value| {
+            test(value, done).map_err(|e| TestCaseError::fail(format!("{e:?}")))
+        });
+        match outcome {
+            Ok(_) => done += 1,
+            Err(TestError::Fail(why, value)) => panic!(
+                "case {done} fails: {why}\nsmallest: {value:#?}\nto run this again: VDISK_SEED={seed:#x}"
+            ),
+            Err(other) => panic!("{other}"),
+        }
+    }
+    eprintln!("{done} cases, VDISK_SEED={seed:#x}");
+}
+
+#[test]
+fn one_image_of_any_shape_reads_as_its_model() {
+    let with_qemu = have(Need::Qemu);
+    run_cases(8, spec(), |spec, _| {
+        run_case(&[Spec { ops: spec.ops * 3, raw: false, ..spec }], with_qemu)
+    });
+}
+
+#[test]
+fn a_chain_of_any_layers_reads_as_its_model() {
+    let with_qemu = have(Need::Qemu);
+    run_cases(12, prop::collection::vec(spec(), 2..6), |specs, _| run_case(&specs, with_qemu));
+}
