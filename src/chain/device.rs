@@ -154,6 +154,14 @@ impl Chain {
         Ok(())
     }
 
+    /// Writes zeroes where the head's format could not say that a range is zero.
+    fn or_with_bytes(&self, layers: &Layers, done: Result<()>, from: u64, to: u64) -> Result<()> {
+        match done {
+            Err(e) if e.kind() == ErrorKind::Unsupported => self.write_zero_bytes(layers, from, to),
+            other => other,
+        }
+    }
+
     /// Changes the size of the disk, in bytes. New bytes read as zeroes.
     ///
     /// # Errors
@@ -173,11 +181,9 @@ impl Chain {
             let start = unit.ceil(from).min(to);
             self.write_zero_bytes(&layers, from, start)?;
             if start < to {
-                layers.head.image.zero(
-                    GuestOffset(start),
-                    unit.ceil(to).min(size) - start,
-                    true,
-                )?;
+                let to = unit.ceil(to).min(size);
+                let zeroed = layers.head.image.zero(GuestOffset(start), to - start, true);
+                self.or_with_bytes(&layers, zeroed, start, to)?;
             }
         }
         layers.head.image.flush()
@@ -232,12 +238,7 @@ impl BlockDevice for Chain {
             let entry = self.inflight.enter(head.cluster().floor(from)..head.cluster().ceil(to));
             let done = head.zero(GuestOffset(from), to - from, may_unmap);
             drop(entry);
-            match done {
-                Err(e) if e.kind() == ErrorKind::Unsupported => {
-                    self.write_zero_bytes(&layers, from, to)?;
-                }
-                other => other?,
-            }
+            self.or_with_bytes(&layers, done, from, to)?;
             self.write_zero_bytes(&layers, to, end)
         };
         zero().map_err(|e| e.at_path(&layers.head.path))
