@@ -5,7 +5,7 @@
 //! * the head's file is marked as a frozen layer: a snapshot was not finished, or a delete was not:
 //!   it is the head, and its second name, if any, goes;
 //! * a layer is *leaving*: its children hold all of it; those still on it are moved to its parent;
-//! * a layer is *merging*: its child is folded into it, again if need be;
+//! * a layer is *merging*: its child is folded into it, again if need be, once there is room;
 //! * a layer carries the label of another file, which stands on it: it takes that file's name;
 //! * a hidden draft of a process that is gone: it goes.
 
@@ -15,7 +15,7 @@ use super::open::{open_image, peek};
 use super::snapshot::unprotected;
 use super::tree::{Family, frozen_path, names_beside, same_file};
 use super::{Layer, gate, merge};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::image::{Id, Role};
 use crate::storage::draft::{remove, rename, sync_directory};
 
@@ -36,7 +36,11 @@ pub(super) fn heal(path: &Path) -> Result<()> {
     for layer in &family.layers {
         match layer.label.role {
             Role::Leaving => merge::leave(path, layer.label.layer)?,
-            Role::Merging => merge::resume(path, layer.label.layer)?,
+            // Where there is no room to finish, the disk is right as it is.
+            Role::Merging => match merge::resume(path, layer.label.layer) {
+                Err(e) if e.kind() == ErrorKind::NoSpace => {}
+                done => done?,
+            },
             Role::Head | Role::Snapshot | Role::Base => {}
         }
     }

@@ -19,18 +19,26 @@ use crate::addr::GuestOffset;
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Id, Image, Mapping, Role};
-use crate::storage::draft::{remove, rename, sync_directory};
+use crate::storage::draft::{directory, remove, rename, sync_directory};
 
 /// Bytes that are copied at a time.
 const CHUNK: u64 = 2 << 20;
+
+/// What an interrupted merge upwards leaves.
+const UNCHANGED: &str = "the disk and its snapshots are as they were";
+/// What an interrupted merge downwards leaves.
+const UNFINISHED: &str =
+    "the disk is as it was; the merge is finished by running it again, or by the next writer";
 
 /// Where a merge goes, and what it costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
     /// Whether the layer's child is folded into it, or it into its children.
     pub down: bool,
-    /// Bytes that are copied at most.
+    /// Bytes that are copied.
     pub bytes: u64,
+    /// Bytes of the host that are taken meanwhile.
+    pub space: u64,
 }
 
 /// Told the bytes done and to be done; `false` asks to stop.
@@ -43,11 +51,14 @@ pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
 /// it, so that there is nothing to fold it into; [`ErrorKind::Interrupted`] where `progress` asked
 /// to stop: the tree is then as it was, or is finished by the next open for writing.
 pub fn merge(path: &Path, name: &str, progress: &mut Progress<'_>) -> Result<()> {
-    let head = open_head(path)?;
-    drop(head);
+    if let Some(layer) = unfinished(path, name)? {
+        return fold_down(path, layer, progress);
+    }
+    drop(open_head(path)?);
     let family = Family::of(path)?;
     let layer = family.snapshot(name)?;
     let plan = plan(&family, layer)?;
+    check_space(path, &plan)?;
     if plan.down {
         mark(layer, Role::Merging)?;
         return fold_down(path, layer.label.layer, progress);
@@ -60,10 +71,11 @@ pub fn merge(path: &Path, name: &str, progress: &mut Progress<'_>) -> Result<()>
     leave(path, id)
 }
 
-/// How the snapshot `name` would be merged.
-pub fn plan_merge(path: &Path, name: &str) -> Result<Plan> {
-    let family = Family::of(path)?;
-    plan(&family, family.snapshot(name)?)
+/// The layer of a snapshot `name` whose merge was interrupted.
+fn unfinished(path: &Path, name: &str) -> Result<Option<Id>> {
+    let family = Family::read(path)?;
+    let merging = |m: &&Member| m.label.role == Role::Merging && m.label.name == name;
+    Ok(family.and_then(|f| Some(f.layers.iter().find(merging)?.label.layer)))
 }
 
 fn plan(family: &Family, layer: &Member) -> Result<Plan> {
@@ -82,19 +94,73 @@ fn plan(family: &Family, layer: &Member) -> Result<Plan> {
         );
         return Err(Error::invalid(message).at_path(&family.head.path));
     };
-    let held = |member: &Member| {
-        let options = super::OpenOptions { unprotected: true, shared: true, ..Default::default() };
-        data_bytes(&*open_image(&member.path, &options)?.image)
-    };
-    let up = held(layer)?.saturating_mul(children.len() as u64);
-    // A shorter child would have to cut the layer.
-    if children.len() == 1 && first.peek.size >= layer.peek.size {
-        let down = held(first)?;
-        if down < up {
-            return Ok(Plan { down: true, bytes: down });
-        }
+    let (mut up, mut down) = (0, Plan { down: true, bytes: 0, space: 0 });
+    for child in &children {
+        let cost = cost(&*look(child)?.image, &*look(layer)?.image)?;
+        up += cost.only_lower;
+        down.bytes += cost.upper;
+        down.space += cost.upper - cost.both;
     }
-    Ok(Plan { down: false, bytes: up })
+    // A shorter child would have to cut the layer.
+    let may_go_down = children.len() == 1 && first.peek.size >= layer.peek.size;
+    if may_go_down && down.bytes < up {
+        return Ok(down);
+    }
+    Ok(Plan { down: false, bytes: up, space: up })
+}
+
+/// Opens a layer for looking at its tables, whoever holds it.
+fn look(member: &Member) -> Result<super::Layer> {
+    let options = super::OpenOptions { unprotected: true, shared: true, ..Default::default() };
+    open_image(&member.path, &options)
+}
+
+/// Bytes of data that two layers, one on the other, hold.
+struct Cost {
+    /// In the upper one.
+    upper: u64,
+    /// In the lower one, where the upper one says nothing.
+    only_lower: u64,
+    /// In both.
+    both: u64,
+}
+
+fn cost(upper: &dyn Image, lower: &dyn Image) -> Result<Cost> {
+    let is_data = |m| matches!(m, Mapping::Data { .. } | Mapping::Compressed { .. });
+    let mut cost = Cost { upper: 0, only_lower: 0, both: 0 };
+    let (mut at, end) = (0, upper.size());
+    while at < end {
+        let above = upper.map(GuestOffset(at), end - at)?;
+        let mut len = above.len;
+        let mut below = Mapping::Unallocated;
+        if at < lower.size() {
+            let extent = lower.map(GuestOffset(at), len)?;
+            (len, below) = (extent.len, extent.mapping);
+        }
+        match (is_data(above.mapping), is_data(below)) {
+            (true, true) => (cost.upper, cost.both) = (cost.upper + len, cost.both + len),
+            (true, false) => cost.upper += len,
+            (false, true) if above.mapping == Mapping::Unallocated => cost.only_lower += len,
+            _ => {}
+        }
+        at += len;
+    }
+    Ok(cost)
+}
+
+/// Refuses a merge for which the host has no room, before anything is changed.
+fn check_space(path: &Path, plan: &Plan) -> Result<()> {
+    let stat = nix::sys::statvfs::statvfs(directory(path))
+        .map_err(|e| Error::io("the free space could not be told", e.into()).at_path(path))?;
+    let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
+    if plan.space <= free {
+        return Ok(());
+    }
+    let message = format!(
+        "the merge takes {} bytes of the host for a time, and {free} are free; nothing was changed",
+        plan.space
+    );
+    Err(Error::new(ErrorKind::NoSpace, message).at_path(path))
 }
 
 fn mark(layer: &Member, role: Role) -> Result<()> {
@@ -134,7 +200,7 @@ fn fold_up(child: &Member, layer: &Member, progress: &mut Progress<'_>) -> Resul
             Mapping::Data { .. } | Mapping::Compressed { .. } => {
                 chain.adopt(at, len)?;
                 done += len;
-                tell(progress, done, total)?;
+                tell(progress, done, total, UNCHANGED)?;
             }
         }
         at += len;
@@ -208,7 +274,7 @@ fn copy_down(upper: &dyn Image, lower: &Chain, progress: &mut Progress<'_>) -> R
                 upper.read(&extent, extent.start, &mut [IoSliceMut::new(bytes)])?;
                 lower.write_at(at, &[IoSlice::new(bytes)])?;
                 done += len;
-                tell(progress, done, total)?;
+                tell(progress, done, total, UNFINISHED)?;
             }
         }
         at += len;
@@ -216,9 +282,9 @@ fn copy_down(upper: &dyn Image, lower: &Chain, progress: &mut Progress<'_>) -> R
     Ok(())
 }
 
-fn tell(progress: &mut Progress<'_>, done: u64, total: u64) -> Result<()> {
+fn tell(progress: &mut Progress<'_>, done: u64, total: u64, state: &str) -> Result<()> {
     if progress(done, total) {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Interrupted, "the merge was interrupted"))
+    Err(Error::new(ErrorKind::Interrupted, format!("the merge was interrupted: {state}")))
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::json;
-use vdisk::chain::merge::{self, plan_merge};
+use vdisk::chain::merge;
 use vdisk::chain::snapshot;
 use vdisk::chain::tree::{Family, Member};
 use vdisk::{Error, Result};
@@ -137,20 +137,7 @@ fn delete(args: &DeleteArgs) -> Result<()> {
 
 fn merge(args: &NameArgs) -> Result<()> {
     let stop = super::stop::on_signals()?;
-    let down = plan_merge(&args.disk, &args.name)?.down;
-    merge::merge(&args.disk, &args.name, &mut |_, _| !stop.asked()).map_err(|e| {
-        let state = if down {
-            "; the disk is as it was, and its next writer finishes the merge"
-        } else {
-            "; the disk and its snapshots are as they were"
-        };
-        match e.kind() {
-            vdisk::ErrorKind::Interrupted => {
-                Error::new(e.kind(), format!("{}{state}", e.message()))
-            }
-            _ => e,
-        }
-    })
+    merge::merge(&args.disk, &args.name, &mut |_, _| !stop.asked())
 }
 
 fn list(args: &ListArgs) -> Result<()> {

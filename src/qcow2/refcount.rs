@@ -245,25 +245,31 @@ impl Refcounts {
         let missing: Vec<u64> = (start >> self.block_bits()..=last)
             .filter(|b| self.block_of(b << self.block_bits()).is_none())
             .collect();
+        self.zero_blocks(start, blocks)?;
         for (cluster, index) in (start..).zip(&missing) {
             self.install_block(cluster, *index);
         }
-        if blocks > 0 {
-            self.take(start, blocks)?;
-        }
-        self.take(start + blocks, clusters)
+        let taken = self.take(start, blocks + clusters).inspect_err(|_| {
+            // A block that is not counted must not come to be in use.
+            missing.iter().for_each(|index| self.table[*index as usize] = 0);
+        });
+        let run = taken?;
+        Ok(Run { host: run.host + (blocks << self.cluster.bits()), clusters, ..run })
     }
 
-    /// Makes cluster number `cluster` the refcount block number `index`, all zero.
-    fn install_block(&mut self, cluster: u64, index: u64) {
-        let offset = cluster << self.cluster.bits();
-        self.table[index as usize] = offset;
-        self.dirty_table.insert(index as usize);
-        for slice in (offset..offset + self.cluster.bytes()).step_by(self.slice_bytes() as usize) {
-            self.cache.insert(slice, vec![0; self.slice_bytes() as usize].into_boxed_slice());
-            // Dirty although zero: whatever the cluster held in the file has to go.
-            self.cache.get_mut(slice);
+    /// Makes new refcount blocks zero. Their room on the host is taken now, so that a full host is
+    /// noticed while nothing refers to them.
+    fn zero_blocks(&self, start: u64, blocks: u64) -> Result<()> {
+        if blocks == 0 {
+            return Ok(());
         }
+        self.storage.write_zeroes(start << self.cluster.bits(), blocks << self.cluster.bits())
+    }
+
+    /// Makes cluster number `cluster`, which is zero, the refcount block number `index`.
+    fn install_block(&mut self, cluster: u64, index: u64) {
+        self.table[index as usize] = cluster << self.cluster.bits();
+        self.dirty_table.insert(index as usize);
     }
 
     /// Makes room in the table for at least `entries` blocks by moving it.
@@ -398,6 +404,7 @@ impl Refcounts {
                 self.grow_table(index + 1)?;
             }
             let block = self.first_free(self.next_free.max(end))?;
+            self.zero_blocks(block, 1)?;
             self.install_block(block, index);
             self.next_free = block + 1;
             self.mend(block, 1, block + 1)?;

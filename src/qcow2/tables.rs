@@ -153,17 +153,6 @@ impl Tables {
         self.unpublished.insert(host.0);
     }
 
-    /// Adds a table's bytes to the cache, all to be written.
-    pub fn fill(&mut self, host: HostOffset, bytes: &[u8]) {
-        for (slice, part) in (host.0..)
-            .step_by(self.slice_bytes() as usize)
-            .zip(bytes.chunks(self.slice_bytes() as usize))
-        {
-            self.cache.insert(slice, part.into());
-            self.cache.get_mut(slice);
-        }
-    }
-
     /// The bytes of an L1 table with room for `entries`, this one's in front.
     pub fn grown_l1(&self, entries: usize) -> Vec<u8> {
         let mut l1 = self.l1.clone();

@@ -164,12 +164,11 @@ impl Image {
         if old.is_some_and(|t| t.exclusive) {
             return Ok(());
         }
-        let cluster = self.shape.cluster;
-        let mut bytes = vec![0; cluster.bytes() as usize];
-        if let Some(Table { host, .. }) = old {
-            self.storage.read_exact_at(host.0, &mut bytes).map_err(|e| e.at_offset(host.0))?;
-        }
         let run = lock(&self.refcounts).allocate(1)?;
+        if let Err(error) = self.fill_table(run.host, old) {
+            lock(&self.refcounts).release(run.host, 1)?;
+            return Err(error);
+        }
         let mut tables = write(&self.tables);
         let now = tables.table(at)?;
         if now.is_some_and(|t| t.exclusive) {
@@ -177,12 +176,28 @@ impl Image {
             lock(&self.refcounts).release(run.host, 1)?;
             return Ok(());
         }
-        tables.fill(run.host, &bytes);
         tables.install(at, run.host);
         drop(tables);
         if let Some(Table { host, .. }) = old {
             self.free_later(Freed { host, clusters: 1, what: Lost::Table });
         }
+        Ok(())
+    }
+
+    /// Writes a new L2 table, which nothing refers to yet: a copy of `old`, or empty. A host without
+    /// room for it is noticed here, where nothing is lost by it.
+    fn fill_table(&self, host: HostOffset, old: Option<Table>) -> Result<()> {
+        let len = self.shape.cluster.bytes();
+        match old {
+            None => self.storage.write_zeroes(host.0, len)?,
+            Some(old) => {
+                let mut bytes = vec![0; len as usize];
+                let read = self.storage.read_exact_at(old.host.0, &mut bytes);
+                read.map_err(|e| e.at_offset(old.host.0))?;
+                self.storage.write_all_at(host.0, &bytes)?;
+            }
+        }
+        self.grown_to(host.0 + len);
         Ok(())
     }
 
