@@ -42,8 +42,11 @@ pub enum ErrorKind {
 }
 
 /// A failure: its kind, a sentence for the user, and where it happened.
+#[derive(thiserror::Error)]
+#[error(transparent)]
 pub struct Error(Box<Inner>);
 
+#[derive(Debug, thiserror::Error)]
 struct Inner {
     kind: ErrorKind,
     message: String,
@@ -133,16 +136,16 @@ impl Error {
     }
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(path) = &self.0.path {
+        if let Some(path) = &self.path {
             write!(f, "{}: ", path.display())?;
         }
-        f.write_str(&self.0.message)?;
-        if let Some(offset) = self.0.offset {
+        f.write_str(&self.message)?;
+        if let Some(offset) = self.offset {
             write!(f, " (at offset {offset:#x})")?;
         }
-        if let Some(source) = &self.0.source {
+        if let Some(source) = &self.source {
             write!(f, ": {source}")?;
         }
         Ok(())
@@ -152,12 +155,6 @@ impl fmt::Display for Error {
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}: {self}", self.0.kind)
-    }
-}
-
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.0.source.as_ref().map(|e| e as _)
     }
 }
 
