@@ -24,6 +24,8 @@ pub struct OpenOptions {
     pub unprotected: bool,
     /// Writing copies into the head what the disk shows already: it stays what others were made on.
     pub same_contents: bool,
+    /// Open for writing what is marked corrupt or was not closed well, to check and mend it.
+    pub repair: bool,
     /// Bytes of metadata to keep in memory, for the whole chain.
     pub cache: u64,
 }
@@ -36,6 +38,7 @@ impl Default for OpenOptions {
             shared: false,
             unprotected: false,
             same_contents: false,
+            repair: false,
             cache: 32 << 20,
         }
     }
@@ -112,8 +115,8 @@ pub fn open_image(path: &Path, options: &OpenOptions) -> Result<Layer> {
     let image: Arc<dyn Image> = match format {
         Format::Raw => Arc::new(raw::Image::open(file.clone(), options.read_only)?),
         Format::Qcow2 => {
-            let same_contents = options.same_contents;
-            let inner = qcow2::OpenOptions { read_only: options.read_only, cache, same_contents };
+            let OpenOptions { read_only, same_contents, repair, .. } = *options;
+            let inner = qcow2::OpenOptions { read_only, cache, same_contents, repair };
             Arc::new(qcow2::Image::open(file.clone(), inner).map_err(|e| e.at_path(path))?)
         }
         other => foreign::open(other, path, file.clone(), file_options)?,

@@ -9,8 +9,12 @@ use std::sync::RwLockReadGuard;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
 
+mod check;
+mod details;
 mod label;
 
+pub use check::{Check, Repair};
+pub use details::Details;
 pub use label::{Id, Label, Parent, Role};
 
 /// What one layer says about a stretch of the guest disk.
@@ -183,6 +187,33 @@ pub trait Image: Send + Sync {
     fn set_identity(&self, identity: &Identity) -> Result<()> {
         let _ = identity;
         Err(Error::unsupported("this format cannot record snapshots or a base"))
+    }
+
+    /// What the format says about the layer besides its map; `None` where it says nothing.
+    fn details(&self) -> Option<Details> {
+        None
+    }
+
+    /// Proves the layer right, or says what is wrong and mends what `repair` allows. Nothing else
+    /// may use the layer while it is mended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the format holds nothing that could be checked; else only
+    /// where the check itself cannot go on.
+    fn check(&self, repair: Repair) -> Result<Check> {
+        let _ = repair;
+        Err(Error::unsupported("this format holds nothing that could be checked"))
+    }
+
+    /// Stores one whole cluster at `at` compressed; `bytes` are the cluster, or its part up to the
+    /// disk's end. `false`, and nothing done, where that would save nothing. Two writers of one
+    /// cluster are kept apart by the caller.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the format does not compress.
+    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
+        let _ = (at, bytes);
+        Err(Error::unsupported("this format does not compress"))
     }
 
     /// Returns when every change that completed before the call is durable.

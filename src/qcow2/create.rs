@@ -168,9 +168,6 @@ impl Image {
     /// Makes the disk `size` bytes long; never shorter. The new bytes are unallocated.
     pub(super) fn grow(&self, size: u64) -> Result<()> {
         let header = self.header();
-        if size < header.size {
-            return Err(Error::unsupported("qcow2 images are not shrunk yet"));
-        }
         let needed = header.l1_needed(size).ok_or_else(|| Error::invalid("Image is too big"))?;
         if needed > u64::from(header.l1_size) {
             return self.move_l1(&header, needed, size);

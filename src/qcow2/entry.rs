@@ -171,6 +171,16 @@ impl Shape {
         Entry { descriptor: old.descriptor, bitmap: old.bitmap & !bits & !(bits << SUBCLUSTERS) }
     }
 
+    /// The entry for `len` compressed bytes, not 0 and fewer than a cluster, at `host`; `None` where
+    /// the descriptor has no room for the offset.
+    pub fn with_compressed(self, host: HostOffset, len: u64) -> Option<Entry> {
+        let offset_bits = 62 - (self.cluster.bits() - 8);
+        let last = host.0.checked_add(len)?.checked_sub(1)?;
+        let sectors = last / 512 - host.0 / 512;
+        let descriptor = COMPRESSED | sectors << offset_bits | host.0;
+        (last >> offset_bits == 0).then_some(Entry { descriptor, bitmap: 0 })
+    }
+
     /// Where the compressed bytes of a descriptor stand, and how many there may be.
     pub fn compressed(self, descriptor: u64) -> (HostOffset, u64) {
         let offset_bits = 62 - (self.cluster.bits() - 8);
@@ -203,5 +213,8 @@ mod tests {
         let shape = Shape { version: 3, cluster: Unit::from_bits(16), extended: false };
         let descriptor = COMPRESSED | 3 << 54 | 0x5_0123;
         assert_eq!(shape.compressed(descriptor), (HostOffset(0x5_0123), 4 * 512 - 0x123));
+        let entry = shape.with_compressed(HostOffset(0x5_0123), 3 * 512).unwrap();
+        assert_eq!(entry, Entry { descriptor, bitmap: 0 });
+        assert_eq!(shape.with_compressed(HostOffset(1 << 54), 1), None);
     }
 }

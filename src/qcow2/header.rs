@@ -9,7 +9,7 @@ use byteorder::{BigEndian, ByteOrder};
 use super::extension::{self, Extension};
 use crate::addr::Unit;
 use crate::error::{Error, Result};
-use crate::image::{Backing, Identity, Label};
+use crate::image::{Backing, Details, Identity, Label};
 use crate::storage::Storage;
 
 /// `QFI\xfb`.
@@ -61,6 +61,16 @@ pub enum Compression {
     Zlib,
     /// Zstandard frames.
     Zstd,
+}
+
+impl Compression {
+    /// Its name, as qemu-img gives it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Compression::Zlib => "zlib",
+            Compression::Zstd => "zstd",
+        }
+    }
 }
 
 /// Everything in the header cluster.
@@ -271,6 +281,21 @@ impl Header {
     /// Whether L2 entries are 128 bits wide, with subclusters.
     pub fn extended_l2(&self) -> bool {
         self.incompatible & incompatible::EXTENDED_L2 != 0
+    }
+
+    /// What people want to know of it.
+    pub fn details(&self) -> Details {
+        let is = |bit: u64| Some(self.incompatible & bit != 0);
+        Details {
+            version: Some(self.version),
+            compression: Some(self.compression.name()),
+            refcount_bits: Some(1 << self.refcount_order),
+            lazy_refcounts: Some(self.compatible & LAZY_REFCOUNTS != 0),
+            extended_l2: Some(self.extended_l2()),
+            dirty: is(incompatible::DIRTY),
+            corrupt: is(incompatible::CORRUPT),
+            internal_snapshots: Some(self.snapshots),
+        }
     }
 
     /// Bytes of guest disk that one L2 table maps.

@@ -13,7 +13,9 @@ use super::refcount::Refcounts;
 use super::tables::{Place, Tables};
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{self, Allocation, Backing, Extent, Hold, Identity, Label, Mapping};
+use crate::image::{
+    self, Allocation, Backing, Check, Details, Extent, Hold, Identity, Label, Mapping,
+};
 use crate::storage::Storage;
 
 /// How to open an image.
@@ -26,11 +28,14 @@ pub struct OpenOptions {
     /// What is written is what the image shows already, through the layers below it: the content id
     /// goes on speaking for it.
     pub same_contents: bool,
+    /// Open for writing what is marked corrupt or dirty, to be checked and mended: nothing is
+    /// repaired on opening.
+    pub repair: bool,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { read_only: true, cache: 4 << 20, same_contents: false }
+        OpenOptions { read_only: true, cache: 4 << 20, same_contents: false, repair: false }
     }
 }
 
@@ -94,7 +99,7 @@ impl Image {
         let header = Header::read(&*storage)?;
         refuse_unsupported(&header)?;
         let corrupt = header.incompatible & incompatible::CORRUPT != 0;
-        if corrupt && !options.read_only {
+        if corrupt && !options.read_only && !options.repair {
             let message =
                 "Image is corrupt; cannot be opened read/write (check --repair all mends it)";
             return Err(Error::corrupt(message));
@@ -118,7 +123,7 @@ impl Image {
             header: Mutex::new(header),
             storage,
         };
-        if !options.read_only {
+        if !options.read_only && !options.repair {
             image.settle()?;
         }
         Ok(image)
@@ -356,6 +361,19 @@ impl image::Image for Image {
         })
     }
 
+    fn details(&self) -> Option<Details> {
+        Some(self.header().details())
+    }
+
+    fn check(&self, repair: Repair) -> Result<Check> {
+        self.check_and_mend(repair)
+    }
+
+    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
+        self.begin_change()?;
+        self.store_compressed(at, bytes)
+    }
+
     fn flush(&self) -> Result<()> {
         if self.read_only {
             return Ok(());
@@ -367,7 +385,7 @@ impl image::Image for Image {
 
     fn resize(&self, size: u64) -> Result<()> {
         self.begin_change()?;
-        self.grow(size)
+        if size < self.header().size { self.shrink(size) } else { self.grow(size) }
     }
 }
 

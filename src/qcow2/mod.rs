@@ -2,7 +2,7 @@
 //!
 //! It opens no file by name and knows no chain. The parts: [`header`] and [`extension`] are the
 //! first cluster; [`entry`] and [`tables`] map guest clusters; [`refcount`] gives out host
-//! clusters; [`write`](mod@write) and [`zero`] change the mapping; [`writeback`] brings changes to
+//! clusters; [`write`](mod@write), [`compress`] and [`zero`] change the mapping; [`writeback`] brings changes to
 //! the file in the order that survives a crash; [`check`] proves an image right.
 //!
 //! # Locks
@@ -12,6 +12,7 @@
 
 mod cache;
 mod check;
+mod compress;
 mod create;
 mod entry;
 mod extension;
@@ -19,6 +20,7 @@ mod header;
 mod image;
 mod read;
 mod refcount;
+mod shrink;
 mod snapshot;
 mod tables;
 mod write;

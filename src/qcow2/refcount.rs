@@ -35,6 +35,8 @@ pub(super) struct Refcounts {
     next_free: u64,
     /// No cluster from this one on was ever written: they read as zeroes.
     untouched: u64,
+    /// Where the next compressed bytes go: inside a cluster that others stand in already.
+    packed: Option<u64>,
 }
 
 /// Where a refcount table stands in the file.
@@ -94,6 +96,7 @@ impl Refcounts {
             homeless: false,
             next_free: 0,
             untouched: header.cluster.count(len),
+            packed: None,
             storage,
         })
     }
@@ -154,6 +157,8 @@ impl Refcounts {
         set_in(bytes, order, (cluster - first) as usize, value);
         if value == 0 {
             self.next_free = self.next_free.min(cluster);
+            // What is free is no place to go on packing.
+            self.packed = self.packed.filter(|at| self.cluster.index(*at) != cluster);
         }
         Ok(())
     }
@@ -217,6 +222,37 @@ impl Refcounts {
                 None => return self.allocate_at(start, blocks, clusters),
             }
         }
+    }
+
+    /// Makes room for `len` compressed bytes, not 0 and at most a cluster: behind those before them,
+    /// where there is room, else in a new cluster. Every cluster that they touch gets a reference.
+    /// Returns their place, and the new cluster where there is one.
+    pub fn pack(&mut self, len: u64) -> Result<(HostOffset, Option<Run>)> {
+        let (cluster, max) = (self.cluster, self.max());
+        let mut open = None;
+        if let Some(at) = self.packed {
+            let count = self.get(cluster.index(at))?;
+            open = (count < max).then_some((at, count));
+        }
+        let (place, new) = match open {
+            Some((at, count)) if len <= cluster.bytes() - cluster.within(at) => {
+                self.set(cluster.index(at), count + 1)?;
+                (at, None)
+            }
+            _ => {
+                let run = self.allocate(1)?;
+                // Allocating does not count references to the open cluster: its count still holds.
+                match open {
+                    Some((at, count)) if cluster.ceil(at) == run.host.0 => {
+                        self.set(cluster.index(at), count + 1)?;
+                        (at, Some(run))
+                    }
+                    _ => (run.host.0, Some(run)),
+                }
+            }
+        };
+        self.packed = Some(place + len).filter(|end| !cluster.aligned(*end));
+        Ok((HostOffset(place), new))
     }
 
     /// How many new refcount blocks a run of `clusters` at `start` needs, if they stand before it.

@@ -10,68 +10,10 @@ mod counts;
 mod repair;
 mod walk;
 
+use super::header::incompatible;
 use super::image::{Image, lock};
 use crate::error::Result;
-
-/// What a check may change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Repair {
-    /// Nothing.
-    #[default]
-    None,
-    /// Refcounts that are too high.
-    Leaks,
-    /// All that can be mended without losing data.
-    All,
-}
-
-/// What a check found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Check {
-    /// Errors that mean lost data, or data loss to come; those mended are not counted.
-    pub corruptions: u64,
-    /// Clusters that nothing uses and that are not free; those mended are not counted.
-    pub leaks: u64,
-    /// Corruptions that were mended.
-    pub corruptions_fixed: u64,
-    /// Leaks that were mended.
-    pub leaks_fixed: u64,
-    /// Parts of the image that could not be checked.
-    pub errors: u64,
-    /// Clusters of the guest disk.
-    pub total_clusters: u64,
-    /// Guest clusters with a place in the file.
-    pub allocated_clusters: u64,
-    /// Those of them that are compressed.
-    pub compressed_clusters: u64,
-    /// Those of them that do not follow the one before.
-    pub fragmented_clusters: u64,
-    /// The end of the last cluster in use, in bytes.
-    pub image_end_offset: u64,
-    /// A line for each finding and repair, at most [`Check::MAX_MESSAGES`].
-    pub messages: Vec<String>,
-}
-
-impl Check {
-    /// More findings than this are only counted.
-    pub const MAX_MESSAGES: usize = 10_000;
-
-    fn say(&mut self, message: String) {
-        if self.messages.len() < Check::MAX_MESSAGES {
-            self.messages.push(message);
-        }
-    }
-
-    fn corruption(&mut self, message: String) {
-        self.corruptions += 1;
-        self.say(format!("ERROR {message}"));
-    }
-
-    /// Whether nothing is wrong (any more).
-    pub fn is_clean(&self) -> bool {
-        self.corruptions == 0 && self.leaks == 0 && self.errors == 0
-    }
-}
+pub use crate::image::{Check, Repair};
 
 impl Image {
     /// Checks the image, and repairs what `repair` allows. Nothing else may use the image meanwhile.
@@ -96,6 +38,29 @@ impl Image {
             self.write_back()?;
         }
         repair::Flags { image: self, check: &mut check, repair }.run()?;
+        Ok(check)
+    }
+
+    /// Checks and mends, and checks again what was mended: the counts of what is still wrong are
+    /// the second look's. An image that is right afterwards loses its dirty and corrupt marks.
+    pub(super) fn check_and_mend(&self, repair: Repair) -> Result<Check> {
+        let mut check = self.check(repair)?;
+        if repair == Repair::None {
+            return Ok(check);
+        }
+        if check.corruptions_fixed > 0 || check.leaks_fixed > 0 {
+            let again = self.check(Repair::None)?;
+            let (corruptions_fixed, leaks_fixed) = (check.corruptions_fixed, check.leaks_fixed);
+            let mut messages = check.messages;
+            messages.extend(again.messages.iter().cloned());
+            messages.truncate(Check::MAX_MESSAGES);
+            check = Check { corruptions_fixed, leaks_fixed, messages, ..again };
+        }
+        let marks = incompatible::DIRTY | incompatible::CORRUPT;
+        let right = check.corruptions == 0 && check.errors == 0;
+        if right && self.header().incompatible & marks != 0 {
+            self.update_header(|h| h.incompatible &= !marks)?;
+        }
         Ok(check)
     }
 
