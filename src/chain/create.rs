@@ -40,7 +40,7 @@ pub fn create_raw(path: &Path, size: u64, preallocation: Preallocation) -> Resul
 }
 
 /// Says so before work is done; the name is taken without replacing anything in any case.
-fn refuse_existing(path: &Path) -> Result<()> {
+pub(super) fn refuse_existing(path: &Path) -> Result<()> {
     match path.symlink_metadata() {
         Ok(_) => Err(Error::io("could not be created", std::io::ErrorKind::AlreadyExists.into())
             .at_path(path)),

@@ -162,6 +162,27 @@ impl Chain {
         }
     }
 
+    /// Writes one whole cluster of the head, or its part up to the disk's end, compressed where
+    /// that saves space.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the head's format does not compress.
+    pub fn write_compressed(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let layers = self.layers();
+        let head = &layers.head.image;
+        check_range(offset, bytes.len() as u64, head.size())?;
+        let _hold = head.hold();
+        let entry = self.inflight.enter(offset..head.cluster().ceil(offset + bytes.len() as u64));
+        let done = head.write_compressed(GuestOffset(offset), bytes);
+        drop(entry);
+        match done {
+            Ok(true) => Ok(()),
+            Ok(false) => self.write(&layers, offset, &[IoSlice::new(bytes)]),
+            Err(e) => Err(e),
+        }
+        .map_err(|e| e.at_path(&layers.head.path))
+    }
+
     /// Changes the size of the disk, in bytes. New bytes read as zeroes.
     ///
     /// # Errors
@@ -169,6 +190,15 @@ impl Chain {
     pub fn resize(&self, size: u64) -> Result<()> {
         let layers = self.layers.write().unwrap_or_else(|e| e.into_inner());
         let old = layers.head.image.size();
+        if size < old {
+            // The cluster that is cut through keeps its place: what it held past the new end must
+            // not come back when the disk grows again.
+            let head = &layers.head.image;
+            let in_clusters = head.granularity().bits() > 0;
+            let rest = if in_clusters { head.cluster().ceil(size).min(old) } else { size };
+            let _hold = head.hold();
+            self.write_zero_bytes(&layers, size, rest)?;
+        }
         layers.head.image.resize(size)?;
         // The last cluster went on past the end of the disk, and nobody cared what stood there.
         let rest = layers.head.image.cluster().ceil(old).min(size);

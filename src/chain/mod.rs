@@ -4,6 +4,8 @@
 
 mod adopt;
 mod clone;
+mod compare;
+mod convert;
 mod create;
 mod device;
 mod flat;
@@ -27,8 +29,10 @@ use crate::image::{Image, Mapping};
 use crate::storage::FileStorage;
 
 pub use clone::{Base, unseal};
+pub use compare::{Difference, compare};
+pub use convert::{Copying, Target, convert, copy_into};
 pub use create::{create, create_raw, ephemeral};
-pub use gate::{Format, MAX_DEPTH};
+pub use gate::{Format, MAX_DEPTH, resolve};
 pub use open::{OpenOptions, Peek, open, open_image, peek, probe};
 
 use flat::Flat;

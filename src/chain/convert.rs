@@ -1,0 +1,293 @@
+//! Copying a flat disk into a new one: only what is not zero is written.
+//!
+//! Several threads each read a piece and write it, so that reads, compression and writes overlap.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::create::refuse_existing;
+use super::{Chain, Format, Layer};
+use crate::block::{BlockDevice, BlockExtent, BlockStatus};
+use crate::error::{Error, ErrorKind, Result};
+use crate::formats::raw;
+use crate::image::Image;
+use crate::qcow2::{self, CreateOptions};
+use crate::storage::{Draft, Storage};
+
+/// Bytes that one thread copies at a time; at least one cluster.
+const PIECE: u64 = 2 << 20;
+/// How far ahead the source is asked where it stores anything.
+const WINDOW: u64 = 64 << 20;
+/// Zeroes are found in blocks of this many bytes.
+const BLOCK: u64 = 4096;
+/// Shorter stretches of zeroes are written along with what surrounds them.
+const MIN_GAP: u64 = 64 << 10;
+/// The most threads that copy at once.
+const MAX_THREADS: usize = 8;
+
+/// How to copy.
+#[derive(Clone, Copy)]
+pub struct Copying<'a> {
+    /// Compress every cluster for which that saves space.
+    pub compress: bool,
+    /// Hears how many bytes of the disk are done, from many threads.
+    pub progress: &'a (dyn Fn(u64) + Sync),
+}
+
+/// What to make.
+#[derive(Debug, Clone)]
+pub enum Target {
+    /// A raw file.
+    Raw,
+    /// A qcow2 file; its size is the source's.
+    Qcow2(Box<CreateOptions>),
+}
+
+/// Copies the contents of `source` into a new file at `path`, which must not exist. The file gets
+/// its name when it is whole and durable; until then nothing is there.
+///
+/// # Errors
+/// [`ErrorKind::Exists`] where something has that name; [`ErrorKind::Unsupported`] for compression
+/// into a format that has none.
+pub fn convert(
+    source: &dyn BlockDevice,
+    path: &Path,
+    target: &Target,
+    how: &Copying<'_>,
+) -> Result<()> {
+    refuse_existing(path)?;
+    let draft = Draft::new(path)?;
+    let (file, bytes) = (draft.file().clone(), draft.storage());
+    let size = source.size();
+    let (format, image): (_, Arc<dyn Image>) = match target {
+        Target::Raw if how.compress => {
+            return Err(Error::unsupported("raw files are not compressed").at_path(path));
+        }
+        Target::Raw => {
+            file.set_len(size)?;
+            (Format::Raw, Arc::new(raw::Image::open(bytes, false)?))
+        }
+        Target::Qcow2(options) => {
+            let options = CreateOptions { size, ..(**options).clone() };
+            let image = qcow2::create(bytes, &options).map_err(|e| e.at_path(path))?;
+            (Format::Qcow2, Arc::new(image))
+        }
+    };
+    let chain = Chain::new(Layer { path: path.to_path_buf(), format, image, file }, vec![], 0);
+    copy_into(source, &chain, how)?;
+    chain.flush()?;
+    // The image writes its last tables when it is dropped: before the file gets its name.
+    drop(chain);
+    draft.publish()
+}
+
+/// Copies the contents of `source` into `target`, which is at least as large and reads as zeroes.
+/// What reads as zeroes is not written. Not durable before `target` is flushed.
+pub fn copy_into(source: &dyn BlockDevice, target: &Chain, how: &Copying<'_>) -> Result<()> {
+    if target.size() < source.size() {
+        return Err(Error::invalid("the target of a copy is smaller than its source"));
+    }
+    let cluster = target.head().image.cluster().bytes();
+    let copy = Copy {
+        source,
+        target,
+        compress: how.compress.then_some(cluster),
+        gap: u64::from(target.block_size()).clamp(BLOCK, MIN_GAP),
+        pieces: Mutex::new(Pieces::new(PIECE.max(cluster))),
+        done: AtomicU64::new(0),
+        failed: AtomicBool::new(false),
+        progress: how.progress,
+    };
+    let cpus = std::thread::available_parallelism().map_or(2, usize::from);
+    work(cpus.clamp(2, MAX_THREADS), || copy.run())
+}
+
+/// Runs `job` in `threads` threads; the first error is the result.
+pub(super) fn work(threads: usize, job: impl Fn() -> Result<()> + Sync) -> Result<()> {
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(&job)).collect();
+        let mut result = Ok(());
+        for thread in running {
+            let ended = thread.join().unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Io, "a thread of the copy ended by a fault in vdisk"))
+            });
+            result = result.and(ended);
+        }
+        result
+    })
+}
+
+/// One copy under way.
+struct Copy<'a> {
+    source: &'a dyn BlockDevice,
+    target: &'a Chain,
+    /// The cluster size, where clusters are compressed.
+    compress: Option<u64>,
+    /// Shorter runs of zeroes are written.
+    gap: u64,
+    pieces: Mutex<Pieces>,
+    done: AtomicU64,
+    failed: AtomicBool,
+    progress: &'a (dyn Fn(u64) + Sync),
+}
+
+impl Copy<'_> {
+    /// One thread's work.
+    fn run(&self) -> Result<()> {
+        let mut buf = Vec::new();
+        let result = loop {
+            if self.failed.load(Ordering::Relaxed) {
+                break Ok(());
+            }
+            let taken = self.pieces.lock().unwrap_or_else(|e| e.into_inner()).take(self.source);
+            let copied = match taken {
+                Ok(Some(piece)) => {
+                    let len = piece.range.end - piece.range.start + piece.skipped;
+                    self.piece(piece.range, &mut buf).map(|()| len)
+                }
+                Ok(None) => break Ok(()),
+                Err(error) => Err(error),
+            };
+            match copied {
+                Ok(len) => (self.progress)(self.done.fetch_add(len, Ordering::Relaxed) + len),
+                Err(error) => break Err(error),
+            }
+        };
+        if result.is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    fn piece(&self, range: Range<u64>, buf: &mut Vec<u8>) -> Result<()> {
+        let len = (range.end - range.start) as usize;
+        buf.resize(buf.len().max(len), 0);
+        let bytes = buf.get_mut(..len).unwrap_or_default();
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.source.read_at(range.start, &mut [IoSliceMut::new(bytes)])?;
+        if let Some(cluster) = self.compress {
+            let offsets = (range.start..).step_by(cluster as usize);
+            for (offset, part) in offsets.zip(bytes.chunks(cluster as usize)) {
+                if !is_zero(part) {
+                    self.target.write_compressed(offset, part)?;
+                }
+            }
+            return Ok(());
+        }
+        for run in data_runs(bytes, self.gap as usize) {
+            let at = range.start + run.start as u64;
+            self.target.write_at(at, &[IoSlice::new(bytes.get(run).unwrap_or_default())])?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether all bytes are 0.
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    // Wide steps without an early end vectorise; blocks bound what is looked at in vain.
+    bytes.chunks(BLOCK as usize).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// The runs of blocks that are not zero; runs that are less than `gap` apart are one.
+fn data_runs(bytes: &[u8], gap: usize) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut start = 0;
+    for block in bytes.chunks(BLOCK as usize) {
+        let end = start + block.len();
+        if !is_zero(block) {
+            match runs.last_mut() {
+                Some(run) if start - run.end < gap => run.end = end,
+                _ => runs.push(start..end),
+            }
+        }
+        start = end;
+    }
+    runs
+}
+
+/// Gives out the pieces of the source that are to be copied, in order.
+struct Pieces {
+    piece: u64,
+    /// Where the next piece may begin.
+    next: u64,
+    /// How far the source was asked.
+    asked: u64,
+    window: u64,
+    /// Data known ahead, from `next` to `asked`.
+    ahead: std::collections::VecDeque<BlockExtent>,
+}
+
+/// What one thread copies next.
+struct Piece {
+    range: Range<u64>,
+    /// Bytes before it that need no copy.
+    skipped: u64,
+}
+
+impl Pieces {
+    fn new(piece: u64) -> Pieces {
+        Pieces { piece, next: 0, asked: 0, window: WINDOW, ahead: Default::default() }
+    }
+
+    fn take(&mut self, source: &dyn BlockDevice) -> Result<Option<Piece>> {
+        let from = self.next;
+        loop {
+            while let Some(data) = self.ahead.front() {
+                let end = data.offset + data.len;
+                if end <= self.next {
+                    self.ahead.pop_front();
+                    continue;
+                }
+                // Pieces begin and end on boundaries of their size, and so of clusters.
+                let start = data.offset.max(self.next);
+                let start = (start - start % self.piece).max(self.next);
+                let end = (start - start % self.piece + self.piece).min(source.size());
+                self.next = end;
+                return Ok(Some(Piece { range: start..end, skipped: start - from }));
+            }
+            if self.asked >= source.size() {
+                let skipped = source.size().saturating_sub(from);
+                self.next = source.size();
+                let rest = Piece { range: self.next..self.next, skipped };
+                return Ok((skipped > 0).then_some(rest));
+            }
+            self.ask(source)?;
+        }
+    }
+
+    /// Asks the source for data in its next window; windows grow while nothing is found.
+    fn ask(&mut self, source: &dyn BlockDevice) -> Result<()> {
+        let end = self.asked.saturating_add(self.window).min(source.size());
+        while self.asked < end {
+            let found = source.extents(self.asked, end - self.asked, 1024)?;
+            let Some(last) = found.last() else {
+                return Err(Error::invalid("the source of a copy does not say what it holds"));
+            };
+            self.asked = last.offset + last.len;
+            self.ahead.extend(found.iter().filter(|e| e.status == BlockStatus::Data));
+        }
+        self.window = if self.ahead.is_empty() { self.window.saturating_mul(2) } else { WINDOW };
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_gaps_are_written_and_long_ones_are_not() {
+        let mut bytes = vec![0; 10 * 4096 + 100];
+        for at in [4096, 3 * 4096 + 7, 9 * 4096, 10 * 4096 + 99] {
+            bytes[at] = 1;
+        }
+        assert_eq!(data_runs(&bytes, 8192), [4096..4 * 4096, 9 * 4096..10 * 4096 + 100]);
+        assert_eq!(data_runs(&bytes, 4096).len(), 3);
+        assert!(data_runs(&[0; 9999], 4096).is_empty());
+    }
+}
