@@ -5,14 +5,21 @@
 mod ask;
 mod boot;
 mod bytes;
+mod check;
 mod clone;
+mod compare;
+mod convert;
 mod create;
 mod disk;
+mod info;
+mod map;
 mod mount;
 mod mount_control;
 mod mount_daemon;
 mod mount_snapshots;
+mod output;
 mod rebase;
+mod resize;
 mod run;
 mod size;
 mod snapshot;
@@ -44,6 +51,12 @@ enum Verb {
     Snapshot(snapshot::Args),
     Tree(tree::Args),
     Rebase(rebase::Args),
+    Info(info::Args),
+    Check(check::Args),
+    Map(map::Args),
+    Compare(compare::Args),
+    Convert(convert::Args),
+    Resize(resize::Args),
     Read(bytes::ReadArgs),
     Umount(umount::Args),
     Write(bytes::WriteArgs),
@@ -78,6 +91,12 @@ pub fn run() -> ExitCode {
         Verb::Snapshot(args) => snapshot::run(args),
         Verb::Tree(args) => tree::run(args),
         Verb::Rebase(args) => rebase::run(args),
+        Verb::Info(args) => info::run(args),
+        Verb::Check(args) => check::run(args),
+        Verb::Map(args) => map::run(args),
+        Verb::Compare(args) => compare::run(args),
+        Verb::Convert(args) => convert::run(args),
+        Verb::Resize(args) => resize::run(args),
         Verb::Read(args) => bytes::read(args),
         Verb::Umount(args) => umount::run(args),
         Verb::Write(args) => bytes::write(args),

@@ -1,0 +1,245 @@
+//! `vdisk info`: what a disk is. It works while another process holds the disk.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Args as ClapArgs;
+use serde::Serialize;
+use vdisk::chain::{self, Chain, Layer, OpenOptions};
+use vdisk::image::{self, Identity, Role};
+use vdisk::storage::{Storage, holders};
+use vdisk::{ErrorKind, Result};
+
+use super::{output, size};
+
+/// Show what a disk is: format, sizes, what it stands on, who holds it.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The disk.
+    disk: PathBuf,
+    /// Show each layer below it as well.
+    #[arg(long)]
+    chain: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    #[serde(flatten)]
+    layer: LayerReport,
+    holders: Vec<Holder>,
+    /// The layers from the disk down, where they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chain: Option<Vec<LayerReport>>,
+}
+
+#[derive(Serialize)]
+struct LayerReport {
+    filename: PathBuf,
+    format: &'static str,
+    virtual_size: u64,
+    allocated_size: u64,
+    cluster_size: Option<u64>,
+    format_specific: Option<Details>,
+    backing: Option<Backing>,
+    label: Option<Label>,
+}
+
+#[derive(Serialize)]
+struct Details {
+    version: Option<u32>,
+    compression_type: Option<&'static str>,
+    refcount_bits: Option<u32>,
+    lazy_refcounts: Option<bool>,
+    extended_l2: Option<bool>,
+    dirty: Option<bool>,
+    corrupt: Option<bool>,
+    internal_snapshots: Option<u32>,
+}
+
+#[derive(Serialize)]
+struct Backing {
+    name: String,
+    /// What the name means; `None` where it is no path that would be opened.
+    path: Option<PathBuf>,
+    format: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Label {
+    disk_id: String,
+    layer_id: String,
+    content_id: String,
+    /// Whether the content id still speaks for the contents.
+    content_vouched: bool,
+    role: &'static str,
+    parent_layer_id: Option<String>,
+    snapshot_name: Option<String>,
+    description: Option<String>,
+    time_ms: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Holder {
+    pid: u32,
+    command: String,
+}
+
+pub fn run(args: &Args) -> Result<u8> {
+    let options = OpenOptions { shared: true, ..OpenOptions::default() };
+    let head = chain::open_image(&args.disk, &options)?;
+    let holders = holders(head.file.file())
+        .into_iter()
+        .map(|h| Holder { pid: h.pid, command: h.command })
+        .collect();
+    let layers = match args.chain {
+        false => None,
+        true => {
+            let chain = open_chain(&args.disk, &options)?;
+            Some(chain.all_layers().iter().map(LayerReport::of).collect::<Result<Vec<_>>>()?)
+        }
+    };
+    let report = Report { layer: LayerReport::of(&head)?, holders, chain: layers };
+    if args.json {
+        output::json(&report)?
+    } else {
+        output::text(&report.text())?
+    }
+    Ok(0)
+}
+
+/// Opens the chain as it is; that a base has changed is told, but is no reason not to look.
+fn open_chain(disk: &Path, options: &OpenOptions) -> Result<Chain> {
+    match chain::open(disk, options) {
+        Err(error) if error.kind() == ErrorKind::BaseChanged => {
+            eprintln!("vdisk: warning: {error}");
+            chain::open(disk, &OpenOptions { unprotected: true, ..options.clone() })
+        }
+        other => other,
+    }
+}
+
+impl LayerReport {
+    fn of(layer: &Layer) -> Result<LayerReport> {
+        let image = &layer.image;
+        let identity = image.identity().map_err(|e| e.at_path(&layer.path))?;
+        let details = image.details();
+        Ok(LayerReport {
+            filename: layer.path.clone(),
+            format: layer.format.name(),
+            virtual_size: image.size(),
+            allocated_size: layer.file.allocated()?,
+            cluster_size: (image.granularity().bytes() > 1).then(|| image.cluster().bytes()),
+            format_specific: details.map(Details::of),
+            backing: identity.backing.as_ref().map(|b| Backing {
+                name: b.name.clone(),
+                path: chain::resolve(&layer.path, &b.name).ok(),
+                format: b.format.clone(),
+            }),
+            label: Label::of(&identity),
+        })
+    }
+
+    fn text(&self, out: &mut String) {
+        let mut line = |name: &str, value: String| {
+            // Writing to a String does not fail.
+            let _ = writeln!(out, "{name}: {value}");
+        };
+        let sized = |bytes| format!("{} ({bytes} bytes)", size::human(bytes));
+        line("image", self.filename.display().to_string());
+        line("file format", self.format.to_owned());
+        line("virtual size", sized(self.virtual_size));
+        line("allocated", sized(self.allocated_size));
+        if let Some(cluster) = self.cluster_size {
+            line("cluster size", cluster.to_string());
+        }
+        if let Some(details) = &self.format_specific {
+            line("features", details.text());
+        }
+        if let Some(backing) = &self.backing {
+            let format = backing.format.as_deref().unwrap_or("format not recorded");
+            line("backing file", format!("{} ({format})", backing.name));
+            if let Some(path) = backing.path.as_ref().filter(|p| **p != Path::new(&backing.name)) {
+                line("backing path", path.display().to_string());
+            }
+        }
+        if let Some(label) = &self.label {
+            let name = label.snapshot_name.iter().map(|n| format!(" '{n}'")).collect::<String>();
+            line("role", format!("{}{name}", label.role));
+            line("disk id", label.disk_id.clone());
+            line("layer id", label.layer_id.clone());
+        }
+    }
+}
+
+impl Details {
+    fn of(details: image::Details) -> Details {
+        Details {
+            version: details.version,
+            compression_type: details.compression,
+            refcount_bits: details.refcount_bits,
+            lazy_refcounts: details.lazy_refcounts,
+            extended_l2: details.extended_l2,
+            dirty: details.dirty,
+            corrupt: details.corrupt,
+            internal_snapshots: details.internal_snapshots,
+        }
+    }
+
+    fn text(&self) -> String {
+        let said = |what: Option<bool>, name: &str| what.unwrap_or(false).then(|| name.to_owned());
+        let counted = self.internal_snapshots.filter(|n| *n > 0);
+        let all = [
+            self.version.map(|v| format!("version {v}")),
+            self.compression_type.map(|c| format!("compression {c}")),
+            self.refcount_bits.map(|b| format!("{b}-bit refcounts")),
+            said(self.lazy_refcounts, "lazy refcounts"),
+            said(self.extended_l2, "extended l2"),
+            said(self.dirty, "DIRTY: not closed well"),
+            said(self.corrupt, "CORRUPT"),
+            counted.map(|n| format!("{n} internal snapshots")),
+        ];
+        all.into_iter().flatten().collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Label {
+    fn of(identity: &Identity) -> Option<Label> {
+        let label = identity.label.as_ref()?;
+        let filled = |text: &String| Some(text.clone()).filter(|t| !t.is_empty());
+        Some(Label {
+            disk_id: label.disk.to_string(),
+            layer_id: label.layer.to_string(),
+            content_id: label.content.to_string(),
+            content_vouched: identity.vouched,
+            role: match label.role {
+                Role::Head => "head",
+                Role::Snapshot => "snapshot",
+                Role::Base => "base",
+                Role::Merging => "merging",
+                Role::Leaving => "leaving",
+            },
+            parent_layer_id: label.parent.map(|p| p.layer.to_string()),
+            snapshot_name: filled(&label.name),
+            description: filled(&label.description),
+            time_ms: Some(label.time).filter(|t| *t != 0),
+        })
+    }
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let mut out = String::new();
+        self.layer.text(&mut out);
+        for Holder { pid, command } in &self.holders {
+            let _ = writeln!(out, "in use by: {command} (pid {pid})");
+        }
+        for layer in self.chain.iter().flatten().skip(1) {
+            out.push('\n');
+            layer.text(&mut out);
+        }
+        out
+    }
+}

@@ -1,0 +1,148 @@
+//! `vdisk map`: the extents of a disk and the layer that each comes from.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args as ClapArgs;
+use serde::Serialize;
+use vdisk::Result;
+use vdisk::addr::HostOffset;
+use vdisk::block::BlockDevice;
+use vdisk::chain::{Chain, Layer, MapExtent};
+use vdisk::image::Mapping;
+
+use super::disk::{self, Use};
+use super::output;
+
+/// Lines that are printed at a time.
+const BATCH: usize = 1 << 16;
+
+/// Show the extents of a disk and the layer that each comes from.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The disk.
+    disk: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    start: u64,
+    length: u64,
+    depth: usize,
+    /// Whether a layer says anything of it; else it reads as zeroes.
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    /// Where the bytes stand in the layer's file; `None` where nothing is stored as it is.
+    offset: Option<u64>,
+    filename: Option<&'a Path>,
+}
+
+impl<'a> Line<'a> {
+    fn of(extent: &MapExtent, layers: &'a [Layer]) -> Line<'a> {
+        let present = extent.mapping != Mapping::Unallocated;
+        let layer = layers.get(extent.depth).filter(|_| present);
+        Line {
+            start: extent.start,
+            length: extent.len,
+            depth: extent.depth,
+            present,
+            zero: matches!(extent.mapping, Mapping::Zero { .. } | Mapping::Unallocated),
+            data: matches!(extent.mapping, Mapping::Data { .. } | Mapping::Compressed { .. }),
+            compressed: matches!(extent.mapping, Mapping::Compressed { .. }),
+            offset: match extent.mapping {
+                Mapping::Data { host: HostOffset(host), .. } => Some(host),
+                _ => None,
+            },
+            filename: layer.map(|l| l.path.as_path()),
+        }
+    }
+
+    fn text(&self) -> String {
+        let kind = match (self.compressed, self.data, self.present) {
+            (true, ..) => "compressed",
+            (_, true, _) => "data",
+            (_, _, true) => "zero",
+            _ => "hole",
+        };
+        let host = self.offset.map_or("-".to_owned(), |o| format!("{o:#x}"));
+        let file = self.filename.map_or("-".to_owned(), |f| f.display().to_string());
+        let (start, length) = (format!("{:#x}", self.start), format!("{:#x}", self.length));
+        format!("{start:<16}{length:<16}{kind:<12}{host:<16}{file}\n")
+    }
+}
+
+pub fn run(args: &Args) -> Result<u8> {
+    let disk = disk::open(&args.disk, &Use::reading())?;
+    let layers = disk.all_layers();
+    let header = format!("{:<16}{:<16}{:<12}{:<16}File\n", "Offset", "Length", "Kind", "Mapped to");
+    output::text(if args.json { "[" } else { &header })?;
+    let mut first = true;
+    let mut walk = Walk { disk: &disk, pos: 0, ahead: None };
+    loop {
+        let mut text = String::new();
+        for _ in 0..BATCH {
+            let Some(extent) = walk.next()? else { break };
+            let line = Line::of(&extent, &layers);
+            if args.json {
+                text.push_str(if first { "\n  " } else { ",\n  " });
+                text.push_str(&output::json_line(&line)?);
+            } else {
+                text.push_str(&line.text());
+            }
+            first = false;
+        }
+        if text.is_empty() {
+            break;
+        }
+        output::text(&text)?;
+    }
+    if args.json {
+        output::text(if first { "]\n" } else { "\n]\n" })?;
+    }
+    Ok(0)
+}
+
+/// Walks over a disk, joining what belongs together.
+struct Walk<'a> {
+    disk: &'a Chain,
+    pos: u64,
+    ahead: Option<MapExtent>,
+}
+
+impl Walk<'_> {
+    fn next(&mut self) -> Result<Option<MapExtent>> {
+        let mut current = self.ahead.take();
+        let size = self.disk.size();
+        while self.pos < size {
+            let extent = self.disk.map(self.pos, size - self.pos, true)?;
+            self.pos += extent.len;
+            match &mut current {
+                None => current = Some(extent),
+                Some(last) if joins(last, &extent) => last.len += extent.len,
+                Some(_) => {
+                    self.ahead = Some(extent);
+                    break;
+                }
+            }
+        }
+        Ok(current)
+    }
+}
+
+/// Whether `next` goes on as `last` does. Whether data may be overwritten makes no difference here.
+fn joins(last: &MapExtent, next: &MapExtent) -> bool {
+    let same = match (last.mapping, next.mapping) {
+        (Mapping::Data { host: a, .. }, Mapping::Data { host: b, .. }) => {
+            a.checked_add(last.len) == Some(b)
+        }
+        (Mapping::Compressed { .. }, Mapping::Compressed { .. })
+        | (Mapping::Zero { .. }, Mapping::Zero { .. })
+        | (Mapping::Unallocated, Mapping::Unallocated) => true,
+        _ => false,
+    };
+    same && last.depth == next.depth
+}

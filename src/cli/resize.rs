@@ -1,0 +1,76 @@
+//! `vdisk resize`: a disk of another size.
+
+use std::path::PathBuf;
+
+use clap::Args as ClapArgs;
+use vdisk::block::BlockDevice;
+use vdisk::{Error, Result};
+
+use super::disk::{self, Use};
+use super::{output, size};
+
+/// Change the size of a disk.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The disk.
+    disk: PathBuf,
+    /// The new size, or with + or - the change.
+    #[arg(value_name = "[+|-]SIZE", value_parser = parse, allow_hyphen_values = true)]
+    size: Change,
+    /// Make it smaller, and lose what is stored past the new end.
+    #[arg(long)]
+    shrink: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Change {
+    To(u64),
+    Grow(u64),
+    Shrink(u64),
+}
+
+fn parse(text: &str) -> std::result::Result<Change, String> {
+    Ok(match (text.strip_prefix('+'), text.strip_prefix('-')) {
+        (Some(more), _) => Change::Grow(size::parse(more)?),
+        (_, Some(less)) => Change::Shrink(size::parse(less)?),
+        _ => Change::To(size::parse(text)?),
+    })
+}
+
+pub fn run(args: &Args) -> Result<u8> {
+    let disk = disk::open(&args.disk, &Use::writing())?;
+    let old = disk.size();
+    let new = match args.size {
+        Change::To(size) => Some(size),
+        Change::Grow(more) => old.checked_add(more).filter(|s| *s < 1 << 63),
+        Change::Shrink(less) => old.checked_sub(less),
+    };
+    let new = new.ok_or_else(|| {
+        let message = format!("no disk of {old} bytes can be changed by that much");
+        Error::invalid(message).at_path(&args.disk)
+    })?;
+    if new < old && !args.shrink {
+        let message = format!(
+            "would lose its last {} bytes, and with them what is stored there; say --shrink if the \
+             guest does not use them",
+            old - new
+        );
+        return Err(Error::invalid(message).at_path(&args.disk));
+    }
+    disk.resize(new)?;
+    output::text(&format!("{}: {old} -> {new} bytes\n", args.disk.display()))?;
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sign_makes_a_size_a_change() {
+        assert_eq!(parse("1G"), Ok(Change::To(1 << 30)));
+        assert_eq!(parse("+64K"), Ok(Change::Grow(65536)));
+        assert_eq!(parse("-1M"), Ok(Change::Shrink(1 << 20)));
+        assert!(parse("+-1").is_err() && parse("").is_err());
+    }
+}
