@@ -36,6 +36,14 @@ impl Node {
         self.label().filter(|l| l.role == Role::Snapshot).map(|l| l.name.as_str())
     }
 
+    /// The node of the file at `path`: this one, or one on it.
+    pub fn find(&self, path: &Path) -> Option<&Node> {
+        if key(&self.path) == key(path) {
+            return Some(self);
+        }
+        self.children.iter().find_map(|child| child.find(path))
+    }
+
     /// Whether it, or something on it, is the file at `path`.
     pub fn holds(&self, path: &Path) -> bool {
         key(&self.path) == key(path) || self.children.iter().any(|c| c.holds(path))

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args as ClapArgs;
 use serde::Serialize;
+use vdisk::chain::forest::Node;
+use vdisk::chain::tree::Family;
 use vdisk::chain::{self, Chain, Layer, OpenOptions};
 use vdisk::image::{self, Identity, Role};
 use vdisk::storage::{Storage, holders};
@@ -30,6 +32,10 @@ struct Report {
     #[serde(flatten)]
     layer: LayerReport,
     holders: Vec<Holder>,
+    /// Oldest first.
+    snapshots: Vec<Snapshot>,
+    /// Files of other disks that stand on it, in the directories where its family is.
+    clones: Vec<PathBuf>,
     /// The layers from the disk down, where they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     chain: Option<Vec<LayerReport>>,
@@ -82,6 +88,14 @@ struct Label {
 }
 
 #[derive(Serialize)]
+struct Snapshot {
+    name: String,
+    time_ms: u64,
+    allocated_size: u64,
+    filename: PathBuf,
+}
+
+#[derive(Serialize)]
 struct Holder {
     pid: u32,
     command: String,
@@ -101,13 +115,47 @@ pub fn run(args: &Args) -> Result<u8> {
             Some(chain.all_layers().iter().map(LayerReport::of).collect::<Result<Vec<_>>>()?)
         }
     };
-    let report = Report { layer: LayerReport::of(&head)?, holders, chain: layers };
+    let report = Report {
+        layer: LayerReport::of(&head)?,
+        holders,
+        snapshots: snapshots(&args.disk)?,
+        clones: clones(&args.disk)?,
+        chain: layers,
+    };
     if args.json {
         output::json(&report)?
     } else {
         output::text(&report.text())?
     }
     Ok(0)
+}
+
+fn snapshots(disk: &Path) -> Result<Vec<Snapshot>> {
+    let family = Family::read(disk)?;
+    let all = family.iter().flat_map(Family::snapshots).map(|member| Snapshot {
+        name: member.label.name.clone(),
+        time_ms: member.label.time,
+        allocated_size: member.peek.allocated,
+        filename: member.path.clone(),
+    });
+    Ok(all.collect())
+}
+
+fn clones(disk: &Path) -> Result<Vec<PathBuf>> {
+    let tree = chain::forest::tree_of(disk)?;
+    let Some(node) = tree.as_ref().and_then(|t| t.find(disk)) else { return Ok(Vec::new()) };
+    let own = node.label().map(|l| l.disk);
+    let others = node.children.iter().filter(|c| own.is_none() || c.label().map(|l| l.disk) != own);
+    Ok(others.map(|c| head_of(c, c).unwrap_or(c).path.clone()).collect())
+}
+
+/// The head of the disk that `first` belongs to, at or above `node`.
+fn head_of<'a>(node: &'a Node, first: &Node) -> Option<&'a Node> {
+    let (label, disk) = (node.label()?, first.label()?.disk);
+    if label.disk == disk && matches!(label.role, Role::Head | Role::Base) {
+        return Some(node);
+    }
+    node.children.iter().find_map(|child| head_of(child, first))
 }
 
 /// Opens the chain as it is; that a base has changed is told, but is no reason not to look.
@@ -235,6 +283,12 @@ impl Report {
         self.layer.text(&mut out);
         for Holder { pid, command } in &self.holders {
             let _ = writeln!(out, "in use by: {command} (pid {pid})");
+        }
+        for one in &self.snapshots {
+            let _ = writeln!(out, "snapshot: {} ({})", one.name, size::human(one.allocated_size));
+        }
+        for clone in &self.clones {
+            let _ = writeln!(out, "clone: {}", clone.display());
         }
         for layer in self.chain.iter().flatten().skip(1) {
             out.push('\n');

@@ -84,6 +84,28 @@ fn info_shows_who_a_disk_is() {
 }
 
 #[test]
+fn info_lists_snapshots_and_clones() {
+    let work = Work::new();
+    work.vdisk("create base.qcow2 1M").succeeds();
+    work.vdisk("clone base.qcow2 a.qcow2 b.qcow2").succeeds();
+    work.vdisk("snapshot create a.qcow2 monday").succeeds();
+    work.vdisk("snapshot create a.qcow2 tuesday").succeeds();
+    let base = json(&work.vdisk("info --json base.qcow2").succeeds().out());
+    assert_eq!(base["label"]["role"], "base");
+    let mut clones: Vec<_> =
+        base["clones"].as_array().unwrap().iter().filter_map(|c| c.as_str()).collect();
+    clones.sort();
+    let named = |name: &str| clones.iter().any(|c| c.trim_start_matches("./") == name);
+    assert!(clones.len() == 2 && named("a.qcow2") && named("b.qcow2"), "{base}");
+    let a = json(&work.vdisk("info --json a.qcow2").succeeds().out());
+    let names: Vec<_> = a["snapshots"].as_array().unwrap().iter().map(|s| &s["name"]).collect();
+    assert_eq!(names, ["monday", "tuesday"], "{a}");
+    assert_eq!(a["clones"], serde_json::json!([]));
+    let text = work.vdisk("info a.qcow2").succeeds().out();
+    assert!(text.contains("snapshot: monday"), "{text}");
+}
+
+#[test]
 fn check_tells_leaks_from_corruption_as_qemu_does() {
     if !have(Need::Qemu) {
         return;
