@@ -157,7 +157,8 @@ fn check_space(path: &Path, plan: &Plan) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "the merge takes {} bytes of the host for a time, and {free} are free; nothing was changed",
+        "the host has no space for the merge, which takes {} bytes of it for a time; {free} are free, \
+         and nothing was changed",
         plan.space
     );
     Err(Error::new(ErrorKind::NoSpace, message).at_path(path))
