@@ -6,6 +6,8 @@ use clap::Args as ClapArgs;
 use vdisk::chain::{self, Base};
 use vdisk::{Error, Result};
 
+use super::convert;
+
 /// Make linked clones of a base: they hold only what changes. The base is sealed.
 #[derive(ClapArgs)]
 pub struct Args {
@@ -14,6 +16,9 @@ pub struct Args {
     /// The clones to make; none must exist.
     #[arg(required_unless_present = "count")]
     clones: Vec<PathBuf>,
+    /// Make independent copies of all contents instead; the disk is not sealed.
+    #[arg(long)]
+    full: bool,
     /// Make this many clones, with names from --name.
     #[arg(long, requires = "name", conflicts_with = "clones")]
     count: Option<u32>,
@@ -37,6 +42,9 @@ pub fn run(args: &Args) -> Result<u8> {
     if let Some(taken) = names.iter().find(|n| n.symlink_metadata().is_ok()) {
         let exists = std::io::ErrorKind::AlreadyExists.into();
         return Err(Error::io("could not be created, and no clone was made", exists).at_path(taken));
+    }
+    if args.full {
+        return names.iter().try_for_each(|name| convert::flatten(&args.base, name)).map(|()| 0);
     }
     let base = Base::seal(&args.base)?;
     names.iter().try_for_each(|name| base.clone_to(name))?;

@@ -1,6 +1,6 @@
 //! `vdisk convert`: the contents of a disk of any format as one new file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args as ClapArgs, ValueEnum};
 use vdisk::addr::Unit;
@@ -64,6 +64,19 @@ pub fn run(args: &Args) -> Result<u8> {
     Ok(0)
 }
 
+/// Copies all that a disk shows into a new disk that stands on nothing.
+pub fn flatten(source: &Path, target: &Path) -> Result<()> {
+    let source = disk::open(source, &Use::reading())?;
+    let options = CreateOptions { extensions: vec![new_label()?], ..CreateOptions::new(0) };
+    let progress = Progress::new("copying", source.size());
+    let how = Copying { compress: false, progress: &|done| progress.at(done) };
+    chain::convert(&*source, target, &Target::Qcow2(Box::new(options)), &how)
+}
+
+fn new_label() -> Result<Extension> {
+    Ok(Extension { magic: Label::MAGIC, data: Label::new().encode()? })
+}
+
 fn target(args: &Args) -> Result<Target> {
     match args.format {
         Format::Raw => Ok(Target::Raw),
@@ -71,7 +84,6 @@ fn target(args: &Args) -> Result<Target> {
             let cluster = Unit::from_bytes(args.cluster_size).ok_or_else(|| {
                 Error::invalid("Cluster size must be a power of two between 512 and 2048k")
             })?;
-            let label = Extension { magic: Label::MAGIC, data: Label::new().encode()? };
             Ok(Target::Qcow2(Box::new(CreateOptions {
                 cluster,
                 extended_l2: args.extended_l2,
@@ -79,7 +91,7 @@ fn target(args: &Args) -> Result<Target> {
                     CompressionArg::Zlib => Compression::Zlib,
                     CompressionArg::Zstd => Compression::Zstd,
                 },
-                extensions: vec![label],
+                extensions: vec![new_label()?],
                 ..CreateOptions::new(0)
             })))
         }

@@ -4,7 +4,7 @@ use std::fs;
 
 use crate::host::Work;
 use crate::require::{Need, have};
-use crate::twin::{Twin, clean, noise, qemu_info, same_bytes};
+use crate::twin::{Twin, clean, json, noise, qemu_info, same_bytes};
 
 const SIZE: usize = 4 << 20;
 
@@ -105,6 +105,7 @@ fn a_clone_never_overwrites_a_file() {
     work.put("precious", "the only copy");
     work.vdisk("clone base.qcow2 precious").fails(&["precious", "exists"]);
     work.vdisk("clone base.qcow2 base.qcow2").fails(&["base.qcow2", "exists"]);
+    work.vdisk("clone --full base.qcow2 precious").fails(&["precious", "exists"]);
     assert_eq!(work.bytes("precious"), b"the only copy");
     Twin::of(&work, "base.qcow2", {
         let mut contents = vec![0; SIZE];
@@ -112,6 +113,23 @@ fn a_clone_never_overwrites_a_file() {
         contents
     })
     .reads_right();
+}
+
+#[test]
+fn a_full_clone_stands_alone() {
+    if !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    let contents = base(&work);
+    work.vdisk("clone base.qcow2 linked.qcow2").succeeds();
+    let mut linked = Twin::of(&work, "linked.qcow2", contents);
+    linked.write(3_000_000, &noise(2, 5000));
+    work.vdisk("clone --full linked.qcow2 copy.qcow2").succeeds();
+    fs::remove_file(work.path("base.qcow2")).unwrap();
+    fs::remove_file(work.path("linked.qcow2")).unwrap();
+    Twin::of(&work, "copy.qcow2", linked.bytes).holds();
+    assert!(qemu_info(&work, "copy.qcow2").get("backing-filename").is_none());
 }
 
 #[test]
@@ -175,6 +193,7 @@ fn a_chain_of_mixed_makers_sizes_and_clusters_reads_the_same_to_both() {
     let mut top = Twin::of(&work, "4.qcow2", contents);
     top.write(1 << 20, &noise(20, 1_100_000));
     top.holds();
+    work.vdisk("check 4.qcow2 --chain").succeeds();
 }
 
 #[test]
@@ -196,4 +215,6 @@ fn chains_of_a_hundred_deltas_read_and_write() {
         below = name;
     }
     Twin::of(&work, &below, contents).holds();
+    let chain = json(work.vdisk(&format!("info --chain --json {below}")));
+    assert_eq!(chain["chain"].as_array().unwrap().len(), 101, "down to the base: {chain}");
 }

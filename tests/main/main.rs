@@ -6,11 +6,11 @@
 // Clippy's leave for tests covers `#[test]` functions only; here the harness may panic too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[allow(dead_code, reason = "the themes grow into it")]
 mod host;
 mod require;
 mod twin;
 
+mod about;
 mod boot;
 mod chains;
 mod container;

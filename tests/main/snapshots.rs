@@ -361,4 +361,5 @@ fn no_name_reaches_outside_the_directory() {
         work.vdisk_args(["snapshot", "create", "in/disk.qcow2", "--", name]).succeeds();
         assert!(names(&work, "in/disk.qcow2").iter().any(|known| known == name));
     }
+    work.vdisk("check in/disk.qcow2 --chain").succeeds();
 }

@@ -42,6 +42,7 @@ fn a_base_that_is_the_clone_itself_is_refused() {
     for disk in ["a.qcow2", "b.qcow2", "c.qcow2", "self.qcow2", "linked.qcow2"] {
         work.vdisk(&format!("read {disk} 0 512")).fails(&["qcow2"]);
         work.vdisk_fed(&format!("write {disk} 0"), b"x").fails(&["qcow2"]);
+        work.vdisk(&format!("info --chain {disk}")).fails(&[]);
         work.vdisk("tree .").says(&[]);
     }
 }
@@ -118,9 +119,12 @@ fn a_disk_that_qemu_holds_is_left_alone_and_the_holder_is_named() {
     let pid = holder.pid().to_string();
     let named = ["disk.qcow2", "qemu-io", pid.as_str()];
     work.vdisk_fed("write disk.qcow2 0", b"x").fails(&named);
-    for words in
-        ["read disk.qcow2 0 512", "snapshot create disk.qcow2 s1", "clone disk.qcow2 clone.qcow2"]
-    {
+    for words in [
+        "read disk.qcow2 0 512",
+        "snapshot create disk.qcow2 s1",
+        "clone disk.qcow2 clone.qcow2",
+        "convert disk.qcow2 flat.raw --format raw",
+    ] {
         work.vdisk(words).fails(&named);
     }
     assert!(work.bytes("disk.qcow2") == before);
@@ -187,7 +191,7 @@ fn a_full_host_disk_in_the_middle_of_a_merge_loses_nothing() {
     for name in ["two", "one"] {
         let done = work.vdisk(&format!("snapshot merge disk.qcow2 {name}"));
         if done.code != Some(0) {
-            done.fails(&["space"]);
+            done.fails(&["disk.qcow2", "space"]);
         }
         disk.reads_right();
         leaks_at_most(&work, "disk.qcow2");
