@@ -11,6 +11,7 @@ mod require;
 mod twin;
 
 mod about;
+mod bases;
 mod boot;
 mod chains;
 mod container;
