@@ -110,6 +110,13 @@ impl Error {
         self
     }
 
+    /// Names the host's error number that other programs give for this failure.
+    #[must_use]
+    pub fn with_os_error(mut self, number: i32) -> Error {
+        self.0.source.get_or_insert_with(|| io::Error::from_raw_os_error(number));
+        self
+    }
+
     /// What callers match on.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
@@ -130,7 +137,7 @@ impl Error {
         &self.0.message
     }
 
-    /// The host's error number, where a system call failed.
+    /// The host's error number, where a system call failed or the failure is known by one.
     pub fn raw_os_error(&self) -> Option<i32> {
         self.0.source.as_ref().and_then(io::Error::raw_os_error)
     }

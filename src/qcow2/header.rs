@@ -25,7 +25,7 @@ pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 /// The largest L1 table, in bytes.
 pub(super) const MAX_L1: u64 = 32 << 20;
 /// The most internal snapshots.
-const MAX_SNAPSHOTS: u32 = 65536;
+pub(super) const MAX_SNAPSHOTS: u32 = 65536;
 /// The longest backing file name, in bytes.
 pub const MAX_BACKING_NAME: usize = 1023;
 

@@ -97,6 +97,15 @@ impl Image {
     /// [`ErrorKind::Corrupt`] what in the header contradicts the format.
     pub fn open(storage: Arc<dyn Storage>, options: OpenOptions) -> Result<Image> {
         let header = Header::read(&*storage)?;
+        Image::with_header(storage, header, options)
+    }
+
+    /// Opens the image in `storage`, for what `header` says it is.
+    pub(super) fn with_header(
+        storage: Arc<dyn Storage>,
+        header: Header,
+        options: OpenOptions,
+    ) -> Result<Image> {
         refuse_unsupported(&header)?;
         let corrupt = header.incompatible & incompatible::CORRUPT != 0;
         if corrupt && !options.read_only && !options.repair {

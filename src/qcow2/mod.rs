@@ -20,6 +20,7 @@ mod header;
 mod image;
 mod read;
 mod refcount;
+mod references;
 mod shrink;
 mod snapshot;
 mod tables;
@@ -32,6 +33,7 @@ pub use create::{CreateOptions, Preallocation, create};
 pub use extension::Extension;
 pub use header::{Compression, Header, MAX_BACKING_NAME};
 pub use image::{Image, OpenOptions};
+pub use snapshot::{NewSnapshot, Snapshot};
 
 /// Whether a file that begins with `bytes` claims to be qcow2.
 pub fn probe(bytes: &[u8]) -> bool {

@@ -448,6 +448,35 @@ impl Refcounts {
         self.set(cluster, count)
     }
 
+    /// Whether a cluster has a refcount block, so that references to it can be counted.
+    pub fn has_block(&self, cluster: u64) -> bool {
+        self.block_of(cluster).is_some()
+    }
+
+    /// Whether the largest table that the format allows has an entry for a cluster.
+    pub fn within_largest_table(&self, cluster: u64) -> bool {
+        cluster >> self.block_bits() < MAX_REFCOUNT_TABLE / 8
+    }
+
+    /// Adds `more` references to a cluster that has a refcount block.
+    pub fn add(&mut self, cluster: u64, more: u64) -> Result<()> {
+        let sum = self.get(cluster)?.checked_add(more).filter(|sum| *sum <= self.max());
+        let sum = sum.ok_or_else(|| {
+            Error::corrupt("a refcount overflows").at_offset(cluster << self.cluster.bits())
+        })?;
+        self.set(cluster, sum)
+    }
+
+    /// Takes `less` references away; returns how many are left.
+    pub fn subtract(&mut self, cluster: u64, less: u64) -> Result<u64> {
+        let left = self.get(cluster)?.checked_sub(less).ok_or_else(|| {
+            Error::corrupt("a cluster has fewer refcounts than references: run check")
+                .at_offset(cluster << self.cluster.bits())
+        })?;
+        self.set(cluster, left)?;
+        Ok(left)
+    }
+
     /// Host offsets of the refcount blocks by index.
     pub fn blocks(&self) -> BTreeMap<usize, u64> {
         self.table.iter().copied().enumerate().filter(|(_, o)| *o != 0).collect()

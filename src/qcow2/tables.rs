@@ -59,14 +59,10 @@ pub(super) struct DirtyTables {
 impl Tables {
     /// Reads the active L1 table. `capacity` is the number of cached L2 slices.
     pub fn open(storage: &dyn Storage, header: &Header, capacity: usize) -> Result<Tables> {
-        let mut raw = vec![0; header.l1_size as usize * 8];
-        storage
-            .read_exact_at(header.l1_offset, &mut raw)
-            .map_err(|e| e.at_offset(header.l1_offset))?;
         Ok(Tables {
             shape: Shape::of(header),
             coverage: header.l2_coverage(),
-            l1: raw.chunks_exact(8).map(BigEndian::read_u64).collect(),
+            l1: read_l1(storage, header)?,
             l1_offset: header.l1_offset,
             dirty_l1: BTreeSet::new(),
             unpublished: HashSet::new(),
@@ -171,6 +167,24 @@ impl Tables {
         self.l1 = bytes.chunks_exact(8).map(BigEndian::read_u64).collect();
     }
 
+    /// Takes the L1 table that `header` names, and forgets all L2 tables: the file holds all there
+    /// is to know.
+    pub fn reload(&mut self, storage: &dyn Storage, header: &Header) -> Result<()> {
+        self.l1 = read_l1(storage, header)?;
+        self.l1_offset = header.l1_offset;
+        self.shape = Shape::of(header);
+        self.dirty_l1.clear();
+        self.unpublished.clear();
+        self.cache.forget(0..u64::MAX);
+        Ok(())
+    }
+
+    /// Makes the L1 table in memory reach to `entries`, with nothing mapped: a snapshot's table may
+    /// be shorter than its disk.
+    pub fn pad_l1(&mut self, entries: usize) {
+        self.l1.resize(self.l1.len().max(entries), 0);
+    }
+
     /// Whether the file's L1 table is this one.
     pub fn l1_is_written(&self) -> bool {
         self.dirty_l1.is_empty()
@@ -212,6 +226,13 @@ impl Tables {
     pub fn forget(&mut self, range: Range<u64>) {
         self.cache.forget(range);
     }
+}
+
+fn read_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
+    let mut raw = vec![0; header.l1_size as usize * 8];
+    let offset = header.l1_offset;
+    storage.read_exact_at(offset, &mut raw).map_err(|e| e.at_offset(offset))?;
+    Ok(raw.chunks_exact(8).map(BigEndian::read_u64).collect())
 }
 
 /// Whether the mapping `next`, `done` bytes after `first`, carries it on.

@@ -13,6 +13,7 @@ mod require;
 
 mod crash;
 mod dice;
+mod internal;
 mod model;
 mod property;
 mod recorder;

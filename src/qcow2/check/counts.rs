@@ -7,7 +7,7 @@ const PAGE: u64 = 64;
 
 /// Counts by cluster number.
 #[derive(Default)]
-pub(super) struct Counts {
+pub(in crate::qcow2) struct Counts {
     pages: BTreeMap<u64, Box<[u32]>>,
 }
 

@@ -6,8 +6,9 @@
 //! points where it cannot, is a corruption. [`repair`] makes refcounts and COPIED flags what the
 //! count says.
 
-mod counts;
+pub(super) mod counts;
 mod repair;
+mod snapshots;
 mod walk;
 
 use super::header::incompatible;
@@ -27,8 +28,9 @@ impl Image {
             self.write_back()?;
         }
         let mut check = Check::default();
+        let snapshots = self.check_snapshot_table(&mut check, repair);
         let mut walk = walk::Walk::new(self, &mut check)?;
-        walk.run()?;
+        walk.run(snapshots.as_ref())?;
         let counts = walk.finish();
         let end = counts.end();
         check.image_end_offset = end << self.shape.cluster.bits();
@@ -36,6 +38,9 @@ impl Image {
             repair::Compare { image: self, check: &mut check, repair, counts: &counts }.run()?;
         if fixed {
             self.write_back()?;
+        }
+        if let Some(table) = snapshots.filter(|_| repair == Repair::All) {
+            self.mend_snapshot_table(&mut check, &table)?;
         }
         repair::Flags { image: self, check: &mut check, repair }.run()?;
         Ok(check)

@@ -1,0 +1,57 @@
+//! Checking the snapshot table itself, before and after the references that it leads to.
+
+use super::{Check, Repair};
+use crate::error::Result;
+use crate::qcow2::image::Image;
+use crate::qcow2::snapshot::Table;
+
+impl Image {
+    /// Reads the snapshot table; notes what is wrong with it. With [`Repair::All`], what is over the
+    /// limits is left out, and the table is to be written anew where anything was noted.
+    pub(super) fn check_snapshot_table(&self, check: &mut Check, repair: Repair) -> Option<Table> {
+        let header = self.header();
+        let mend = repair == Repair::All;
+        let table = if mend {
+            Table::read_mending(&*self.storage, &header)
+        } else {
+            Table::read(&*self.storage, &header)
+        };
+        let table = match table {
+            Ok(table) => table,
+            Err(error) => {
+                check.errors += 1;
+                let message = error.message();
+                check.say(format!("ERROR failed to read the snapshot table: {message}"));
+                return None;
+            }
+        };
+        table.discarded.iter().for_each(|said| check.say(said.clone()));
+        check.corruptions += table.discarded.len() as u64;
+        if header.version >= 3 {
+            for (index, _) in table.snapshots.iter().enumerate().filter(|(_, s)| s.is_incomplete())
+            {
+                let verb = if mend { "Repairing" } else { "ERROR" };
+                check.corruptions += 1;
+                check.say(format!("{verb} snapshot table entry {index} is incomplete"));
+            }
+        }
+        Some(table)
+    }
+
+    /// Writes a table that was found wanting; the refcounts are right by now.
+    pub(super) fn mend_snapshot_table(&self, check: &mut Check, table: &Table) -> Result<()> {
+        let header = self.header();
+        let incomplete =
+            table.snapshots.iter().filter(|s| header.version >= 3 && s.is_incomplete());
+        let wanting = (table.discarded.len() + incomplete.count()) as u64;
+        if wanting == 0 {
+            return Ok(());
+        }
+        self.write_back()?;
+        let old = (header.snapshots_offset, table.len);
+        self.replace_snapshots(&table.snapshots, old)?;
+        check.corruptions = check.corruptions.saturating_sub(wanting);
+        check.corruptions_fixed += wanting;
+        Ok(())
+    }
+}

@@ -1,0 +1,305 @@
+//! The table of internal snapshots: its bytes, and the limits on them.
+//!
+//! What this engine does not know in an entry is kept byte for byte. It knows no L2 table and no
+//! refcount. Specification: qcow2, "Snapshots".
+
+use std::borrow::Cow;
+
+use byteorder::{BigEndian, ByteOrder};
+use nix::libc::EFBIG;
+
+use crate::error::{Error, Result};
+use crate::qcow2::header::{Header, MAX_SNAPSHOTS};
+use crate::storage::Storage;
+
+/// The largest snapshot table, in bytes.
+const MAX_TABLE: u64 = 64 << 20;
+/// The most extra data that an entry may have, in bytes.
+const MAX_EXTRA: u32 = 1024;
+/// Bytes of an entry before its extra data.
+const FIXED: usize = 40;
+/// The extra data that this engine knows: the wide VM state size, the disk size, the icount.
+const KNOWN: usize = 24;
+/// The extra data that version 3 demands: all but the icount.
+const V3_EXTRA: u32 = 16;
+/// What stands for "no icount".
+const NO_ICOUNT: u64 = u64::MAX;
+
+/// One internal snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Host offset of its L1 table.
+    pub l1_offset: u64,
+    /// Entries of its L1 table.
+    pub l1_size: u32,
+    pub(super) id: Vec<u8>,
+    pub(super) name: Vec<u8>,
+    /// When it was taken: seconds since 1970.
+    pub seconds: u32,
+    /// When it was taken: nanoseconds of the second.
+    pub nanoseconds: u32,
+    /// How long the guest had been running, in nanoseconds.
+    pub vm_clock: u64,
+    /// Bytes of VM state, stored past the disk's end; 0 for none.
+    pub vm_state_size: u64,
+    /// The disk's size in bytes when it was taken; `None` in short entries of version 2, where it
+    /// is the image's.
+    pub disk_size: Option<u64>,
+    /// Instructions that the guest had executed, where they were counted.
+    pub icount: Option<u64>,
+    /// Bytes of extra data in the file.
+    pub(super) extra_len: u32,
+    /// Extra data that this engine does not know.
+    pub(super) unknown: Vec<u8>,
+}
+
+impl Snapshot {
+    /// The id: unique in the image, a number as QEMU makes them.
+    pub fn id(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(&self.id)
+    }
+
+    /// The name: not always unique, and possibly empty.
+    pub fn name(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(&self.name)
+    }
+
+    /// Whether the entry lacks extra data that version 3 demands.
+    pub fn is_incomplete(&self) -> bool {
+        self.extra_len < V3_EXTRA
+    }
+
+    /// Bytes of the entry in the file, without padding.
+    fn len(&self) -> u64 {
+        FIXED as u64 + u64::from(self.extra_len) + (self.id.len() + self.name.len()) as u64
+    }
+
+    /// The entry with all extra data, padded to 8 bytes.
+    fn encode(&self) -> Vec<u8> {
+        let mut out = vec![0; FIXED + KNOWN];
+        BigEndian::write_u64(&mut out, self.l1_offset);
+        BigEndian::write_u32(&mut out[8..], self.l1_size);
+        BigEndian::write_u16(&mut out[12..], self.id.len() as u16);
+        BigEndian::write_u16(&mut out[14..], self.name.len() as u16);
+        BigEndian::write_u32(&mut out[16..], self.seconds);
+        BigEndian::write_u32(&mut out[20..], self.nanoseconds);
+        BigEndian::write_u64(&mut out[24..], self.vm_clock);
+        BigEndian::write_u32(&mut out[32..], u32::try_from(self.vm_state_size).unwrap_or(0));
+        BigEndian::write_u32(&mut out[36..], (KNOWN + self.unknown.len()) as u32);
+        BigEndian::write_u64(&mut out[FIXED..], self.vm_state_size);
+        BigEndian::write_u64(&mut out[FIXED + 8..], self.disk_size.unwrap_or(0));
+        BigEndian::write_u64(&mut out[FIXED + 16..], self.icount.unwrap_or(NO_ICOUNT));
+        for bytes in [&self.unknown, &self.id, &self.name] {
+            out.extend_from_slice(bytes);
+        }
+        out.resize(out.len().next_multiple_of(8), 0);
+        out
+    }
+}
+
+/// The snapshots, and the bytes that their table takes in the file.
+#[derive(Debug, Clone, Default)]
+pub(in crate::qcow2) struct Table {
+    pub snapshots: Vec<Snapshot>,
+    pub len: u64,
+    /// What had to be left out to make sense of the table; empty unless that was allowed.
+    pub discarded: Vec<String>,
+}
+
+impl Table {
+    /// Reads the table.
+    pub fn read(storage: &dyn Storage, header: &Header) -> Result<Table> {
+        Table::read_with(storage, header, false)
+    }
+
+    /// Reads the table; leaves out what is over the limits, and says so.
+    pub fn read_mending(storage: &dyn Storage, header: &Header) -> Result<Table> {
+        Table::read_with(storage, header, true)
+    }
+
+    fn read_with(storage: &dyn Storage, header: &Header, mend: bool) -> Result<Table> {
+        let mut table = Table::default();
+        let mut count = header.snapshots;
+        if count > MAX_SNAPSHOTS {
+            if !mend {
+                return Err(too_big("Snapshot table too large"));
+            }
+            table
+                .discarded
+                .push(format!("Discarding {} overhanging snapshots", count - MAX_SNAPSHOTS));
+            count = MAX_SNAPSHOTS;
+        }
+        for index in 0..count {
+            let start = table.len.next_multiple_of(8);
+            let at = header.snapshots_offset.saturating_add(start);
+            let mut snapshot = read_entry(storage, at, index, mend)?;
+            let end = start + snapshot.len();
+            if snapshot.extra_len > MAX_EXTRA {
+                table.discarded.push(format!(
+                    "Discarding too much extra metadata in snapshot table entry {index} ({} > {MAX_EXTRA})",
+                    snapshot.extra_len
+                ));
+                snapshot.extra_len = MAX_EXTRA;
+            }
+            // What is left out does not count.
+            let kept = start + snapshot.len();
+            if kept > MAX_TABLE || end > i32::MAX as u64 {
+                if !mend {
+                    return Err(overhanging(header.snapshots - index));
+                }
+                table.discarded.push(format!(
+                    "Discarding {} overhanging snapshots (snapshot table is too big)",
+                    count - index
+                ));
+                break;
+            }
+            table.len = end;
+            snapshot.disk_size = snapshot.disk_size.or(Some(header.size));
+            table.snapshots.push(snapshot);
+        }
+        Ok(table)
+    }
+
+    /// The bytes of a table with these snapshots.
+    ///
+    /// # Errors
+    /// With `EFBIG` where it is larger than the format allows.
+    pub fn encode(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
+        if snapshots.len() > MAX_SNAPSHOTS as usize {
+            return Err(too_big("an image has 65536 snapshots at most"));
+        }
+        let bytes: Vec<u8> = snapshots.iter().flat_map(Snapshot::encode).collect();
+        if bytes.len() as u64 > MAX_TABLE {
+            return Err(too_big("Snapshot table is too big"));
+        }
+        Ok(bytes)
+    }
+}
+
+fn too_big(message: &str) -> Error {
+    Error::corrupt(message).with_os_error(EFBIG)
+}
+
+fn overhanging(count: u32) -> Error {
+    too_big(&format!(
+        "Snapshot table is too big\nYou can force-remove all {count} overhanging snapshots with \
+         qemu-img check -r all"
+    ))
+}
+
+fn read_entry(storage: &dyn Storage, offset: u64, index: u32, mend: bool) -> Result<Snapshot> {
+    let read = |at: u64, len: usize| -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        storage
+            .read_exact_at(at, &mut bytes)
+            .map_err(|_| Error::corrupt("the snapshot table is cut short").at_offset(at))?;
+        Ok(bytes)
+    };
+    let fixed = read(offset, FIXED)?;
+    let extra_len = BigEndian::read_u32(&fixed[36..]);
+    if extra_len > MAX_EXTRA && !mend {
+        return Err(too_big(&format!(
+            "Too much extra metadata in snapshot table entry {index}\nYou can force-remove this \
+             extra metadata with qemu-img check -r all"
+        )));
+    }
+    let extra = read(offset + FIXED as u64, extra_len.min(MAX_EXTRA) as usize)?;
+    let id_len = usize::from(BigEndian::read_u16(&fixed[12..]));
+    let name_len = usize::from(BigEndian::read_u16(&fixed[14..]));
+    let mut id = read(offset + FIXED as u64 + u64::from(extra_len), id_len + name_len)?;
+    let name = id.split_off(id_len);
+    let known = |at: usize| extra.get(at..at + 8).map(BigEndian::read_u64);
+    Ok(Snapshot {
+        l1_offset: BigEndian::read_u64(&fixed),
+        l1_size: BigEndian::read_u32(&fixed[8..]),
+        id,
+        name,
+        seconds: BigEndian::read_u32(&fixed[16..]),
+        nanoseconds: BigEndian::read_u32(&fixed[20..]),
+        vm_clock: BigEndian::read_u64(&fixed[24..]),
+        vm_state_size: known(0).unwrap_or_else(|| BigEndian::read_u32(&fixed[32..]).into()),
+        disk_size: known(8),
+        icount: known(16).filter(|count| *count != NO_ICOUNT),
+        extra_len,
+        unknown: extra.get(KNOWN..).unwrap_or_default().to_vec(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::{CreateOptions, create};
+    use crate::storage::MemoryStorage;
+    use std::sync::Arc;
+
+    fn sample(id: &str, unknown: &[u8]) -> Snapshot {
+        Snapshot {
+            l1_offset: 0x30000,
+            l1_size: 1,
+            id: id.as_bytes().to_vec(),
+            name: vec![0xff, b'x'],
+            seconds: 1,
+            nanoseconds: 2,
+            vm_clock: 3,
+            vm_state_size: 5 << 32,
+            disk_size: Some(4 << 20),
+            icount: Some(7),
+            extra_len: (KNOWN + unknown.len()) as u32,
+            unknown: unknown.to_vec(),
+        }
+    }
+
+    /// A storage with `table` at 64 KiB, and the header that says so.
+    fn stored(table: &[u8], count: u32) -> (MemoryStorage, Header) {
+        let new = Arc::new(MemoryStorage::default());
+        drop(create(new.clone(), &CreateOptions::new(1 << 20)).unwrap());
+        let mut header = Header::read(&*new).unwrap();
+        (header.snapshots, header.snapshots_offset) = (count, 65536);
+        let storage = MemoryStorage::default();
+        storage.write_all_at(65536, table).unwrap();
+        (storage, header)
+    }
+
+    #[test]
+    fn what_is_not_known_of_an_entry_survives_byte_for_byte() {
+        let list = [sample("1", b""), sample("22", b"unknown extra"), sample("", &[0; 1000])];
+        let bytes = Table::encode(&list).unwrap();
+        let (storage, header) = stored(&bytes, 3);
+        let table = Table::read(&storage, &header).unwrap();
+        assert_eq!(table.snapshots, list);
+        assert_eq!(Table::encode(&table.snapshots).unwrap(), bytes);
+        assert_eq!(table.len.next_multiple_of(8), bytes.len() as u64);
+    }
+
+    #[test]
+    fn a_short_entry_takes_its_disk_size_from_the_image() {
+        let mut bytes = vec![0; FIXED];
+        BigEndian::write_u32(&mut bytes[32..], 77);
+        BigEndian::write_u16(&mut bytes[12..], 1);
+        bytes.push(b'1');
+        let (storage, header) = stored(&bytes, 1);
+        let found = &Table::read(&storage, &header).unwrap().snapshots[0];
+        assert_eq!((found.vm_state_size, found.disk_size, found.icount), (77, Some(1 << 20), None));
+        assert!(found.is_incomplete() && found.id() == "1");
+    }
+
+    #[test]
+    fn too_much_extra_data_is_refused_and_can_be_left_out() {
+        let mut bytes = Table::encode(&[sample("1", &[9; 1000])]).unwrap();
+        let mut more = sample("2", &[]).encode();
+        BigEndian::write_u32(&mut more[36..], 65536);
+        more.splice(FIXED + KNOWN..FIXED + KNOWN, vec![3; 65536 - KNOWN]);
+        bytes.extend_from_slice(&more);
+        let (storage, header) = stored(&bytes, 2);
+        let error = Table::read(&storage, &header).unwrap_err();
+        assert!(error.message().starts_with("Too much extra metadata in snapshot table entry 1\n"));
+        assert_eq!(error.raw_os_error(), Some(EFBIG));
+        let mended = Table::read_mending(&storage, &header).unwrap();
+        assert_eq!(mended.snapshots[1].id(), "2");
+        assert_eq!(mended.snapshots[1].unknown.len(), 1000);
+        assert_eq!(
+            mended.discarded,
+            ["Discarding too much extra metadata in snapshot table entry 1 (65536 > 1024)"]
+        );
+    }
+}
