@@ -205,6 +205,7 @@ impl Image {
                 h.size = size;
             })
         })?;
+        write(&self.territory).add(cluster, run.host.0, entries * 8);
         tables.replace_l1(run.host, entries as usize);
         drop(tables);
         self.size.store(size, std::sync::atomic::Ordering::Release);

@@ -7,11 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuar
 use super::cache::SLICE;
 use super::check::Repair;
 use super::entry::{Entry, Shape};
-use super::header::{Header, autoclear, incompatible};
+use super::header::{Header, MAX_L1, autoclear, incompatible};
 use super::read::Inflated;
 use super::refcount::Refcounts;
+use super::snapshot::table::Table;
 use super::tables::{Place, Tables};
+use super::territory::Territory;
 use crate::addr::{GuestOffset, HostOffset, Unit};
+use crate::block::total;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{
     self, Allocation, Backing, Check, Details, Extent, Hold, Identity, Label, Mapping,
@@ -39,6 +42,9 @@ impl Default for OpenOptions {
     }
 }
 
+/// The most bytes of internal snapshots' L1 tables that are looked after.
+const MAX_SURVEY: u64 = 1 << 30;
+
 /// A qcow2 image, for many threads at once. See the module for its locks.
 pub struct Image {
     pub(super) storage: Arc<dyn Storage>,
@@ -60,6 +66,8 @@ pub struct Image {
     /// Bytes that the file is known to have.
     pub(super) file_len: AtomicU64,
     pub(super) inflated: Mutex<Inflated>,
+    /// Where metadata stands; empty where the image is open for reading only.
+    pub(super) territory: Arc<RwLock<Territory>>,
 }
 
 /// Clusters that lost one reference each.
@@ -115,13 +123,15 @@ impl Image {
         }
         let slice = header.cluster.bytes().min(SLICE);
         let capacity = (options.cache / slice) as usize;
+        let refcounts = Refcounts::open(storage.clone(), &header, capacity)?;
         let image = Image {
+            territory: refcounts.territory.clone(),
             shape: Shape::of(&header),
             read_only: options.read_only,
             same_contents: options.same_contents,
             size: AtomicU64::new(header.size),
             tables: RwLock::new(Tables::open(&*storage, &header, capacity)?),
-            refcounts: Mutex::new(Refcounts::open(storage.clone(), &header, capacity)?),
+            refcounts: Mutex::new(refcounts),
             freed: Mutex::default(),
             writeback: Mutex::new(()),
             grace: RwLock::new(()),
@@ -149,8 +159,45 @@ impl Image {
             }
             self.update_header(|h| h.incompatible &= !incompatible::DIRTY)?;
         }
+        self.survey()?;
         if header.autoclear & !autoclear::KEPT != 0 {
             self.update_header(|h| h.autoclear &= autoclear::KEPT)?;
+        }
+        Ok(())
+    }
+
+    /// Notes where metadata stands. Tables that overlap are refused: to write one is to damage the
+    /// other.
+    pub(super) fn survey(&self) -> Result<()> {
+        let (header, cluster) = (self.header(), self.shape.cluster);
+        let mut places = vec![
+            (0, cluster.bytes()),
+            (header.l1_offset, u64::from(header.l1_size) * 8),
+            (
+                header.refcount_table_offset,
+                u64::from(header.refcount_table_clusters) << cluster.bits(),
+            ),
+        ];
+        if header.snapshots > 0 {
+            // What cannot be read, check says and mends: no reason to refuse to open.
+            let table = Table::read_mending(&*self.storage, &header).unwrap_or_default();
+            places.push((header.snapshots_offset, table.len));
+            let l1s = table.snapshots.iter().map(|s| (s.l1_offset, u64::from(s.l1_size) * 8));
+            let mut left = MAX_SURVEY;
+            places.extend(l1s.filter(|(_, len)| *len <= MAX_L1).take_while(|(_, len)| {
+                left = left.saturating_sub(*len);
+                left > 0
+            }));
+        }
+        places.extend(lock(&self.refcounts).blocks().values().map(|at| (*at, cluster.bytes())));
+        places.extend(read(&self.tables).offsets().map(|at| (at, cluster.bytes())));
+        let mut territory = write(&self.territory);
+        *territory = Territory::default();
+        for (offset, len) in places {
+            if !territory.add(cluster, offset, len) {
+                let message = "two tables of the image overlap; it can only be read";
+                return Err(Error::corrupt(message).at_offset(offset));
+            }
         }
         Ok(())
     }
@@ -336,7 +383,9 @@ impl image::Image for Image {
             return Err(Error::invalid("only exclusive data is overwritten in place"));
         };
         self.begin_change()?;
-        self.write_data(host + (at - extent.start), bufs)
+        let host = host + (at - extent.start);
+        read(&self.territory).check(self.shape.cluster, host, total(bufs))?;
+        self.write_data(host, bufs)
     }
 
     fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {

@@ -7,7 +7,7 @@
 //!
 //! # Locks
 //! In this order, each held as briefly as memory work takes: `writeback`, `tables`, `refcounts`,
-//! `header`, `freed`. Data is read and written with none of them held; `grace` is held shared
+//! `header`, `freed`, `territory`. Data is read and written with none of them held; `grace` is held shared
 //! meanwhile, and exclusively for the moment in which freed clusters become free.
 
 mod cache;
@@ -24,6 +24,7 @@ mod references;
 mod shrink;
 mod snapshot;
 mod tables;
+mod territory;
 mod write;
 mod writeback;
 mod zero;

@@ -4,12 +4,14 @@
 //! file, and the write-back puts it there in order. Specification: qcow2, "Host cluster management".
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use byteorder::{BigEndian, ByteOrder};
 
 use super::cache::{Cache, Dirty, SLICE};
 use super::header::{Header, MAX_REFCOUNT_TABLE};
+use super::image::{read, write};
+use super::territory::Territory;
 use crate::addr::{HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
@@ -31,6 +33,8 @@ pub(super) struct Refcounts {
     cache: Cache,
     /// The table has grown in memory, and no place was found for it.
     homeless: bool,
+    /// Where metadata stands: never given out, whatever its refcount says.
+    pub territory: Arc<RwLock<Territory>>,
     /// No cluster below this one is free.
     next_free: u64,
     /// No cluster from this one on was ever written: they read as zeroes.
@@ -94,6 +98,7 @@ impl Refcounts {
             outgrown: Vec::new(),
             cache: Cache::new(capacity),
             homeless: false,
+            territory: Arc::default(),
             next_free: 0,
             untouched: header.cluster.count(len),
             packed: None,
@@ -163,6 +168,14 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Like [`release`](Refcounts::release), for clusters that may have held metadata.
+    pub fn release_any(&mut self, host: HostOffset, clusters: u64) -> Result<()> {
+        let free = self.release(host, clusters)?;
+        let mut territory = write(&self.territory);
+        free.into_iter().for_each(|(host, len)| territory.remove(self.cluster, host.0, len));
+        Ok(())
+    }
+
     /// Takes one reference away from each of `clusters` clusters. Returns those that are free now,
     /// as runs of host bytes.
     pub fn release(&mut self, host: HostOffset, clusters: u64) -> Result<Vec<(HostOffset, u64)>> {
@@ -207,6 +220,7 @@ impl Refcounts {
         while end - start < want && self.block_of(end).is_some() && self.get(end)? == 0 {
             end += 1;
         }
+        self.check_free(start, end - start)?;
         self.take(start, end - start)
     }
 
@@ -271,6 +285,12 @@ impl Refcounts {
         }
     }
 
+    /// Clusters of refcount 0 that hold metadata are not free: the refcounts are wrong.
+    fn check_free(&self, start: u64, clusters: u64) -> Result<()> {
+        let bits = self.cluster.bits();
+        read(&self.territory).check(self.cluster, HostOffset(start << bits), clusters << bits)
+    }
+
     /// Puts `blocks` new refcount blocks at cluster `start`, and the run behind them.
     fn allocate_at(&mut self, start: u64, blocks: u64, clusters: u64) -> Result<Run> {
         let last = (start + blocks + clusters - 1) >> self.block_bits();
@@ -278,6 +298,7 @@ impl Refcounts {
             self.grow_table(last + 1)?;
             return self.allocate(clusters);
         }
+        self.check_free(start, blocks + clusters)?;
         let missing: Vec<u64> = (start >> self.block_bits()..=last)
             .filter(|b| self.block_of(b << self.block_bits()).is_none())
             .collect();
@@ -304,7 +325,9 @@ impl Refcounts {
 
     /// Makes cluster number `cluster`, which is zero, the refcount block number `index`.
     fn install_block(&mut self, cluster: u64, index: u64) {
-        self.table[index as usize] = cluster << self.cluster.bits();
+        let offset = cluster << self.cluster.bits();
+        self.table[index as usize] = offset;
+        write(&self.territory).add(self.cluster, offset, self.cluster.bytes());
         self.dirty_table.insert(index as usize);
     }
 
@@ -324,6 +347,7 @@ impl Refcounts {
         let run = self.allocate(clusters);
         self.homeless = run.is_err();
         let run = run?;
+        write(&self.territory).add(self.cluster, run.host.0, clusters << self.cluster.bits());
         self.outgrown.push(self.place);
         self.place = TablePlace { offset: run.host.0, clusters: clusters as u32 };
         Ok(())

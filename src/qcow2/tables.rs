@@ -99,6 +99,11 @@ impl Tables {
         Ok(Some(Place { slice: table.host.0 + entry - in_slice, index }))
     }
 
+    /// The host offsets of all L2 tables.
+    pub fn offsets(&self) -> impl Iterator<Item = u64> {
+        self.l1.iter().map(|entry| entry & OFFSET).filter(|offset| *offset != 0)
+    }
+
     /// How far the part of the disk goes that has no L2 table, from `at` on; at most `len` bytes.
     pub fn unmapped(&self, at: GuestOffset, len: u64) -> u64 {
         let index = self.coverage.index(at.0) as usize;

@@ -149,6 +149,7 @@ impl Image {
             have = (have + cluster.bytes()).min(len);
         }
         let host = host + within;
+        read(&self.territory).check(cluster, host, have)?;
         Ok(Reservation { image: self, start: at, len: have, host, owned: None, zeroed: false })
     }
 
@@ -176,6 +177,8 @@ impl Image {
             lock(&self.refcounts).release(run.host, 1)?;
             return Ok(());
         }
+        let cluster = self.shape.cluster;
+        write(&self.territory).add(cluster, run.host.0, cluster.bytes());
         tables.install(at, run.host);
         drop(tables);
         if let Some(Table { host, .. }) = old {
@@ -232,11 +235,23 @@ impl Image {
             let Some(old) = tables.entry(place) else { continue };
             let new = change(old);
             if new != old {
+                self.check_replaced(old)?;
                 tables.set_entry(place, new);
                 self.free_replaced(old, new, what);
             }
             return Ok(());
         }
+    }
+
+    /// What an entry refers to is let go, or written: it had better not be metadata.
+    fn check_replaced(&self, old: Entry) -> Result<()> {
+        let cluster = self.shape.cluster;
+        let (host, len) = match old.host() {
+            Some(host) => (host, cluster.bytes()),
+            None if old.is_compressed() => self.shape.compressed(old.descriptor),
+            None => return Ok(()),
+        };
+        read(&self.territory).check(cluster, host, len)
     }
 
     fn free_replaced(&self, old: Entry, new: Entry, what: Lost) {

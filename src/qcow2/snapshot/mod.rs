@@ -9,7 +9,7 @@
 //!
 //! All of this needs the image for itself, hence `&mut`. Specification: qcow2, "Snapshots".
 
-mod table;
+pub(super) mod table;
 
 use std::sync::Arc;
 
@@ -304,7 +304,8 @@ impl Image {
     pub(super) fn reload_tables(&self) -> Result<()> {
         lock(&self.inflated).clear();
         let header = self.header();
-        self.metadata(|| write(&self.tables).reload(&*self.storage, &header))
+        self.metadata(|| write(&self.tables).reload(&*self.storage, &header))?;
+        self.survey()
     }
 }
 
