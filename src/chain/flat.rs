@@ -93,7 +93,33 @@ impl Flat {
             extent: Extent { start: at, len, mapping: Mapping::Unallocated },
             layer: 0,
         });
-        Ok(cut(run, at, len))
+        let run = cut(run, at, len);
+        if run.is_hole() && run.extent.len < len && self.page.aligned(run.end()) {
+            return self.beyond(run, len);
+        }
+        Ok(run)
+    }
+
+    /// Carries a hole that reaches the end of its page on, as far as no layer holds anything: a
+    /// huge empty disk is not gone through page by page.
+    fn beyond(&self, mut run: Run, len: u64) -> Result<Run> {
+        let from = GuestOffset(run.end());
+        let mut open = len - run.extent.len;
+        for layer in &self.layers {
+            let left = layer.image.size().saturating_sub(from.0);
+            if left == 0 {
+                // Its end hides what lies below.
+                break;
+            }
+            let extent = layer.image.map(from, open.min(left));
+            let extent = extent.map_err(|e| e.at_path(&layer.path))?;
+            if extent.mapping != Mapping::Unallocated {
+                return Ok(run);
+            }
+            open = extent.len;
+        }
+        run.extent.len += open;
+        Ok(run)
     }
 
     /// Reads from the lower layers.
