@@ -15,8 +15,8 @@ use vdisk::storage::{FileStorage, MemoryStorage, Storage};
 
 use crate::dice::{Budget, Confess, Dice, seed};
 use crate::model::{Model, Op, pattern, random_op, read};
+use crate::processes::{have_qemu, run};
 use crate::recorder::{Event, Fault, Faulty, Recorder, crash, replay};
-use crate::require::{Need, have};
 
 /// What stands at the start of a run.
 struct Start {
@@ -119,8 +119,8 @@ fn start_with_snapshots(dice: &mut Dice) -> Start {
         chain.flush().unwrap();
         drop(chain);
         std::fs::write(&path, storage.to_vec()).unwrap();
-        let run = Command::new("qemu-img").args(["snapshot", "-c", name]).arg(&path).status();
-        assert!(run.unwrap().success());
+        let mut take = Command::new("qemu-img");
+        assert!(run(take.args(["snapshot", "-c", name]).arg(&path)).status.success());
         start.head = std::fs::read(&path).unwrap();
     }
     start
@@ -258,7 +258,7 @@ fn a_crash_at_any_point_leaves_leaks_at_most_and_all_that_was_flushed() {
 
 #[test]
 fn a_crash_of_an_image_with_internal_snapshots_leaves_leaks_at_most() {
-    if have(Need::Qemu) {
+    if have_qemu() {
         crash_rounds(6, start_with_snapshots);
     }
 }

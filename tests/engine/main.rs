@@ -13,8 +13,11 @@ mod require;
 
 mod crash;
 mod dice;
+mod family;
+mod hostile;
 mod internal;
 mod model;
+mod processes;
 mod property;
 mod recorder;
 mod threads;

@@ -16,7 +16,7 @@ use vdisk::{ErrorKind, Result};
 
 use crate::dice::{Budget, Dice, seed};
 use crate::model::{Model, random_op};
-use crate::require::{Need, have};
+use crate::processes::{have_qemu, run};
 
 /// One layer of a case: how it is made, and what is done to the disk while it is the head.
 #[derive(Debug, Clone)]
@@ -160,7 +160,7 @@ pub fn check_layer(path: &Path, with_qemu: bool) -> Result<()> {
     assert!(check.is_clean(), "{}: {:#?}", path.display(), check);
     drop(image);
     if with_qemu {
-        let out = Command::new("qemu-img").args(["check", "-q", "-U"]).arg(path).output().unwrap();
+        let out = run(Command::new("qemu-img").args(["check", "-q", "-U"]).arg(path));
         assert!(out.status.success(), "qemu-img check: {}", String::from_utf8_lossy(&out.stdout));
     }
     Ok(())
@@ -170,7 +170,7 @@ fn qemu_reads(head: &Path, model: &Model) {
     let flat = head.with_extension("flat");
     let mut convert = Command::new("qemu-img");
     convert.args(["convert", "-U", "-f", "qcow2", "-O", "raw"]).arg(head).arg(&flat);
-    let out = convert.output().unwrap();
+    let out = run(&mut convert);
     assert!(out.status.success(), "qemu-img convert: {}", String::from_utf8_lossy(&out.stderr));
     let got = std::fs::read(&flat).unwrap();
     assert_eq!(got.len(), model.bytes.len(), "the size that QEMU sees");
@@ -211,7 +211,7 @@ fn run_cases<S: Strategy>(seconds: u64, strategy: S, test: impl Fn(S::Value, u64
 
 #[test]
 fn one_image_of_any_shape_reads_as_its_model() {
-    let with_qemu = have(Need::Qemu);
+    let with_qemu = have_qemu();
     run_cases(8, spec(), |spec, _| {
         run_case(&[Spec { ops: spec.ops * 3, raw: false, ..spec }], with_qemu)
     });
@@ -219,6 +219,6 @@ fn one_image_of_any_shape_reads_as_its_model() {
 
 #[test]
 fn a_chain_of_any_layers_reads_as_its_model() {
-    let with_qemu = have(Need::Qemu);
+    let with_qemu = have_qemu();
     run_cases(12, prop::collection::vec(spec(), 2..6), |specs, _| run_case(&specs, with_qemu));
 }

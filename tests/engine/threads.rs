@@ -13,8 +13,8 @@ use vdisk::qcow2::CreateOptions;
 
 use crate::dice::{Budget, Confess, Dice, seed};
 use crate::model::{pattern, read};
+use crate::processes::have_qemu;
 use crate::property::{check_layer, open_patiently};
-use crate::require::{Need, have};
 
 const THREADS: u64 = 6;
 
@@ -138,7 +138,7 @@ fn round(dice: &mut Dice, with_qemu: bool) {
 
 #[test]
 fn threads_that_share_clusters_keep_each_others_bytes() {
-    let with_qemu = have(Need::Qemu);
+    let with_qemu = have_qemu();
     let seed = seed();
     let _confess = Confess(seed);
     let mut dice = Dice::new(seed);
