@@ -50,6 +50,11 @@ impl Cache {
         }
     }
 
+    /// How many clean slices it keeps.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Changes whenever a slice leaves that is not what it was when it came, or whose table is gone:
     /// bytes read from the file before that may be out of date.
     pub fn generation(&self) -> u64 {

@@ -169,6 +169,9 @@ impl Image {
     pub(super) fn grow(&self, size: u64) -> Result<()> {
         let header = self.header();
         let needed = header.l1_needed(size).ok_or_else(|| Error::invalid("Image is too big"))?;
+        // The tables past the disk's end may hold a snapshot's VM state: it is not to show.
+        let (first, last) = (header.l1_needed(header.size).unwrap_or(0), header.l1_size.into());
+        self.drop_tables(first as usize..needed.min(last).max(first) as usize)?;
         if needed > u64::from(header.l1_size) {
             return self.move_l1(&header, needed, size);
         }

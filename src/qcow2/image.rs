@@ -442,6 +442,7 @@ impl image::Image for Image {
     }
 
     fn resize(&self, size: u64) -> Result<()> {
+        self.check_resizable()?;
         self.begin_change()?;
         if size < self.header().size { self.shrink(size) } else { self.grow(size) }
     }

@@ -3,13 +3,15 @@
 //! It opens no file by name and knows no chain. The parts: [`header`] and [`extension`] are the
 //! first cluster; [`entry`] and [`tables`] map guest clusters; [`refcount`] gives out host
 //! clusters; [`write`](mod@write), [`compress`] and [`zero`] change the mapping; [`writeback`] brings changes to
-//! the file in the order that survives a crash; [`check`] proves an image right.
+//! the file in the order that survives a crash; [`snapshot`] freezes and brings back
+//! whole disks, [`amend`] and [`shrink`] change what an image is; [`check`] proves an image right.
 //!
 //! # Locks
 //! In this order, each held as briefly as memory work takes: `writeback`, `tables`, `refcounts`,
 //! `header`, `freed`, `territory`. Data is read and written with none of them held; `grace` is held shared
 //! meanwhile, and exclusively for the moment in which freed clusters become free.
 
+mod amend;
 mod cache;
 mod check;
 mod compress;
@@ -29,6 +31,7 @@ mod write;
 mod writeback;
 mod zero;
 
+pub use amend::Amend;
 pub use check::{Check, Repair};
 pub use create::{CreateOptions, Preallocation, create};
 pub use extension::Extension;

@@ -472,6 +472,51 @@ impl Refcounts {
         self.set(cluster, count)
     }
 
+    /// How many slices of blocks are kept in memory.
+    pub fn capacity(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Takes the blocks out of the table that count nothing but themselves. They are returned, and
+    /// are to be released, where they are not their own, once the table is written without them.
+    pub fn drop_empty_blocks(&mut self) -> Result<Vec<HostOffset>> {
+        let mut elsewhere = Vec::new();
+        for (index, offset) in self.blocks() {
+            let own = self.cluster.index(offset);
+            let (mut empty, mut within, mut slice) = (true, false, 0);
+            while let Some(used) = self.used_in_slice(index, slice)? {
+                empty &= used.iter().all(|(cluster, _)| *cluster == own);
+                within |= used.iter().any(|(cluster, _)| *cluster == own);
+                slice += 1;
+            }
+            if !empty {
+                continue;
+            }
+            self.table[index] = 0;
+            self.dirty_table.insert(index);
+            self.cache.forget(offset..offset + self.cluster.bytes());
+            if !within {
+                elsewhere.push(HostOffset(offset));
+            }
+        }
+        Ok(elsewhere)
+    }
+
+    /// The last cluster in use.
+    pub fn last_used(&mut self) -> Result<Option<u64>> {
+        for index in self.blocks().into_keys().rev() {
+            let (mut last, mut slice) = (None, 0);
+            while let Some(used) = self.used_in_slice(index, slice)? {
+                last = used.last().map(|(cluster, _)| *cluster).or(last);
+                slice += 1;
+            }
+            if last.is_some() {
+                return Ok(last);
+            }
+        }
+        Ok(None)
+    }
+
     /// Whether a cluster has a refcount block, so that references to it can be counted.
     pub fn has_block(&self, cluster: u64) -> bool {
         self.block_of(cluster).is_some()

@@ -19,9 +19,9 @@ use crate::require::{Need, have};
 
 /// The disk's bytes, and those of its snapshots by id.
 #[derive(Debug, Clone, PartialEq)]
-struct State {
-    now: Vec<u8>,
-    snapshots: Vec<(String, String, Vec<u8>)>,
+pub struct State {
+    pub now: Vec<u8>,
+    pub snapshots: Vec<(String, String, Vec<u8>)>,
 }
 
 pub const WRITABLE: OpenOptions =
@@ -42,7 +42,7 @@ pub fn contents(image: &Image) -> Vec<u8> {
     bytes
 }
 
-fn state(storage: &Arc<dyn Storage>) -> State {
+pub fn state(storage: &Arc<dyn Storage>) -> State {
     let image = Image::open(storage.clone(), OpenOptions::default()).unwrap();
     let read = |s: &qcow2::Snapshot| {
         let old = Image::open_snapshot(storage.clone(), 1 << 20, &s.id()).unwrap();
@@ -53,7 +53,7 @@ fn state(storage: &Arc<dyn Storage>) -> State {
 }
 
 /// Writes at random.
-fn scribble(storage: &Arc<dyn Storage>, state: &mut State, unit: u64, dice: &mut Dice) {
+pub fn scribble(storage: &Arc<dyn Storage>, state: &mut State, unit: u64, dice: &mut Dice) {
     let image = Image::open(storage.clone(), WRITABLE).unwrap();
     let layer = crate::crash::layer(Arc::new(image), vdisk::chain::Format::Qcow2);
     let chain = vdisk::chain::Chain::new(layer, Vec::new(), 1 << 20);
@@ -68,7 +68,7 @@ fn scribble(storage: &Arc<dyn Storage>, state: &mut State, unit: u64, dice: &mut
 
 /// What is done to the snapshots.
 #[derive(Debug, Clone)]
-enum Step {
+pub enum Step {
     Create(String),
     Apply(String),
     Delete(String),
@@ -90,7 +90,7 @@ fn random_step(state: &State, number: u64, dice: &mut Dice) -> Step {
 
 impl State {
     /// The state after `step`.
-    fn after(&self, step: &Step) -> State {
+    pub fn after(&self, step: &Step) -> State {
         let mut new = self.clone();
         let at = |id: &str| self.snapshots.iter().position(|s| s.0 == id).unwrap();
         match step {
@@ -107,7 +107,7 @@ impl State {
     }
 }
 
-fn take(storage: &Arc<dyn Storage>, step: &Step) -> vdisk::Result<()> {
+pub fn take(storage: &Arc<dyn Storage>, step: &Step) -> vdisk::Result<()> {
     let mut image = Image::open(storage.clone(), WRITABLE)?;
     match step {
         Step::Create(name) => {
@@ -153,7 +153,7 @@ pub fn qemu_finds_it_clean(path: &Path) {
 }
 
 /// What QEMU reads of the disk, or of a snapshot by name.
-fn qemu_contents(path: &Path, name: Option<&str>) -> Vec<u8> {
+pub fn qemu_contents(path: &Path, name: Option<&str>) -> Vec<u8> {
     let raw = path.with_extension("raw");
     let mut command = Command::new("timeout");
     command.args(["60", "qemu-img", "convert", "-O", "raw"]);
@@ -164,16 +164,20 @@ fn qemu_contents(path: &Path, name: Option<&str>) -> Vec<u8> {
     std::fs::read(raw).unwrap()
 }
 
-fn compare(path: &Path, expected: &State) {
+pub fn compare(path: &Path, expected: &State) {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new(std::fs::read(path).unwrap()));
     assert!(state(&storage) == *expected, "we read something else");
     assert!(qemu_contents(path, None) == expected.now, "QEMU reads something else");
     for (id, name, bytes) in &expected.snapshots {
-        assert!(qemu_contents(path, Some(name)) == *bytes, "QEMU reads another snapshot {id}");
+        // QEMU gives every snapshot the size that the disk has now.
+        let found = qemu_contents(path, Some(name));
+        let both = found.len().min(bytes.len());
+        assert_eq!(found.len(), expected.now.len());
+        assert!(found[..both] == bytes[..both], "QEMU reads another snapshot {id}");
     }
 }
 
-const KINDS: [(&str, u64); 7] = [
+pub const KINDS: [(&str, u64); 7] = [
     ("cluster_size=64k", 65536),
     ("cluster_size=512,refcount_bits=4", 512),
     ("cluster_size=4k,refcount_bits=64", 4096),
@@ -183,7 +187,7 @@ const KINDS: [(&str, u64); 7] = [
     ("cluster_size=4k,compat=0.10", 4096),
 ];
 
-fn new_file(dir: &tempfile::TempDir, options: &str, size: u64) -> PathBuf {
+pub fn new_file(dir: &tempfile::TempDir, options: &str, size: u64) -> PathBuf {
     let path = dir.path().join("disk.qcow2");
     let _ = std::fs::remove_file(&path);
     let size = size.to_string();
@@ -235,7 +239,7 @@ fn we_and_qemu_take_apply_and_delete_snapshots_in_turn() {
 }
 
 /// What a crash left is as before the step or as after it, with leaks at most once it was opened.
-fn verify(file: Vec<u8>, states: &[&State]) {
+pub fn verify(file: Vec<u8>, accept: &dyn Fn(&State) -> bool) {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new(file));
     let image = Image::open(storage.clone(), OpenOptions::default()).unwrap();
     let check = image.check(Repair::None).unwrap();
@@ -247,7 +251,7 @@ fn verify(file: Vec<u8>, states: &[&State]) {
     let bad: Vec<_> = errors.filter(|m| !excused(m)).collect();
     assert!(bad.is_empty(), "{bad:#?}");
     let found = state(&storage);
-    assert!(states.contains(&&found), "neither the old state nor the new one");
+    assert!(accept(&found), "neither the old state nor the new one");
     drop(image);
     let image = Image::open(storage.clone(), WRITABLE).unwrap();
     let check = image.check(Repair::All).unwrap();
@@ -257,7 +261,12 @@ fn verify(file: Vec<u8>, states: &[&State]) {
     assert!(state(&storage) == found, "opening or repairing it changed what it holds");
 }
 
-fn crash_everywhere(start: &[u8], log: &[Event], states: &[&State], dice: &mut Dice) {
+pub fn crash_everywhere(
+    start: &[u8],
+    log: &[Event],
+    dice: &mut Dice,
+    accept: &dyn Fn(&State) -> bool,
+) {
     let mut settled = start.to_vec();
     let mut since = 0;
     for events in 0..=log.len() {
@@ -268,11 +277,11 @@ fn crash_everywhere(start: &[u8], log: &[Event], states: &[&State], dice: &mut D
         let pending = &log[since..events];
         let mut whole = settled.clone();
         pending.iter().for_each(|event| replay(&mut whole, event));
-        verify(whole, states);
+        verify(whole, accept);
         for _ in 0..if pending.is_empty() { 0 } else { 2 } {
             let mut file = settled.clone();
             crash(&mut file, pending, dice);
-            verify(file, states);
+            verify(file, accept);
         }
     }
 }
@@ -311,7 +320,7 @@ fn a_crash_while_snapshots_change_leaves_the_old_state_or_the_new_one() {
             take(&storage, &step).unwrap();
             let after = now.after(&step);
             let log = recorder.log();
-            crash_everywhere(&file, &log, &[&now, &after], &mut dice);
+            crash_everywhere(&file, &log, &mut dice, &|found| *found == now || *found == after);
             log.iter().for_each(|event| replay(&mut file, event));
             now = after;
         }

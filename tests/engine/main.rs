@@ -20,4 +20,5 @@ mod model;
 mod processes;
 mod property;
 mod recorder;
+mod reshape;
 mod threads;
