@@ -1,0 +1,185 @@
+//! Ratios, measured in turn in one run: `cargo bench --bench compare`.
+//!
+//! Each line is one claim: both sides are measured in turn, several times, and the table shows the
+//! median and the worst of the ratios (1 is parity, more is better for the side named first). Files
+//! are in `$TMPDIR`. It is for people; no test depends on it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use vdisk::block::BlockDevice;
+use vdisk::chain::{self, Base, Chain, OpenOptions, snapshot};
+use vdisk::image::Backing;
+use vdisk::qcow2::CreateOptions;
+
+/// How often both sides of a claim are measured.
+const PAIRS: usize = 7;
+/// The data that is read and written.
+const SIZE: u64 = 128 << 20;
+const BLOCK: u64 = 4096;
+/// Random accesses in one measurement.
+const ACCESSES: u64 = 40_000;
+
+/// Pseudo-random blocks, the same for both sides.
+fn blocks(seed: u64) -> impl Iterator<Item = u64> {
+    let mut state = seed | 1;
+    (0..ACCESSES).map(move |_| {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % (SIZE / BLOCK) * BLOCK
+    })
+}
+
+fn seconds(work: impl FnOnce()) -> f64 {
+    let begin = Instant::now();
+    work();
+    begin.elapsed().as_secs_f64()
+}
+
+/// Measures both sides in turn and prints how much faster `ours` was.
+fn claim(what: &str, mut ours: impl FnMut(u64), mut peer: impl FnMut(u64)) {
+    ours(0);
+    peer(0);
+    let pair = |n: usize| {
+        let seed = n as u64 * 7919 + 1;
+        // The order changes, so that neither side always comes first.
+        let (a, b) = if n.is_multiple_of(2) {
+            let a = seconds(|| ours(seed));
+            (a, seconds(|| peer(seed)))
+        } else {
+            let b = seconds(|| peer(seed));
+            (seconds(|| ours(seed)), b)
+        };
+        b / a
+    };
+    let mut ratios: Vec<f64> = (0..PAIRS).map(pair).collect();
+    ratios.sort_by(f64::total_cmp);
+    println!("{what:<64} {:>7.2} {:>7.2}", ratios[PAIRS / 2], ratios[0]);
+}
+
+fn reads(disk: &Chain, seed: u64) {
+    let mut buffer = [0; BLOCK as usize];
+    for at in blocks(seed) {
+        disk.read_at(at, &mut [IoSliceMut::new(&mut buffer)]).unwrap();
+    }
+}
+
+fn writes(disk: &Chain, seed: u64) {
+    let buffer = [seed as u8; BLOCK as usize];
+    for at in blocks(seed) {
+        disk.write_at(at, &[IoSlice::new(&buffer)]).unwrap();
+    }
+}
+
+fn fill(disk: &Chain) {
+    let bytes: Vec<u8> = (0..1u32 << 20).map(|i| (i >> 3) as u8 | 1).collect();
+    for at in (0..SIZE).step_by(1 << 20) {
+        disk.write_at(at, &[IoSlice::new(&bytes)]).unwrap();
+    }
+    disk.flush().unwrap();
+}
+
+fn open(path: &Path) -> Chain {
+    chain::open(path, &OpenOptions::writable()).unwrap()
+}
+
+/// A full disk below `depth - 1` deltas, each with a little of its own.
+fn stack(dir: &Path, depth: usize) -> PathBuf {
+    let name = |n: usize| format!("depth{depth}-{n}");
+    for n in 0..depth {
+        let below = || Backing { name: name(n - 1), format: Some("qcow2".to_owned()) };
+        let options = CreateOptions { backing: (n > 0).then(below), ..CreateOptions::new(SIZE) };
+        let path = dir.join(name(n));
+        chain::create(&path, &options).unwrap();
+        let disk = open(&path);
+        if n == 0 {
+            fill(&disk);
+        } else {
+            for k in 0..8 {
+                let at = ((n as u64 * 131 + k * 977) % (SIZE >> 16)) << 16;
+                disk.write_at(at, &[IoSlice::new(&[n as u8; 65536])]).unwrap();
+            }
+            disk.flush().unwrap();
+        }
+    }
+    dir.join(name(depth - 1))
+}
+
+/// An empty disk of `size` bytes on which snapshots and clones are made.
+fn family(dir: &Path, size: u64) -> (PathBuf, PathBuf) {
+    let (disk, base) = (dir.join(format!("disk{size}")), dir.join(format!("base{size}")));
+    for path in [&disk, &base] {
+        chain::create(path, &CreateOptions::new(size)).unwrap();
+        let disk = open(path);
+        // Some data everywhere: tables over the whole disk.
+        for n in 0..64 {
+            disk.write_at(size / 64 * n, &[IoSlice::new(&[1; 4096])]).unwrap();
+        }
+        disk.flush().unwrap();
+    }
+    (disk, base)
+}
+
+fn main() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    println!("{:<64} {:>7} {:>7}", "ratio, more is better", "median", "worst");
+
+    let (shallow, deep) = (open(&stack(dir, 1)), open(&stack(dir, 100)));
+    claim("4 KiB random reads, depth 100 / depth 1", |s| reads(&deep, s), |s| reads(&shallow, s));
+    drop((shallow, deep));
+
+    let raw = dir.join("raw");
+    let file = File::options().read(true).write(true).create_new(true).open(&raw).unwrap();
+    (0..SIZE >> 20).for_each(|n| file.write_all_at(&[7; 1 << 20], n << 20).unwrap());
+    // As clean as the disk that was flushed.
+    file.sync_all().unwrap();
+    let path = dir.join("depth1-0");
+    let disk = open(&path);
+    let mut buffer = [0; BLOCK as usize];
+    claim(
+        "4 KiB random reads, engine / pread of a raw file",
+        |s| reads(&disk, s),
+        |s| blocks(s).for_each(|at| file.read_exact_at(&mut buffer, at).unwrap()),
+    );
+    claim(
+        "4 KiB random writes in place, engine / pwrite to a raw file",
+        |s| writes(&disk, s),
+        |s| {
+            let block = [s as u8; BLOCK as usize];
+            blocks(s).for_each(|at| file.write_all_at(&block, at).unwrap());
+        },
+    );
+    drop(disk);
+
+    let (small, large) = (family(dir, 1 << 30), family(dir, 1 << 40));
+    let take = |path: &Path, s: u64| {
+        (0..10).for_each(|n| snapshot::create(path, &format!("s{s}-{n}"), "").unwrap());
+    };
+    claim("snapshot create, 1 TiB / 1 GiB", |s| take(&large.0, s), |s| take(&small.0, s));
+    let clone = |path: &Path, s: u64| {
+        let base = Base::seal(path).unwrap();
+        let name = |n| path.with_extension(format!("{s}-{n}"));
+        (0..10).for_each(|n| base.clone_to(&name(n)).unwrap());
+    };
+    claim("clone, 1 TiB / 1 GiB", |s| clone(&large.1, s), |s| clone(&small.1, s));
+
+    let convert = |tool: &str, words: &[&str], target: &Path| {
+        let _ = std::fs::remove_file(target);
+        let done = Command::new(tool).arg("convert").args(words).arg(&path).arg(target).status();
+        assert!(done.unwrap().success());
+    };
+    if Command::new("qemu-img").arg("--version").output().is_ok() {
+        claim(
+            "convert to raw, vdisk / qemu-img (both with the start of a process)",
+            |_| convert(env!("CARGO_BIN_EXE_vdisk"), &["--format", "raw"], &dir.join("ours")),
+            |_| convert("qemu-img", &["-O", "raw"], &dir.join("theirs")),
+        );
+    }
+}
