@@ -9,7 +9,7 @@ use super::gate;
 use super::open::{Peek, peek};
 use super::tree::names_beside;
 use crate::error::Result;
-use crate::image::{Label, Role};
+use crate::image::{Id, Label, Role};
 use crate::storage::draft::directory;
 
 /// A file with all that stand on it.
@@ -42,6 +42,12 @@ impl Node {
             return Some(self);
         }
         self.children.iter().find_map(|child| child.find(path))
+    }
+
+    /// Whether it, or something on it, is a layer of the disk with that id.
+    fn holds_layer_of(&self, disk: Id) -> bool {
+        let own = self.label().is_some_and(|l| l.disk == disk);
+        own || self.children.iter().any(|c| c.holds_layer_of(disk))
     }
 
     /// Whether it, or something on it, is the file at `path`.
@@ -83,8 +89,9 @@ pub fn forest(directories: &[PathBuf]) -> Result<Vec<Node>> {
     Ok(nodes)
 }
 
-/// The tree that the disk at `path` belongs to.
-pub fn tree_of(path: &Path) -> Result<Option<Node>> {
+/// The trees that the disk at `path` and its snapshots belong to: one, unless a base was merged
+/// into several branches.
+pub fn trees_of(path: &Path) -> Result<Vec<Node>> {
     let mut directories = vec![directory(path).to_path_buf()];
     let mut at = path.to_path_buf();
     for _ in 0..gate::MAX_DEPTH {
@@ -99,7 +106,10 @@ pub fn tree_of(path: &Path) -> Result<Option<Node>> {
         }
         at = below;
     }
-    Ok(forest(&directories)?.into_iter().find(|n| n.holds(path)))
+    let disk = peek(path)?.and_then(|p| Some(p.identity.label?.disk));
+    let mut trees = forest(&directories)?;
+    trees.retain(|tree| tree.holds(path) || disk.is_some_and(|disk| tree.holds_layer_of(disk)));
+    Ok(trees)
 }
 
 struct File {

@@ -142,8 +142,8 @@ fn snapshots(disk: &Path) -> Result<Vec<Snapshot>> {
 }
 
 fn clones(disk: &Path) -> Result<Vec<PathBuf>> {
-    let tree = chain::forest::tree_of(disk)?;
-    let Some(node) = tree.as_ref().and_then(|t| t.find(disk)) else { return Ok(Vec::new()) };
+    let trees = chain::forest::trees_of(disk)?;
+    let Some(node) = trees.iter().find_map(|t| t.find(disk)) else { return Ok(Vec::new()) };
     let own = node.label().map(|l| l.disk);
     let others = node.children.iter().filter(|c| own.is_none() || c.label().map(|l| l.disk) != own);
     Ok(others.map(|c| head_of(c, c).unwrap_or(c).path.clone()).collect())

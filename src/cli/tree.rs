@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args as ClapArgs;
 use serde_json::{Value, json};
 use vdisk::Result;
-use vdisk::chain::forest::{Node, forest, tree_of};
+use vdisk::chain::forest::{Node, forest, trees_of};
 use vdisk::image::Role;
 
 use super::size;
@@ -24,7 +24,7 @@ pub fn run(args: &Args) -> Result<u8> {
     let trees = if args.disk.is_dir() {
         forest(std::slice::from_ref(&args.disk))?
     } else {
-        tree_of(&args.disk)?.into_iter().collect()
+        trees_of(&args.disk)?
     };
     if args.json {
         println!("{}", Value::Array(trees.iter().map(|n| value(n, &args.disk)).collect()));
