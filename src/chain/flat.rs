@@ -241,6 +241,9 @@ fn join(before: &mut Run, next: &Run) -> bool {
         (Mapping::Data { host: a, .. }, Mapping::Data { host: b, .. }) => {
             before.layer == next.layer && a.checked_add(before.extent.len) == Some(b)
         }
+        (Mapping::Zero { host: Some(a) }, Mapping::Zero { host: Some(b) }) => {
+            before.layer == next.layer && a.checked_add(before.extent.len) == Some(b)
+        }
         (Mapping::Compressed { .. }, _) | (_, Mapping::Compressed { .. }) => false,
         (a, b) => a == b && before.layer == next.layer,
     };
@@ -256,6 +259,9 @@ fn cut(run: Run, at: GuestOffset, len: u64) -> Run {
     let mapping = match run.extent.mapping {
         Mapping::Data { host, exclusive } => {
             Mapping::Data { host: HostOffset(host.0 + skip), exclusive }
+        }
+        Mapping::Zero { host: Some(host) } => {
+            Mapping::Zero { host: Some(HostOffset(host.0 + skip)) }
         }
         other => other,
     };

@@ -97,10 +97,18 @@ impl Gate {
     }
 }
 
-/// The path and format of the layer that `child` names as its backing file.
-pub(super) fn admit(child: &Path, backing: &Backing) -> Result<(PathBuf, Format)> {
+/// The path and format of the layer that `child` names as its backing file; no format where the
+/// child does not say it and it may be guessed.
+pub(super) fn admit(
+    child: &Path,
+    backing: &Backing,
+    may_guess: bool,
+) -> Result<(PathBuf, Option<Format>)> {
     let path = resolve(child, &backing.name)?;
     let Some(format) = &backing.format else {
+        if may_guess {
+            return Ok((path, None));
+        }
         let message = format!(
             "names '{}' as its backing file without saying its format, and guessing from contents \
              that a guest may have written is not safe: record the format with `vdisk rebase \
@@ -113,7 +121,7 @@ pub(super) fn admit(child: &Path, backing: &Backing) -> Result<(PathBuf, Format)
         let message = format!("declares its backing file's format: {}", e.message());
         Error::unsupported(message).at_path(child)
     })?;
-    Ok((path, format))
+    Ok((path, Some(format)))
 }
 
 /// The path that a backing file's name means: relative to the directory of the image that names it.

@@ -191,7 +191,7 @@ fn fold_up(child: &Member, layer: &Member, progress: &mut Progress<'_>) -> Resul
             (extent.len, extent.mapping)
         } else {
             // The layer ends here and hides what is below it.
-            (end - at, Mapping::Zero { allocated: false })
+            (end - at, Mapping::Zero { host: None })
         };
         let len = len.min(CHUNK);
         match mapping {

@@ -7,6 +7,7 @@ mod clone;
 mod compare;
 mod convert;
 mod create;
+mod descent;
 mod device;
 mod flat;
 mod foreign;
@@ -32,8 +33,9 @@ pub use clone::{Base, unseal};
 pub use compare::{Difference, compare};
 pub use convert::{Copying, Target, convert, copy_into};
 pub use create::{create, create_raw, ephemeral};
+pub use descent::Descent;
 pub use gate::{Format, MAX_DEPTH, resolve};
-pub use open::{OpenOptions, Peek, open, open_image, peek, probe};
+pub use open::{OpenOptions, Peek, open, open_file, open_image, peek, probe};
 
 use flat::Flat;
 use inflight::InFlight;

@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::gate::{self, Format, Gate};
-use super::{Chain, Layer, foreign, heal};
-use crate::error::{Error, ErrorKind, Result};
+use super::descent::Descent;
+use super::gate::Format;
+use super::{Chain, Layer, foreign};
+use crate::error::Result;
 use crate::formats::{probe as signature, raw};
-use crate::image::{Identity, Image, Role};
+use crate::image::{Identity, Image};
 use crate::qcow2;
 use crate::storage::{Access, FileOptions, FileStorage, Storage};
 
@@ -26,6 +27,9 @@ pub struct OpenOptions {
     pub same_contents: bool,
     /// Open for writing what is marked corrupt or was not closed well, to check and mend it.
     pub repair: bool,
+    /// Guess the format of a backing file whose child does not say it. Not safe where a guest may
+    /// have written it: it can make a raw disk look like any other format.
+    pub probe_backing: bool,
     /// Bytes of metadata to keep in memory, for the whole chain.
     pub cache: u64,
 }
@@ -39,6 +43,7 @@ impl Default for OpenOptions {
             unprotected: false,
             same_contents: false,
             repair: false,
+            probe_backing: false,
             cache: 32 << 20,
         }
     }
@@ -50,63 +55,36 @@ impl OpenOptions {
         OpenOptions { read_only: false, ..OpenOptions::default() }
     }
 
-    fn access(&self) -> Access {
-        match (self.shared, self.read_only) {
+    fn file_options(&self) -> FileOptions {
+        let access = match (self.shared, self.read_only) {
             (true, true) => Access::ReadShared,
             (false, true) => Access::Read,
             (_, false) => Access::Write,
-        }
+        };
+        FileOptions { access: Some(access), write: !self.read_only }
     }
 }
 
 /// Opens the disk at `path` with all layers below it.
 ///
 /// # Errors
-/// [`ErrorKind::Sealed`] for writing to a layer that others stand on; [`ErrorKind::BaseChanged`]
-/// where a layer below is not the one its child was made from; [`ErrorKind::InUse`],
-/// [`ErrorKind::Denied`] and [`ErrorKind::Corrupt`] name the file that they are about.
+/// [`ErrorKind::Sealed`](crate::ErrorKind::Sealed) for writing to a layer that others stand on;
+/// [`ErrorKind::BaseChanged`](crate::ErrorKind::BaseChanged) where a layer below is not the one its
+/// child was made from; others name the file that they are about.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Chain> {
-    let mut gate = Gate::new();
-    gate.pass(path)?;
-    if !options.read_only && !options.unprotected {
-        heal::heal(path)?;
-    }
-    let head = open_image(path, options)?;
-    let mut identity = identity(&head)?;
-    if !options.read_only && !options.unprotected {
-        check_not_frozen(path, &identity)?;
-    }
-    let below = OpenOptions { read_only: true, format: None, ..options.clone() };
-    let mut lower: Vec<Layer> = Vec::new();
-    while let Some(backing) = identity.backing.clone() {
-        let child = lower.last().unwrap_or(&head);
-        let (parent, format) = gate::admit(&child.path, &backing)?;
-        let named = |e: Error| match e.kind() {
-            ErrorKind::NotFound => Error::new(
-                ErrorKind::NotFound,
-                format!("is missing; '{}' names it as its backing file", child.path.display()),
-            )
-            .at_path(&parent),
-            _ => e,
-        };
-        gate.pass(&parent).map_err(named)?;
-        let layer = open_image(&parent, &OpenOptions { format: Some(format), ..below.clone() })?;
-        let found = self::identity(&layer)?;
-        if !options.unprotected {
-            check_unchanged(&child.path, &identity, &parent, &found)?;
-            foreign::check_parent(child, &layer)?;
-        }
-        lower.push(layer);
-        identity = found;
-    }
-    // A quarter for the head's tables, the rest for the map over all others.
-    Ok(Chain::new(head, lower, options.cache / 2))
+    let mut descent = Descent::begin(path, options)?;
+    while descent.step()? {}
+    Ok(descent.finish())
 }
 
 /// Opens one layer alone.
 pub fn open_image(path: &Path, options: &OpenOptions) -> Result<Layer> {
-    let file_options = FileOptions { access: Some(options.access()), write: !options.read_only };
-    let file = Arc::new(FileStorage::open(path, file_options)?);
+    let file = Arc::new(FileStorage::open(path, options.file_options())?);
+    open_file(path, file, options)
+}
+
+/// Opens one layer alone, in a file that is open already.
+pub fn open_file(path: &Path, file: Arc<FileStorage>, options: &OpenOptions) -> Result<Layer> {
     let format = match options.format {
         Some(format) => format,
         None => probe(&*file)?,
@@ -119,7 +97,7 @@ pub fn open_image(path: &Path, options: &OpenOptions) -> Result<Layer> {
             let inner = qcow2::OpenOptions { read_only, cache, same_contents, repair };
             Arc::new(qcow2::Image::open(file.clone(), inner).map_err(|e| e.at_path(path))?)
         }
-        other => foreign::open(other, path, file.clone(), file_options)?,
+        other => foreign::open(other, path, file.clone(), options.file_options())?,
     };
     Ok(Layer { path: path.to_path_buf(), format, image, file })
 }
@@ -158,62 +136,4 @@ pub fn probe(storage: &dyn Storage) -> Result<Format> {
         Some(name) => Format::from_name(name),
         None => Ok(Format::Raw),
     }
-}
-
-fn identity(layer: &Layer) -> Result<Identity> {
-    layer.image.identity().map_err(|e| e.at_path(&layer.path))
-}
-
-/// A layer that others stand on is not written.
-fn check_not_frozen(path: &Path, identity: &Identity) -> Result<()> {
-    let Some(label) = &identity.label else { return Ok(()) };
-    let message = match label.role {
-        Role::Head => return Ok(()),
-        Role::Base => {
-            "is a base: clones stand on it, and writing would change them. Make a clone of \
-                       it and write to that, or `vdisk unseal` it when no clone is left"
-                .to_owned()
-        }
-        Role::Snapshot | Role::Merging | Role::Leaving => format!(
-            "is the frozen layer of snapshot '{}'; write to the disk itself or to a clone of this",
-            label.name
-        ),
-    };
-    Err(Error::new(ErrorKind::Sealed, message).at_path(path))
-}
-
-/// The parent's contents are those that the child was made on.
-fn check_unchanged(
-    child: &Path,
-    child_identity: &Identity,
-    parent: &Path,
-    parent_identity: &Identity,
-) -> Result<()> {
-    let Some(own) = &child_identity.label else { return Ok(()) };
-    let Some(expected) = own.parent else { return Ok(()) };
-    let what = match &parent_identity.label {
-        // A merge that was stopped: the parent holds all of the child, and is to take its name.
-        Some(label) if label.layer == own.layer => return Ok(()),
-        None => "it is another file than before, or its label was removed",
-        Some(label) if label.layer != expected.layer => "it is another layer than before",
-        Some(_) if expected.content.is_nil() => return Ok(()),
-        // It is being overwritten with what its child holds anyway.
-        Some(label) if label.role == Role::Merging => return Ok(()),
-        Some(label) if label.content != expected.content => "its contents were given a new id",
-        // A merge that was stopped: whatever it has written there, the child shows itself.
-        Some(label) if label.role == Role::Merging => return Ok(()),
-        Some(_) if !parent_identity.vouched => "another program has opened it for writing",
-        Some(_) => return Ok(()),
-    };
-    Err(Error::new(
-        ErrorKind::BaseChanged,
-        format!(
-            "has changed since '{}' was made on it: {what}. Bring the old file back, or take it as \
-             it is now with `vdisk rebase {} --unsafe --backing {}`",
-            child.display(),
-            child.display(),
-            parent.display()
-        ),
-    )
-    .at_path(parent))
 }

@@ -18,6 +18,7 @@ mod mount_control;
 mod mount_daemon;
 mod mount_snapshots;
 mod output;
+mod qemu_img;
 mod rebase;
 mod resize;
 mod run;
@@ -27,6 +28,7 @@ mod stop;
 mod tree;
 mod umount;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -61,6 +63,9 @@ enum Verb {
     Umount(umount::Args),
     Write(bytes::WriteArgs),
     Run(run::Args),
+    /// Do as qemu-img does: `vdisk qemu-img --help` says more.
+    #[command(name = qemu_img::NAME, disable_help_flag = true)]
+    QemuImg(qemu_img::Args),
     #[command(name = vdisk::container::STAGE, hide = true)]
     ContainerStage(run::Stage),
 }
@@ -71,7 +76,17 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 64;
 
 /// Parses the command line, runs the command and says how it ended.
+///
+/// A program that is called as `qemu-img`, and `vdisk qemu-img`, reads its command line as that does.
 pub fn run() -> ExitCode {
+    let mut words = std::env::args_os();
+    let called = words.next().unwrap_or_default();
+    if Path::new(&called).file_name().is_some_and(|name| name == qemu_img::NAME) {
+        return qemu_img::run(words);
+    }
+    if words.next().is_some_and(|verb| verb == qemu_img::NAME) {
+        return qemu_img::run(words);
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -101,6 +116,7 @@ pub fn run() -> ExitCode {
         Verb::Umount(args) => umount::run(args),
         Verb::Write(args) => bytes::write(args),
         Verb::Run(args) => run::run(args),
+        Verb::QemuImg(args) => return qemu_img::run(args.words.iter().cloned()),
         Verb::ContainerStage(args) => run::stage(args),
     };
     result.map_or_else(

@@ -59,7 +59,7 @@ impl image::Image for Image {
         let zero = |to: u64| Extent {
             start: extent.start,
             len: to.min(end) - start,
-            mapping: Mapping::Zero { allocated: false },
+            mapping: Mapping::Zero { host: Some(HostOffset(start)) },
         };
         Ok(match self.storage.next_data(start)? {
             None => zero(end),

@@ -53,7 +53,7 @@ impl Vdi {
         let entry = table + block.index(at) * 4;
         let mapping = match u32::from_le_bytes(map.array(entry)?) {
             FREE => Mapping::Unallocated,
-            DISCARDED => Mapping::Zero { allocated: false },
+            DISCARDED => Mapping::Zero { host: None },
             index => {
                 let host = block
                     .start(index.into())

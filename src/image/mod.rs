@@ -29,8 +29,8 @@ pub enum Mapping {
     },
     /// Reads as zeroes, whatever a lower layer holds.
     Zero {
-        /// Whether host clusters are kept for it.
-        allocated: bool,
+        /// Where host bytes are kept for it that are not to be read.
+        host: Option<HostOffset>,
     },
     /// A compressed cluster. Its descriptor is the format's own business.
     Compressed {

@@ -109,10 +109,12 @@ pub(super) fn feature_names() -> Extension {
 /// Says the incompatible bits of `unknown` in words: by the image's own feature name table where
 /// it has them, and the rest as a number.
 pub(super) fn name_bits(extensions: &[Extension], unknown: u64) -> String {
-    let table = extensions.iter().find(|e| e.magic == FEATURE_NAMES);
+    let table = extensions.iter().rfind(|e| e.magic == FEATURE_NAMES);
     let mut rest = unknown;
     let mut names = Vec::new();
-    for entry in table.map_or(&[][..], |t| &t.data).chunks_exact(NAME_ENTRY) {
+    let entries = table.map_or(&[][..], |t| &t.data).chunks(NAME_ENTRY);
+    // The last name may be cut short: what is missing would only be padding.
+    for entry in entries.filter(|e| e.len() > 2) {
         let bit = 1u64.checked_shl(u32::from(entry[1])).unwrap_or(0);
         if entry[0] == FeatureKind::Incompatible as u8 && rest & bit != 0 {
             let name = entry[2..].split(|b| *b == 0).next().unwrap_or_default();

@@ -202,10 +202,12 @@ impl Header {
                 .map_err(|_| Error::unsupported("the backing file's name is not UTF-8"))
         };
         let mut format = None;
-        let recorded = self.extensions.iter().position(|e| e.magic == extension::BACKING_FORMAT);
-        if let Some(at) = recorded {
-            format = Some(text(&self.extensions.remove(at).data)?);
+        // Where there are several, the last one counts, as with every extension.
+        let is_format = |e: &Extension| e.magic == extension::BACKING_FORMAT;
+        if let Some(recorded) = self.extensions.iter().rfind(|e| is_format(e)) {
+            format = Some(text(&recorded.data)?);
         }
+        self.extensions.retain(|e| !is_format(e));
         self.backing = Some(Backing { name: text(name)?, format });
         Ok(())
     }
@@ -296,6 +298,21 @@ impl Header {
             corrupt: is(incompatible::CORRUPT),
             internal_snapshots: Some(self.snapshots),
         }
+    }
+
+    /// Whether the image was not closed by its last writer: refcounts may be wrong.
+    pub fn is_dirty(&self) -> bool {
+        self.incompatible & incompatible::DIRTY != 0
+    }
+
+    /// Whether some program found the image damaged.
+    pub fn is_corrupt(&self) -> bool {
+        self.incompatible & incompatible::CORRUPT != 0
+    }
+
+    /// Whether refcounts may be written late.
+    pub fn has_lazy_refcounts(&self) -> bool {
+        self.compatible & LAZY_REFCOUNTS != 0
     }
 
     /// Bytes of guest disk that one L2 table maps.

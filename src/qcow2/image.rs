@@ -142,16 +142,17 @@ impl Image {
             header: Mutex::new(header),
             storage,
         };
-        if !options.read_only && !options.repair {
-            image.settle()?;
+        if !options.read_only {
+            image.settle(options.repair)?;
         }
         Ok(image)
     }
 
     /// Brings an image that is opened for writing into the state that writing relies on.
-    fn settle(&self) -> Result<()> {
+    /// What is to be checked and mended keeps its marks until that is done.
+    fn settle(&self, repair: bool) -> Result<()> {
         let header = self.header();
-        if header.incompatible & incompatible::DIRTY != 0 {
+        if !repair && header.incompatible & incompatible::DIRTY != 0 {
             let check = self.check(Repair::All)?;
             if check.corruptions > 0 || check.errors > 0 {
                 let message = "the image was not closed well and cannot be repaired on opening";

@@ -246,6 +246,9 @@ fn continues(first: Mapping, done: u64, next: Mapping) -> bool {
         (Mapping::Data { host: a, exclusive: x }, Mapping::Data { host: b, exclusive: y }) => {
             x == y && a.checked_add(done) == Some(b)
         }
+        (Mapping::Zero { host: Some(a) }, Mapping::Zero { host: Some(b) }) => {
+            a.checked_add(done) == Some(b)
+        }
         (Mapping::Compressed { .. }, Mapping::Compressed { .. }) => false,
         (a, b) => a == b,
     }
@@ -255,7 +258,7 @@ fn continues(first: Mapping, done: u64, next: Mapping) -> bool {
 fn mapping(shape: Shape, entry: Entry, within: u64) -> Result<Mapping> {
     Ok(match shape.kind(entry, within)? {
         Kind::Unallocated => Mapping::Unallocated,
-        Kind::Zero => Mapping::Zero { allocated: entry.host().is_some() },
+        Kind::Zero => Mapping::Zero { host: entry.host().map(|h| h + within) },
         Kind::Compressed => Mapping::Compressed { descriptor: entry.descriptor },
         Kind::Data => Mapping::Data {
             host: HostOffset((entry.descriptor & OFFSET) + within),

@@ -52,7 +52,9 @@ impl Image {
         }
         let cluster = self.shape.cluster;
         let leaves_holes = match after {
-            After::Zero { .. } | After::Discarded => !self.has_backing(),
+            // Who keeps the space wants the zeroes said, too.
+            After::Zero { keep } => !keep && !self.has_backing(),
+            After::Discarded => !self.has_backing(),
             After::Exposed => true,
         };
         let mut pos = at.0;

@@ -67,7 +67,7 @@ impl Vhdx {
             (0, _) => Ok((Mapping::Unallocated, len)),
             // Undefined, zero and unmapped, also as version 0.95 numbered it: zeroes are what
             // all of them allow.
-            (1 | 2 | 3 | 5, _) => Ok((Mapping::Zero { allocated: false }, len)),
+            (1 | 2 | 3 | 5, _) => Ok((Mapping::Zero { host: None }, len)),
             (6, _) => Ok((runs::data(self.host(entry, place, within, len)?), len)),
             (7, Some(_)) => self.partial(bat, at, (place, entry)),
             (state, _) => Err(Error::corrupt(format!(

@@ -241,9 +241,7 @@ impl Image for Vmdk {
             Bytes::Flat { offset, .. } => {
                 Ok(Extent { start: at, len, mapping: runs::data(part.base + offset + skip) })
             }
-            Bytes::Zero => {
-                Ok(Extent { start: at, len, mapping: Mapping::Zero { allocated: false } })
-            }
+            Bytes::Zero => Ok(Extent { start: at, len, mapping: Mapping::Zero { host: None } }),
             Bytes::Sparse(sparse) => {
                 let mut tables = sparse.tables();
                 let extent =

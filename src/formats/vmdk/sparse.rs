@@ -198,7 +198,7 @@ impl Sparse {
         let entry = table + slot * 4;
         let mapping = match u32::from_le_bytes(tables.array(entry)?) {
             0 => Mapping::Unallocated,
-            1 if self.header.flags & FLAG_ZERO_GRAIN != 0 => Mapping::Zero { allocated: false },
+            1 if self.header.flags & FLAG_ZERO_GRAIN != 0 => Mapping::Zero { host: None },
             sector => {
                 let host = u64::from(sector) * SECTOR.bytes();
                 let stored = if self.header.compressed() { 0 } else { within + len };

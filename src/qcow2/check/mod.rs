@@ -61,12 +61,20 @@ impl Image {
             messages.truncate(Check::MAX_MESSAGES);
             check = Check { corruptions_fixed, leaks_fixed, messages, ..again };
         }
-        let marks = incompatible::DIRTY | incompatible::CORRUPT;
-        let right = check.corruptions == 0 && check.errors == 0;
-        if right && self.header().incompatible & marks != 0 {
-            self.update_header(|h| h.incompatible &= !marks)?;
+        if check.corruptions == 0 && check.errors == 0 {
+            self.mark_right()?;
         }
         Ok(check)
+    }
+
+    /// Takes the marks of an image away that was not closed well, or was found corrupt: a check has
+    /// found it right.
+    pub fn mark_right(&self) -> Result<()> {
+        let marks = incompatible::DIRTY | incompatible::CORRUPT;
+        if self.header().incompatible & marks == 0 {
+            return Ok(());
+        }
+        self.update_header(|h| h.incompatible &= !marks)
     }
 
     /// The refcount of a cluster, 0 where it cannot be told.

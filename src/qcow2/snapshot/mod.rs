@@ -80,13 +80,14 @@ impl Image {
     /// [`ErrorKind::Invalid`] where a refcount has no room for one more reference: nothing is
     /// changed then.
     pub fn create_snapshot(&mut self, new: &NewSnapshot) -> Result<String> {
-        let (header, mut snapshots) = self.begin_snapshots()?;
-        if snapshots.len() >= MAX_SNAPSHOTS as usize {
+        // The table need not be read to know that it is full.
+        if self.header().snapshots >= MAX_SNAPSHOTS {
             return Err(Error::invalid("an image has 65536 snapshots at most").with_os_error(EFBIG));
         }
         if new.name.len() > usize::from(u16::MAX) {
             return Err(Error::invalid("a snapshot's name has 65535 bytes at most"));
         }
+        let (header, mut snapshots) = self.begin_snapshots()?;
         let mut l1 = self.active_l1(&header)?;
         let more = self.references(&l1)?;
         self.can_add(&more)?;

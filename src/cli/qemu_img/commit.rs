@@ -1,0 +1,123 @@
+//! `qemu-img commit`: writes what an image holds into an image below it.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::path::{Path, PathBuf};
+
+use vdisk::addr::GuestOffset;
+use vdisk::block::BlockDevice;
+use vdisk::chain::{Chain, Descent, OpenOptions};
+
+use super::args::{self, flag, value};
+use super::fail::{Fail, Outcome, reason};
+use super::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use super::name::Source;
+use super::open::{self, Opened, Use, full_backing_name};
+use super::status;
+
+/// Bytes that are copied at a time.
+const PIECE: u64 = 2 << 20;
+
+pub fn run(args: &[String]) -> Outcome {
+    let known = [
+        FORMAT,
+        value("t"),
+        value("b"),
+        flag("d"),
+        flag("p"),
+        QUIET,
+        value("r"),
+        OBJECT,
+        IMAGE_OPTS,
+    ];
+    let given = args::parse(args, &known)?;
+    let name = given.only_name()?;
+    given.check_cache("t", "cache")?;
+    let source = given.source(name)?;
+    let opened = open::layer(&source, Use::writing())?;
+    let (upper, lower) = split(&source, &opened, given.get("b"))?;
+    copy(&upper, &lower)?;
+    // What stays between the image and the base keeps its meaning only while the image does.
+    if !given.has("d") && !given.has("b") {
+        empty(&upper).map_err(|e| Fail::new(format!("Could not empty {name}: {}", reason(&e))))?;
+    }
+    if !given.has("q") {
+        println!("Image committed.");
+    }
+    Ok(0)
+}
+
+/// The layers above the base as one disk, and the base with what is below it, for writing.
+fn split(source: &Source, opened: &Opened, base: Option<&str>) -> Outcome<(Chain, Chain)> {
+    let failed = |e: vdisk::Error| Fail::new(reason(&e));
+    let options = OpenOptions { read_only: false, probe_backing: true, ..OpenOptions::default() };
+    let mut upper = Descent::from_head(opened.layer.clone(), &options).map_err(failed)?;
+    let not_found = || {
+        Fail::new(match base {
+            Some(base) => {
+                format!("Did not find '{base}' in the backing chain of '{}'", source.given)
+            }
+            None => "Image does not have a backing file".to_owned(),
+        })
+    };
+    let mut shown = opened.shown.clone();
+    loop {
+        let recorded = upper.recorded().cloned().ok_or_else(not_found)?;
+        let full = full_backing_name(&shown, &recorded.name);
+        let path = open::backing_path(&full);
+        let is_base = match base {
+            None => true,
+            Some(base) => names(base, &shown, &recorded.name, &path),
+        };
+        if is_base {
+            let below = Source::named(&full, recorded.format.as_deref())?;
+            let lower = open::chain(&below, Use::writing())?;
+            return Ok((upper.finish(), lower));
+        }
+        upper.step().map_err(failed)?;
+        shown = full;
+    }
+}
+
+/// Whether `base` is a name of the backing file: as it is recorded, or of the same file.
+fn names(base: &str, child: &str, recorded: &str, path: &Path) -> bool {
+    if base == recorded {
+        return true;
+    }
+    let real = |p: PathBuf| std::fs::canonicalize(p).ok();
+    let Some(wanted) = real(path.to_path_buf()) else { return false };
+    real(open::backing_path(&full_backing_name(child, base))) == Some(wanted)
+}
+
+/// Writes what `upper` holds into `lower`.
+fn copy(upper: &Chain, lower: &Chain) -> Outcome<()> {
+    let failed = |e: vdisk::Error| Fail::new(format!("Block job failed: {}", reason(&e)));
+    let size = upper.size();
+    if lower.size() < size {
+        lower.resize(size).map_err(failed)?;
+    }
+    let layers = upper.all_layers();
+    let mut bytes = vec![0; PIECE.min(size) as usize];
+    let mut at = 0;
+    while at < size {
+        let status = status::at(&layers, at, size - at)?;
+        let mut len = status.len;
+        if status.allocated && status.zero {
+            lower.write_zeroes(at, len, true).map_err(failed)?;
+        } else if status.allocated {
+            len = len.min(PIECE);
+            let part = &mut bytes[..len as usize];
+            upper.read_at(at, &mut [IoSliceMut::new(part)]).map_err(failed)?;
+            lower.write_at(at, &[IoSlice::new(part)]).map_err(failed)?;
+        }
+        at += len;
+    }
+    lower.flush().map_err(failed)
+}
+
+/// Gives all clusters of the head back: the base shows them now.
+fn empty(upper: &Chain) -> vdisk::Result<()> {
+    let head = upper.head().image;
+    let size = head.size();
+    head.discard(GuestOffset(0), size, true)?;
+    head.flush()
+}

@@ -1,0 +1,238 @@
+//! `qemu-img convert`: copies one or more images into another one.
+
+use std::collections::VecDeque;
+use std::path::Path;
+
+use vdisk::block::BlockDevice;
+use vdisk::chain::Chain;
+
+use super::args::{self, Given, Opt, flag, long, value};
+use super::copy::{Copying, Part, copy};
+use super::create;
+use super::create_options::{self as options, Chosen};
+use super::fail::{Fail, Outcome};
+use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
+use super::name::{Protocol, Source};
+use super::open::{self, Use};
+use super::opts;
+use super::size;
+
+/// The smallest run of zeroes that is looked for, in bytes, unless the user says otherwise.
+const SPARSE: u64 = 4096;
+/// Runs of zeroes of another length are not looked for.
+const MAX_SPARSE: u64 = 2 << 20;
+
+const KNOWN: &[Opt] = &[
+    FORMAT,
+    value("O"),
+    value("B"),
+    flag("C"),
+    flag("c"),
+    value("F"),
+    value("o"),
+    value("l"),
+    value("S"),
+    flag("p"),
+    value("t"),
+    CACHE,
+    QUIET,
+    flag("n"),
+    value("m"),
+    flag("W"),
+    SHARED,
+    value("r"),
+    OBJECT,
+    IMAGE_OPTS,
+    long("target-image-opts"),
+    long("salvage"),
+    long("target-is-zero"),
+    long("bitmaps"),
+    long("skip-broken-bitmaps"),
+];
+
+pub fn run(args: &[String]) -> Outcome {
+    let given = args::parse(args, KNOWN)?;
+    let list = opts::joined(given.all("o"))?;
+    let sparse = given.get("S").map(sparse).transpose()?;
+    if let Some(text) = given.get("m") {
+        let count = text.parse::<u64>().ok().filter(|n| (1..=16).contains(n));
+        count.ok_or_else(|| {
+            Fail::new(
+                "Invalid number of coroutines. Allowed number of coroutines is between 1 and 16",
+            )
+        })?;
+    }
+    check_combination(&given)?;
+    let mut names = VecDeque::from(given.names.clone());
+    let target = names.pop_back();
+    let format = given.get("O").unwrap_or("raw");
+    if list.as_deref().is_some_and(opts::asks_for_help) {
+        return options::print_help(format, target.is_some());
+    }
+    let Some(target) = target.filter(|_| !names.is_empty()) else {
+        return Err(Fail::new("Must specify image file name"));
+    };
+    if names.len() > 1 && given.has("B") {
+        return Err(Fail::new(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ));
+    }
+    given.check_cache("T", "source cache")?;
+    given.check_cache("t", "cache")?;
+    let sources = sources(&given, names)?;
+    let list = list.as_deref().unwrap_or("");
+    let request = Request { given: &given, target: &target, format, list };
+    let (chain, has_backing, is_new) = request.target(&sources)?;
+    let copying = Copying {
+        target: &chain,
+        sparse: sparse.unwrap_or(SPARSE),
+        compress: given.has("c"),
+        has_backing,
+        salvage: given.has("salvage"),
+        quiet: given.has("q"),
+        progress: given.has("p") && !given.has("q"),
+        reads_zero: is_new && !has_backing || given.has("target-is-zero"),
+    };
+    copy(&sources, &copying)?;
+    Ok(0)
+}
+
+fn sparse(text: &str) -> Outcome<u64> {
+    let size = size::operand("buffer size for sparse output", text)?;
+    if size > MAX_SPARSE || !size.is_multiple_of(512) {
+        return Err(Fail::new(format!(
+            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to \
+             {MAX_SPARSE}. Select 0 to disable sparse detection (fully allocates output)."
+        )));
+    }
+    Ok(size)
+}
+
+fn check_combination(given: &Given) -> Outcome<()> {
+    let fail = |text: &str| Err(Fail::new(text));
+    if given.has("skip-broken-bitmaps") && !given.has("bitmaps") {
+        return fail("Use of --skip-broken-bitmaps requires --bitmaps");
+    }
+    if given.has("target-image-opts") && !given.has("n") {
+        return fail("--target-image-opts requires use of -n flag");
+    }
+    if given.has("target-is-zero") && !given.has("n") {
+        return fail("--target-is-zero requires use of -n flag");
+    }
+    if given.has("n") && given.has("o") {
+        return fail("-o has no effect when skipping image creation");
+    }
+    if given.has("C") {
+        if given.has("S") {
+            return fail("Cannot enable copy offloading when -S is used");
+        }
+        if given.has("c") {
+            return fail("Cannot enable copy offloading when -c is used");
+        }
+        if given.has("salvage") {
+            return fail("Cannot use copy offloading in salvaging mode");
+        }
+    }
+    Ok(())
+}
+
+/// Opens the sources, one behind the other.
+fn sources(given: &Given, names: VecDeque<String>) -> Outcome<Vec<Part>> {
+    let mut parts = Vec::new();
+    let mut start = 0;
+    for name in names {
+        let source = given.source(&name)?;
+        let chain = match given.get("l") {
+            Some(snapshot) => open::at_snapshot(&source, snapshot, given.reading())?,
+            None => open::chain(&source, given.reading())?,
+        };
+        let part = Part::new(chain, start);
+        start += part.size;
+        parts.push(part);
+    }
+    Ok(parts)
+}
+
+struct Request<'a> {
+    given: &'a Given,
+    target: &'a str,
+    format: &'a str,
+    list: &'a str,
+}
+
+impl Request<'_> {
+    /// The target; whether it stands on a backing file of its own, and whether it is new.
+    fn target(&self, sources: &[Part]) -> Outcome<(Chain, bool, bool)> {
+        let total: u64 = sources.iter().map(|p| p.size).sum();
+        let backing = self.given.get("B");
+        if self.given.has("n") {
+            let options = self.given.has("target-image-opts");
+            let format = (!options).then_some(self.format);
+            let source = Source::parse(self.target, format, options)?;
+            let chain = open::chain(&source, Use::writing())?;
+            if chain.size() < total {
+                return Err(Fail::new("output file is smaller than input file"));
+            }
+            return Ok((chain, backing.is_some(), false));
+        }
+        let known = options::with_file(self.format)?;
+        let path = create::file_path(self.target)?;
+        let mut chosen = Chosen::parse(known, self.list)?;
+        chosen.add_defaults()?;
+        chosen.set("size", &total.to_string())?;
+        for (key, value) in [("backing_file", backing), ("backing_fmt", self.given.get("F"))] {
+            let Some(value) = value else { continue };
+            if !chosen.knows(key) {
+                let what = key.trim_start_matches("backing_").replace("fmt", "format");
+                return Err(Fail::new(format!(
+                    "Backing {what} not supported for file format '{}'",
+                    self.format
+                )));
+            }
+            chosen.set(key, value)?;
+        }
+        if chosen.has("backing_file") && !chosen.has("backing_fmt") {
+            return Err(Fail::new("Use of backing file requires explicit backing format"));
+        }
+        self.check_compression(&chosen)?;
+        refuse_same_file(sources, &path)?;
+        create::make(&path, self.format, &chosen, false).map_err(|e| {
+            e.prefix(format!("{}: error while converting {}: ", self.target, self.format))
+        })?;
+        let source = Source {
+            protocol: Protocol::File(path),
+            ..Source::named(self.target, Some(self.format))?
+        };
+        let chain = open::chain(&source, Use::writing())?;
+        Ok((chain, chosen.has("backing_file"), true))
+    }
+
+    fn check_compression(&self, chosen: &Chosen) -> Outcome<()> {
+        if !self.given.has("c") {
+            return Ok(());
+        }
+        if self.format != "qcow2" {
+            return Err(Fail::new("Compression not supported for this file format"));
+        }
+        if chosen.text("preallocation").is_some_and(|p| p != "off") {
+            return Err(Fail::new("Compression and preallocation not supported at the same time"));
+        }
+        Ok(())
+    }
+}
+
+/// A source that is also the target is locked: say so before it is emptied.
+fn refuse_same_file(sources: &[Part], path: &Path) -> Outcome<()> {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |p: &Path| std::fs::metadata(p).ok().map(|m| (m.dev(), m.ino()));
+    let Some(own) = identity(path) else { return Ok(()) };
+    let layers = sources.iter().flat_map(|s| s.layers.iter());
+    if layers.into_iter().any(|l| identity(&l.path) == Some(own)) {
+        let name = path.display();
+        return Err(Fail::new(format!(
+            "{name}: error while converting: Failed to get \"write\" lock\nIs another process using the \
+             image [{name}]?"
+        )));
+    }
+    Ok(())
+}

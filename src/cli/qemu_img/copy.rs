@@ -1,0 +1,321 @@
+//! Copying flat disks into another one, sector for sector, and what is left out on the way.
+
+use std::io::{IoSlice, IoSliceMut, Write as _};
+use std::ops::Range;
+
+use vdisk::addr::GuestOffset;
+use vdisk::block::BlockDevice;
+use vdisk::chain::{Chain, Layer};
+
+use super::fail::{Fail, Outcome, reason, report};
+use super::status;
+
+/// Bytes that are copied at a time.
+const PIECE: u64 = 2 << 20;
+/// Zeroes are looked for by sectors.
+const SECTOR: u64 = 512;
+
+/// A source, and where it stands in the target.
+pub struct Part {
+    chain: Chain,
+    /// Its layers from the head down.
+    pub layers: Vec<Layer>,
+    /// Its size in bytes.
+    pub size: u64,
+    start: u64,
+}
+
+impl Part {
+    /// The source that begins `start` bytes into the target.
+    pub fn new(chain: Chain, start: u64) -> Part {
+        Part { layers: chain.all_layers(), size: chain.size(), chain, start }
+    }
+}
+
+/// How to copy.
+pub struct Copying<'a> {
+    /// Where to.
+    pub target: &'a Chain,
+    /// The shortest run of zeroes in bytes that is not written; 0 writes all.
+    pub sparse: u64,
+    /// Compress every cluster.
+    pub compress: bool,
+    /// What the source's own layer does not hold shows through from the target's backing file.
+    pub has_backing: bool,
+    /// Whether the target reads as zeroes where it is not written.
+    pub reads_zero: bool,
+    /// Read errors become zeroes.
+    pub salvage: bool,
+    /// Say nothing about them.
+    pub quiet: bool,
+    /// Show how far it is.
+    pub progress: bool,
+}
+
+/// What a stretch of the source is to the target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    Data,
+    Zero,
+    /// The target's backing file shows it.
+    Backing,
+}
+
+/// Copies all parts; the target is durable afterwards.
+pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
+    let total: u64 = parts.iter().map(|p| p.size).sum();
+    let target = copying.target;
+    let old = target.head().image.details().and_then(|d| d.version) == Some(2);
+    let mut run = Run {
+        parts,
+        copying,
+        total,
+        reads_zero: copying.reads_zero,
+        holds_zeroes: old && target.all_layers().len() > 1,
+        buf: Vec::new(),
+    };
+    if !run.reads_zero && !copying.has_backing && !copying.compress {
+        // All of an old target becomes zero at once, where its format can say so.
+        run.reads_zero = make_zero(target);
+    }
+    let mut at = 0;
+    while at < total {
+        if copying.progress {
+            print!("    ({:.2}/100%)\r", at as f64 * 100.0 / total as f64);
+            let _ = std::io::stdout().flush();
+        }
+        at = run.step(at)?;
+    }
+    if copying.progress {
+        println!("    (100.00/100%)\r");
+    }
+    target.flush().map_err(|e| Fail::new(reason(&e)))
+}
+
+/// Makes all of a disk read as zeroes without writing them; `false` where its format cannot.
+fn make_zero(target: &Chain) -> bool {
+    let head = target.head().image;
+    let (all, len) = (GuestOffset(0), target.size());
+    let alone = target.all_layers().len() == 1;
+    if head.discard(all, len, true).is_err() {
+        return false;
+    }
+    // What has clusters says it of each; else nothing is left that could show.
+    let said = head.details().is_some() && head.zero(all, len, false).is_ok();
+    said || alone
+}
+
+struct Run<'a> {
+    parts: &'a [Part],
+    copying: &'a Copying<'a>,
+    total: u64,
+    reads_zero: bool,
+    /// Zeroes are written as data: else the target would go on showing its backing file, which
+    /// version 2 images cannot hide otherwise.
+    holds_zeroes: bool,
+    buf: Vec<u8>,
+}
+
+impl Run<'_> {
+    /// Copies what begins at `at`; returns where to go on.
+    fn step(&mut self, at: u64) -> Outcome<u64> {
+        let (mut what, mut len) = self.look(at)?;
+        if self.copying.compress {
+            let cluster = self.copying.target.head().image.cluster().bytes();
+            if len < cluster {
+                // Compressed clusters are written whole, whatever is in them.
+                (what, len) = (What::Data, cluster.min(self.total - at));
+            } else {
+                len -= len % cluster;
+            }
+        }
+        if what == What::Zero && self.copying.sparse == 0 {
+            what = What::Data;
+        }
+        match what {
+            What::Backing => {}
+            What::Zero => self.zeroes(at, len)?,
+            What::Data => {
+                len = len.min(PIECE);
+                self.data(at, len)?;
+            }
+        }
+        Ok(at + len)
+    }
+
+    /// What stands at `at`, and how far.
+    fn look(&self, at: u64) -> Outcome<(What, u64)> {
+        let Some(part) = self.parts.iter().find(|p| at < p.start + p.size) else {
+            return Ok((What::Zero, self.total - at));
+        };
+        let pos = at - part.start;
+        let left = part.size - pos;
+        let layers = if self.copying.has_backing { &part.layers[..1] } else { &part.layers[..] };
+        let status = match status::at(layers, pos, left) {
+            Ok(status) => status,
+            Err(_) if self.copying.salvage => return Ok((What::Data, left.min(SECTOR))),
+            Err(e) => {
+                return Err(e.prefix(format!("error while reading block status at offset {at}: ")));
+            }
+        };
+        let what = match status {
+            status::Status { allocated: false, .. } if self.copying.has_backing => What::Backing,
+            status::Status { zero: true, .. } => What::Zero,
+            _ => What::Data,
+        };
+        Ok((what, status.len))
+    }
+
+    fn zeroes(&self, at: u64, len: u64) -> Outcome<()> {
+        if self.reads_zero {
+            return Ok(());
+        }
+        let target = self.copying.target;
+        if !self.holds_zeroes {
+            return target.write_zeroes(at, len, true).map_err(|e| write_failed(at, &e));
+        }
+        let bytes = vec![0; len.min(PIECE) as usize];
+        for pos in (at..at + len).step_by(PIECE as usize) {
+            let part = &bytes[..(at + len - pos).min(PIECE) as usize];
+            target.write_at(pos, &[IoSlice::new(part)]).map_err(|e| write_failed(pos, &e))?;
+        }
+        Ok(())
+    }
+
+    fn data(&mut self, at: u64, len: u64) -> Outcome<()> {
+        let mut buf = std::mem::take(&mut self.buf);
+        buf.resize(PIECE.max(len) as usize, 0);
+        let bytes = &mut buf[..len as usize];
+        self.read(at, bytes)?;
+        let done =
+            if self.copying.compress { self.compressed(at, bytes) } else { self.plain(at, bytes) };
+        self.buf = buf;
+        done
+    }
+
+    /// Reads across the parts.
+    fn read(&self, at: u64, bytes: &mut [u8]) -> Outcome<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let pos = at + done as u64;
+            let Some(part) = self.parts.iter().find(|p| pos < p.start + p.size) else {
+                bytes[done..].fill(0);
+                return Ok(());
+            };
+            let n = ((part.start + part.size - pos) as usize).min(bytes.len() - done);
+            self.read_part(part, pos, &mut bytes[done..done + n])?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn read_part(&self, part: &Part, pos: u64, bytes: &mut [u8]) -> Outcome<()> {
+        let from = pos - part.start;
+        let failed = match part.chain.read_at(from, &mut [IoSliceMut::new(bytes)]) {
+            Ok(()) => return Ok(()),
+            Err(e) => e,
+        };
+        if !self.copying.salvage {
+            let why = reason(&failed);
+            return Err(Fail::new(format!("error while reading at byte {pos}: {why}")));
+        }
+        if bytes.len() as u64 > SECTOR {
+            // Save what can be read, sector by sector.
+            let sectors = bytes.chunks_mut(SECTOR as usize).enumerate();
+            for (number, sector) in sectors {
+                self.read_part(part, pos + number as u64 * SECTOR, sector)?;
+            }
+            return Ok(());
+        }
+        if !self.copying.quiet {
+            report(format!("warning: error while reading offset {pos}: {}", reason(&failed)));
+        }
+        bytes.fill(0);
+        Ok(())
+    }
+
+    fn compressed(&self, at: u64, bytes: &[u8]) -> Outcome<()> {
+        let target = self.copying.target;
+        let cluster = target.head().image.cluster().bytes();
+        for (number, part) in bytes.chunks(cluster as usize).enumerate() {
+            let pos = at + number as u64 * cluster;
+            if self.copying.sparse > 0 && is_zero(part) {
+                self.zeroes(pos, part.len() as u64)?;
+            } else {
+                target.write_compressed(pos, part).map_err(|e| write_failed(pos, &e))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn plain(&self, at: u64, bytes: &[u8]) -> Outcome<()> {
+        let mut zero_from = 0;
+        for run in data_runs(at, bytes, self.copying.sparse) {
+            self.gap(at, zero_from..run.start)?;
+            zero_from = run.end;
+            let pos = at + run.start as u64;
+            let written = self.copying.target.write_at(pos, &[IoSlice::new(&bytes[run])]);
+            written.map_err(|e| write_failed(pos, &e))?;
+        }
+        self.gap(at, zero_from..bytes.len())
+    }
+
+    fn gap(&self, at: u64, range: Range<usize>) -> Outcome<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.zeroes(at + range.start as u64, range.len() as u64)
+    }
+}
+
+fn write_failed(at: u64, error: &vdisk::Error) -> Fail {
+    Fail::new(format!("error while writing at byte {at}: {}", reason(error)))
+}
+
+/// Whether all bytes are 0.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // Wide steps without an early end vectorise; blocks bound what is looked at in vain.
+    bytes.chunks(4096).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// The parts of `bytes`, which stand at `at`, that are to be written: blocks that hold anything,
+/// on boundaries of a power of two up to `sparse`, and those between them that are too few to be
+/// left out.
+fn data_runs(at: u64, bytes: &[u8], sparse: u64) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    if sparse == 0 {
+        runs.push(0..bytes.len());
+        return runs;
+    }
+    let unit = 1u64 << sparse.ilog2();
+    let mut start = 0;
+    while start < bytes.len() {
+        let into = (at + start as u64) % unit;
+        let end = (start + (unit - into) as usize).min(bytes.len());
+        if !is_zero(&bytes[start..end]) {
+            match runs.last_mut() {
+                Some(run) if ((start - run.end) as u64) < sparse => run.end = end,
+                _ => runs.push(start..end),
+            }
+        }
+        start = end;
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeroes_are_left_out_in_aligned_blocks() {
+        let mut bytes = vec![0; 16384];
+        bytes[5000] = 1;
+        bytes[13000] = 1;
+        assert_eq!(data_runs(0, &bytes, 4096), [4096..8192, 12288..16384]);
+        assert_eq!(data_runs(512, &bytes, 4096), [3584..7680, 11776..15872]);
+        let starts =
+            |sparse| data_runs(0, &bytes, sparse).iter().map(|r| r.start).collect::<Vec<_>>();
+        assert_eq!((starts(6144), starts(0)), (vec![4096], vec![0]));
+    }
+}

@@ -1,0 +1,244 @@
+//! `qemu-img create`: a new image, over whatever stood there.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vdisk::image::Image as _;
+use vdisk::qcow2::{self, CreateOptions, Preallocation};
+use vdisk::storage::{FileOptions, FileStorage, Storage};
+use vdisk::{Error, ErrorKind};
+
+use super::args::{self, Given, flag, value};
+use super::create_options::{self as options, Chosen};
+use super::fail::{Fail, Outcome, os_text, reason};
+use super::format::{FORMAT, OBJECT, QUIET};
+use super::name::{Protocol, Source, protocol};
+use super::open::{self, Use, full_backing_name};
+use super::opts;
+use super::size;
+
+/// What a guest reads and writes at least: sizes are rounded up to it.
+const SECTOR: u64 = 512;
+/// The largest qcow2 secret for AES, in bytes.
+const AES: u32 = 1;
+
+pub fn run(args: &[String]) -> Outcome {
+    let known = [FORMAT, value("F"), value("b"), value("o"), flag("u"), QUIET, OBJECT];
+    let given = args::parse(args, &known)?;
+    let format = given.get("f").unwrap_or("raw").to_owned();
+    let list = opts::joined(given.all("o"))?;
+    let name = given.names.first();
+    if list.as_deref().is_some_and(opts::asks_for_help) {
+        return options::print_help(&format, name.is_some());
+    }
+    let Some(name) = name else { return Err(Fail::usage("Expecting image file name")) };
+    let size = match given.names.get(1) {
+        Some(text) => Some(size::operand("image size", text)?),
+        None => None,
+    };
+    if let Some(more) = given.names.get(2) {
+        return Err(Fail::usage(format!("Unexpected argument: {more}")));
+    }
+    let request = Request {
+        name,
+        format: &format,
+        list: list.as_deref().unwrap_or(""),
+        size,
+        backing: given.get("b"),
+        backing_format: given.get("F"),
+        unsafe_backing: given.has("u"),
+        quiet: given.has("q"),
+        secrets: secrets(&given),
+    };
+    create(&request).map_err(|e| e.prefix(format!("{name}: ")))?;
+    Ok(0)
+}
+
+/// The ids of the secrets that `--object` defines.
+fn secrets(given: &Given) -> Vec<String> {
+    let lists = given.all("object").map(|text| opts::List::parse(text, Some("qom-type")));
+    let secret = lists.filter(|l| l.get("qom-type") == Some("secret"));
+    secret.filter_map(|l| l.get("id").map(str::to_owned)).collect()
+}
+
+/// What to create.
+struct Request<'a> {
+    name: &'a str,
+    format: &'a str,
+    list: &'a str,
+    size: Option<u64>,
+    backing: Option<&'a str>,
+    backing_format: Option<&'a str>,
+    unsafe_backing: bool,
+    quiet: bool,
+    secrets: Vec<String>,
+}
+
+fn create(request: &Request<'_>) -> Outcome<()> {
+    let known = options::with_file(request.format)?;
+    let path = file_path(request.name)?;
+    let mut chosen = Chosen::parse(known, request.list)?;
+    chosen.add_defaults()?;
+    if let Some(size) = request.size {
+        if chosen.has("size") {
+            return Err(Fail::new("The image size must be specified only once"));
+        }
+        chosen.set("size", &size.to_string())?;
+    }
+    let named = [("backing_file", request.backing), ("backing_fmt", request.backing_format)];
+    for ((key, value), what) in named.into_iter().zip(["file", "format"]) {
+        let Some(value) = value else { continue };
+        if !chosen.knows(key) {
+            return Err(Fail::new(format!(
+                "Backing {what} not supported for file format '{}'",
+                request.format
+            )));
+        }
+        chosen.set(key, value)?;
+    }
+    check_backing(request, &mut chosen)?;
+    if !chosen.has("size") {
+        return Err(Fail::new("Image creation needs a size parameter"));
+    }
+    if !request.quiet {
+        println!("Formatting '{}', fmt={}{}", request.name, request.format, chosen.listed());
+    }
+    let aes = encryption(request, &chosen)?;
+    make(&path, request.format, &chosen, aes)
+}
+
+/// The file that a name means.
+pub fn file_path(name: &str) -> Outcome<PathBuf> {
+    match protocol(name)? {
+        Protocol::File(path) => Ok(path),
+        _ => Err(Fail::new(format!("'{name}' is not the name of a file that could be made"))),
+    }
+}
+
+/// Looks at the backing file, and takes its size where the user said none.
+fn check_backing(request: &Request<'_>, chosen: &mut Chosen) -> Outcome<()> {
+    let Some(backing) = chosen.text("backing_file").map(str::to_owned) else { return Ok(()) };
+    if backing.is_empty() {
+        return Err(Fail::new("Expected backing file name, got empty string"));
+    }
+    if backing == request.name {
+        return Err(Fail::new(
+            "Error: Trying to create an image with the same filename as the backing file",
+        ));
+    }
+    let format = chosen.text("backing_fmt").map(str::to_owned);
+    if let Some(format) = &format
+        && vdisk::chain::Format::from_name(format).is_err()
+    {
+        return Err(Fail::new(format!("Unknown backing file format '{format}'")));
+    }
+    if request.unsafe_backing {
+        return match format {
+            Some(_) => Ok(()),
+            None => Err(Fail::new("Backing file specified without backing format")),
+        };
+    }
+    let full = full_backing_name(request.name, &backing);
+    let opened = Source::named(&full, format.as_deref())
+        .and_then(|source| open::try_chain(&source, Use::reading(false)));
+    let (opened, chain) =
+        opened.map_err(|e| Fail::new(format!("{}\nCould not open backing image.", e.text())))?;
+    if format.is_none() {
+        return Err(Fail::new(format!(
+            "Backing file specified without backing format\nDetected format of {}.",
+            opened.layer.format
+        )));
+    }
+    if !chosen.has("size") {
+        use vdisk::block::BlockDevice;
+        chosen.set("size", &chain.size().to_string())?;
+    }
+    Ok(())
+}
+
+/// Whether the image is to be encrypted by AES, the old way.
+fn encryption(request: &Request<'_>, chosen: &Chosen) -> Outcome<bool> {
+    let old = chosen.switch("encryption").unwrap_or(false);
+    let format = chosen.text("encrypt.format");
+    if chosen.has("encryption") && format.is_some() {
+        return Err(Fail::new(
+            "'encrypt.format' and its alias 'encryption' can't be used at the same time",
+        ));
+    }
+    match format {
+        None if !old => return Ok(false),
+        None | Some("aes") => {}
+        Some("luks") => return Err(Fail::new("Encryption with LUKS is not supported")),
+        Some(other) => {
+            return Err(Fail::new(format!(
+                "Invalid parameter '{other}'\nUnknown encryption format {other}"
+            )));
+        }
+    }
+    match chosen.text("encrypt.key-secret") {
+        None => Err(Fail::new("Parameter 'encrypt.key-secret' is required for cipher")),
+        Some(id) if request.secrets.iter().any(|s| s == id) => Ok(true),
+        Some(id) => Err(Fail::new(format!("No secret with id '{id}'"))),
+    }
+}
+
+/// Makes the image; a file that was to become one and did not is taken away.
+pub fn make(path: &Path, format: &str, chosen: &Chosen, aes: bool) -> Outcome<()> {
+    let size = chosen.number("size").unwrap_or(0);
+    let size = size
+        .checked_next_multiple_of(SECTOR)
+        .filter(|s| *s <= i64::MAX as u64)
+        .ok_or_else(|| Fail::new("Image size is too large"))?;
+    let file = Arc::new(emptied(path)?);
+    let made = match format {
+        "qcow2" => options::qcow2(chosen, size).and_then(|o| make_qcow2(file.clone(), &o, aes)),
+        _ => make_raw(&file, size, chosen),
+    };
+    made.inspect_err(|_| {
+        if path.is_file() {
+            // What stands there is no image; the failure that is reported is the first one.
+            let _ = std::fs::remove_file(path);
+        }
+    })
+}
+
+/// The file at `path`, new or emptied, locked for writing.
+fn emptied(path: &Path) -> Outcome<FileStorage> {
+    let failed = |e: Error| match e.raw_os_error() {
+        Some(errno) => {
+            Fail::new(format!("Could not create '{}': {}", path.display(), os_text(errno)))
+        }
+        None => Fail::new(reason(&e)),
+    };
+    let exclusive = vdisk::storage::Access::Write;
+    let options = FileOptions { access: Some(exclusive), write: true };
+    match FileStorage::open(path, options) {
+        Ok(file) => {
+            file.set_len(0).map_err(failed)?;
+            Ok(file)
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound => FileStorage::create(path).map_err(failed),
+        Err(e) => Err(failed(e)),
+    }
+}
+
+fn make_qcow2(file: Arc<FileStorage>, options: &CreateOptions, aes: bool) -> Outcome<()> {
+    let made = qcow2::create(file, options).and_then(|image| {
+        if aes {
+            image.update_header(|h| h.crypt_method = AES)?;
+        }
+        image.flush()
+    });
+    made.map_err(|e| Fail::new(reason(&e)))
+}
+
+fn make_raw(file: &FileStorage, size: u64, chosen: &Chosen) -> Outcome<()> {
+    let how = options::preallocation(chosen.text("preallocation"))?;
+    let made = file.set_len(size).and_then(|()| match how {
+        Preallocation::Off => Ok(()),
+        Preallocation::Falloc => file.write_zeroes(0, size),
+        Preallocation::Full => file.write_zero_bytes(0, size).and_then(|()| file.sync()),
+        Preallocation::Metadata => Err(Error::invalid("Unsupported preallocation mode 'metadata'")),
+    });
+    made.map_err(|e| Fail::new(reason(&e)))
+}

@@ -1,0 +1,293 @@
+//! `qemu-img info`: what an image says about itself, and the images below it.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt;
+
+use serde_json::{Map, Value, json};
+use vdisk::image::Backing;
+use vdisk::qcow2::{self, Snapshot};
+use vdisk::storage::Storage;
+
+use super::args::{self, long};
+use super::fail::{Fail, Outcome, reason};
+use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
+use super::json;
+use super::name::{Below, Protocol, Source};
+use super::open::{self, Opened, Use, full_backing_name};
+use super::size::human;
+use super::snapshot;
+
+pub fn run(args: &[String]) -> Outcome {
+    let chain = long("backing-chain");
+    let given = args::parse(args, &[FORMAT, SHARED, OUTPUT, OBJECT, IMAGE_OPTS, chain])?;
+    let output = given.output()?;
+    let source = given.source(given.only_name()?)?;
+    let all = collect(source, given.reading(), given.has("backing-chain"))?;
+    match output {
+        Output::Human => {
+            let texts: Vec<String> = all.iter().map(Info::text).collect();
+            print!("{}", texts.join("\n"));
+        }
+        Output::Json if given.has("backing-chain") => {
+            println!("{}", json::pretty(&all.iter().map(Info::json).collect()));
+        }
+        Output::Json => all.iter().for_each(|i| println!("{}", json::pretty(&i.json()))),
+    }
+    Ok(0)
+}
+
+/// The image, and those below it where `whole`.
+fn collect(source: Source, using: Use, whole: bool) -> Outcome<Vec<Info>> {
+    let mut all = Vec::new();
+    let mut seen = HashSet::new();
+    let mut next = Some(source);
+    while let Some(source) = next.take() {
+        let path = source.protocol.path();
+        let identity = path.and_then(|p| std::fs::metadata(p).ok()).map(|m| (m.dev(), m.ino()));
+        if identity.is_some_and(|i| !seen.insert(i)) {
+            let name = source.shown();
+            return Err(Fail::new(format!("Backing file '{name}' creates an infinite loop.")));
+        }
+        let opened = open::layer(&source, using)?;
+        let info = Info::of(&source, &opened)?;
+        next = match (&source.below, &info.backing) {
+            _ if !whole => None,
+            (Below::Given(given), _) => Some((**given).clone()),
+            (Below::Nothing, _) | (_, None) => None,
+            (Below::Recorded, Some(backing)) => {
+                let full = info
+                    .full_backing()
+                    .ok_or_else(|| Fail::new("Could not determine the backing file's name"))?;
+                let below = Source::named(&full, backing.format.as_deref());
+                Some(below.map_err(|e| e.prefix(format!("Could not open '{full}': ")))?)
+            }
+        };
+        all.push(info);
+    }
+    Ok(all)
+}
+
+/// The file that holds an image.
+struct FileInfo {
+    name: String,
+    length: u64,
+    allocated: Option<u64>,
+}
+
+/// What there is to say about one image.
+struct Info {
+    shown: String,
+    format: &'static str,
+    size: u64,
+    allocated: Option<u64>,
+    cluster: Option<u64>,
+    encrypted: bool,
+    dirty: bool,
+    backing: Option<Backing>,
+    /// Whether the directory of the image is known.
+    has_directory: bool,
+    snapshots: Vec<Snapshot>,
+    specific: Option<Value>,
+    file: FileInfo,
+}
+
+impl Info {
+    fn of(source: &Source, opened: &Opened) -> Outcome<Info> {
+        let failed = |e: vdisk::Error| Fail::new(reason(&e));
+        let (layer, file) = (&opened.layer, &opened.layer.file);
+        let plain = matches!(source.protocol, Protocol::File(_));
+        let allocated = if plain { Some(file.allocated().map_err(failed)?) } else { None };
+        let header = opened.qcow2.as_ref().map(|q| q.header());
+        let snapshots = opened.qcow2.as_ref().map(|q| q.snapshots()).transpose().map_err(failed)?;
+        let is_foreign = !matches!(layer.format.name(), "qcow2" | "raw");
+        let unit = layer.image.cluster().bytes();
+        Ok(Info {
+            shown: opened.shown.clone(),
+            format: layer.format.name(),
+            size: layer.image.size(),
+            allocated,
+            cluster: (header.is_some() || is_foreign).then_some(unit),
+            encrypted: header.as_ref().is_some_and(|h| h.crypt_method != 0),
+            dirty: header.as_ref().is_some_and(qcow2::Header::is_dirty),
+            backing: layer.image.backing(),
+            has_directory: !matches!(source.protocol, Protocol::Quorum(_)),
+            snapshots: snapshots.unwrap_or_default(),
+            specific: header.as_ref().map(specific),
+            file: FileInfo {
+                name: layer.path.display().to_string(),
+                length: file.len().map_err(failed)?,
+                allocated,
+            },
+        })
+    }
+
+    fn full_backing(&self) -> Option<String> {
+        let backing = self.backing.as_ref()?;
+        // A name made of options has its file's directory, not its own.
+        let base = if self.shown.starts_with("json:") { &self.file.name } else { &self.shown };
+        self.has_directory.then(|| full_backing_name(base, &backing.name))
+    }
+
+    fn text(&self) -> String {
+        let mut out = String::new();
+        let disk = |bytes: Option<u64>| bytes.map_or("unavailable".to_owned(), human);
+        let _ = write!(
+            out,
+            "image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n",
+            self.shown,
+            self.format,
+            human(self.size),
+            self.size,
+            disk(self.allocated)
+        );
+        if self.encrypted {
+            out.push_str("encrypted: yes\n");
+        }
+        if let Some(cluster) = self.cluster {
+            let _ = writeln!(out, "cluster_size: {cluster}");
+        }
+        if self.dirty {
+            out.push_str("cleanly shut down: no\n");
+        }
+        self.backing_text(&mut out);
+        out.push_str(&snapshot::list(&self.snapshots));
+        if let Some(specific) = &self.specific {
+            out.push_str("Format specific information:\n");
+            dump(specific, 1, &mut out);
+        }
+        let _ = write!(
+            out,
+            "Child node '/file':\n    filename: {}\n    protocol type: file\n    file length: {} ({} \
+             bytes)\n    disk size: {}\n",
+            self.file.name,
+            human(self.file.length),
+            self.file.length,
+            disk(self.file.allocated)
+        );
+        out
+    }
+
+    fn backing_text(&self, out: &mut String) {
+        let Some(backing) = &self.backing else { return };
+        let _ = write!(out, "backing file: {}", backing.name);
+        match self.full_backing() {
+            None => out.push_str(" (cannot determine actual path)"),
+            Some(full) if full != backing.name => {
+                let _ = write!(out, " (actual path: {full})");
+            }
+            Some(_) => {}
+        }
+        out.push('\n');
+        if let Some(format) = &backing.format {
+            let _ = writeln!(out, "backing file format: {format}");
+        }
+    }
+
+    fn json(&self) -> Value {
+        let file = json!({
+            "name": "file",
+            "info": {
+                "children": [],
+                "virtual-size": self.file.length,
+                "filename": self.file.name,
+                "format": "file",
+                "actual-size": self.file.allocated,
+                "format-specific": { "type": "file", "data": {} },
+                "dirty-flag": false,
+            }
+        });
+        let mut map = Map::new();
+        let mut put = |key: &str, value: Value| {
+            map.insert(key.to_owned(), value);
+        };
+        put("children", json!([file]));
+        put("virtual-size", json!(self.size));
+        put("filename", json!(self.shown));
+        put("format", json!(self.format));
+        if let Some(allocated) = self.allocated {
+            put("actual-size", json!(allocated));
+        }
+        if self.encrypted {
+            put("encrypted", json!(true));
+        }
+        if let Some(cluster) = self.cluster {
+            put("cluster-size", json!(cluster));
+        }
+        if let Some(backing) = &self.backing {
+            put("backing-filename", json!(backing.name));
+            if let Some(full) = self.full_backing() {
+                put("full-backing-filename", json!(full));
+            }
+            if let Some(format) = &backing.format {
+                put("backing-filename-format", json!(format));
+            }
+        }
+        if !self.snapshots.is_empty() {
+            put("snapshots", self.snapshots.iter().map(snapshot_json).collect());
+        }
+        if let Some(specific) = &self.specific {
+            put("format-specific", json!({ "type": self.format, "data": specific }));
+        }
+        put("dirty-flag", json!(self.dirty));
+        Value::Object(map)
+    }
+}
+
+fn snapshot_json(one: &Snapshot) -> Value {
+    const SECOND: u64 = 1_000_000_000;
+    let mut all = json!({
+        "id": one.id(),
+        "name": one.name(),
+        "vm-state-size": one.vm_state_size,
+        "date-sec": one.seconds,
+        "date-nsec": one.nanoseconds,
+        "vm-clock-sec": one.vm_clock / SECOND,
+        "vm-clock-nsec": one.vm_clock % SECOND,
+    });
+    if let Some(icount) = one.icount {
+        all["icount"] = json!(icount);
+    }
+    all
+}
+
+/// What only qcow2 images have.
+fn specific(header: &qcow2::Header) -> Value {
+    let mut all = json!({
+        "compat": if header.version < 3 { "0.10" } else { "1.1" },
+        "compression-type": header.compression.name(),
+        "refcount-bits": 1u64 << header.refcount_order.min(6),
+    });
+    if let (3.., Value::Object(map)) = (header.version, &mut all) {
+        map.insert("lazy-refcounts".to_owned(), json!(header.has_lazy_refcounts()));
+        map.insert("corrupt".to_owned(), json!(header.is_corrupt()));
+        map.insert("extended-l2".to_owned(), json!(header.extended_l2()));
+    }
+    all
+}
+
+/// Writes JSON for people: one line for each value, names with spaces.
+fn dump(value: &Value, depth: usize, out: &mut String) {
+    let indent = "    ".repeat(depth);
+    let members: Vec<(String, &Value)> = match value {
+        Value::Object(_) => {
+            json::members(value).into_iter().map(|(k, v)| (k.replace('-', " "), v)).collect()
+        }
+        Value::Array(all) => all.iter().enumerate().map(|(n, v)| (format!("[{n}]"), v)).collect(),
+        _ => return,
+    };
+    for (name, value) in members {
+        match value {
+            Value::Object(_) | Value::Array(_) => {
+                let _ = writeln!(out, "{indent}{name}:");
+                dump(value, depth + 1, out);
+            }
+            Value::String(text) => {
+                let _ = writeln!(out, "{indent}{name}: {text}");
+            }
+            scalar => {
+                let _ = writeln!(out, "{indent}{name}: {scalar}");
+            }
+        }
+    }
+}

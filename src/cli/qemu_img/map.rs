@@ -1,0 +1,113 @@
+//! `qemu-img map`: which file holds which part of a disk.
+
+use super::args::{self, long_value};
+use super::fail::{Fail, Outcome};
+use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
+use super::open;
+use super::size;
+use super::status::{self, Status};
+
+pub fn run(args: &[String]) -> Outcome {
+    let range = [long_value("start-offset"), long_value("max-length")];
+    let known = [FORMAT, SHARED, OUTPUT, OBJECT, IMAGE_OPTS, range[0], range[1]];
+    let given = args::parse(args, &known)?;
+    let output = given.output()?;
+    let start = given.get("start-offset").map(|t| size::operand("start offset", t)).transpose()?;
+    let most = given.get("max-length").map(|t| size::operand("max length", t)).transpose()?;
+    let source = given.source(given.only_name()?)?;
+    let chain = open::chain(&source, given.reading())?;
+    let layers = chain.all_layers();
+    let size = chain.head().image.size();
+    let start = start.unwrap_or(0).min(size);
+    let end = most.map_or(size, |m| start.saturating_add(m).min(size));
+    let mut report = Report { output, names: layers.iter().map(|l| l.path.clone()).collect() };
+    report.begin();
+    let (mut at, mut current): (u64, Option<(u64, Status)>) = (start, None);
+    while at < end {
+        let next = status::at(&layers, at, end - at)?;
+        match &mut current {
+            Some((_, before)) if continues(before, &next) => before.len += next.len,
+            _ => {
+                if let Some((from, status)) = current.replace((at, next)) {
+                    report.entry(from, &status, false)?;
+                }
+            }
+        }
+        at += next.len;
+    }
+    if let Some((from, status)) = current {
+        report.entry(from, &status, true)?;
+    }
+    report.end();
+    Ok(0)
+}
+
+fn continues(before: &Status, next: &Status) -> bool {
+    let follows = match (before.host, next.host) {
+        (None, None) => true,
+        (Some(a), Some(b)) => a + before.len == b,
+        _ => false,
+    };
+    follows && Status { len: 0, host: None, ..*before } == Status { len: 0, host: None, ..*next }
+}
+
+struct Report {
+    output: Output,
+    /// The layers' files, from the head down.
+    names: Vec<std::path::PathBuf>,
+}
+
+impl Report {
+    fn begin(&self) {
+        match self.output {
+            Output::Human => println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"),
+            Output::Json => print!("["),
+        }
+    }
+
+    fn entry(&mut self, start: u64, status: &Status, last: bool) -> Outcome<()> {
+        match self.output {
+            Output::Human => self.line(start, status),
+            Output::Json => {
+                let offset = status.host.map(|h| format!(", \"offset\": {h}")).unwrap_or_default();
+                print!(
+                    "{{ \"start\": {start}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \
+                     \"data\": {}, \"compressed\": {}{offset}}}{}",
+                    status.len,
+                    status.depth,
+                    status.allocated,
+                    status.zero,
+                    status.data,
+                    status.compressed,
+                    if last { "" } else { ",\n" }
+                );
+                Ok(())
+            }
+        }
+    }
+
+    fn line(&self, start: u64, status: &Status) -> Outcome<()> {
+        if !status.data || status.zero {
+            return Ok(());
+        }
+        let Some(host) = status.host else {
+            return Err(Fail::new("File contains external, encrypted or compressed clusters."));
+        };
+        let hex = |n: u64| if n == 0 { "0".to_owned() } else { format!("{n:#x}") };
+        let name = self.names.get(status.depth).map(|p| p.display().to_string());
+        println!(
+            "{:<16}{:<16}{:<16}{}",
+            hex(start),
+            hex(status.len),
+            hex(host),
+            name.unwrap_or_default()
+        );
+        Ok(())
+    }
+
+    fn end(&self) {
+        if self.output == Output::Json {
+            println!("]");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! `qemu-img measure`: how much room an image would take.
+
+use serde_json::json;
+use vdisk::block::BlockDevice;
+use vdisk::chain::Chain;
+use vdisk::qcow2::{CreateOptions, Preallocation};
+
+use super::args::{self, long_value, value};
+use super::create_options::{self as options, Chosen};
+use super::fail::{Fail, Outcome};
+use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
+use super::json;
+use super::open;
+use super::opts;
+use super::size;
+use super::status;
+
+/// The largest L1 table, in bytes.
+const MAX_L1: u64 = 32 << 20;
+
+/// What an image takes, in bytes.
+struct Room {
+    required: u64,
+    full: u64,
+    /// Bitmaps that could be copied along.
+    bitmaps: Option<u64>,
+}
+
+pub fn run(args: &[String]) -> Outcome {
+    let known = [
+        FORMAT,
+        value("O"),
+        value("o"),
+        value("l"),
+        SHARED,
+        OUTPUT,
+        OBJECT,
+        IMAGE_OPTS,
+        long_value("size"),
+    ];
+    let given = args::parse(args, &known)?;
+    let output = given.output()?;
+    let list = opts::joined(given.all("o"))?;
+    let size = given.get("size").map(|text| size::operand("image size", text)).transpose()?;
+    if given.names.len() > 1 {
+        return Err(Fail::new("At most one filename argument is allowed."));
+    }
+    let name = given.names.first();
+    if let Some(text) = given.get("l") {
+        open::check_snapshot_list(text)?;
+    }
+    if name.is_none() {
+        let needs = [("f", "-f"), ("l", "-l"), ("image-opts", "--image-opts")];
+        if needs.iter().any(|(key, _)| given.has(key)) {
+            return Err(Fail::new("--image-opts, -f, and -l require a filename argument."));
+        }
+    }
+    if name.is_none() && size.is_none() {
+        return Err(Fail::new("Either --size N or one filename must be specified."));
+    }
+    if name.is_some() && size.is_some() {
+        return Err(Fail::new("--size N cannot be used together with a filename."));
+    }
+    let format = given.get("O").unwrap_or("raw");
+    let known = options::with_file(format)?;
+    let source = match name {
+        None => None,
+        Some(name) => {
+            let source = given.source(name)?;
+            Some(match given.get("l") {
+                Some(snapshot) => open::at_snapshot(&source, snapshot, given.reading())?,
+                None => open::chain(&source, given.reading())?,
+            })
+        }
+    };
+    let mut chosen = Chosen::parse(known, list.as_deref().unwrap_or(""))?;
+    chosen.add_defaults()?;
+    let size = size.or_else(|| source.as_ref().map(|c| c.size())).unwrap_or(0);
+    let room = match format {
+        "qcow2" => qcow2(&chosen, size, source.as_ref())?,
+        _ => Room { required: size, full: size, bitmaps: None },
+    };
+    print(&room, output);
+    Ok(0)
+}
+
+fn print(room: &Room, output: Output) {
+    match output {
+        Output::Human => {
+            println!("required size: {}\nfully allocated size: {}", room.required, room.full);
+            if let Some(bitmaps) = room.bitmaps {
+                println!("bitmaps size: {bitmaps}");
+            }
+        }
+        Output::Json => {
+            let mut all = json!({ "required": room.required, "fully-allocated": room.full });
+            if let Some(bitmaps) = room.bitmaps {
+                all["bitmaps"] = json!(bitmaps);
+            }
+            println!("{}", json::pretty(&all));
+        }
+    }
+}
+
+fn qcow2(chosen: &Chosen, size: u64, source: Option<&Chain>) -> Outcome<Room> {
+    let options = options::qcow2(chosen, size)?;
+    let cluster = options.cluster;
+    let virtual_size = cluster.ceil(size);
+    let entry = if options.extended_l2 { 16 } else { 8 };
+    let l2_tables = cluster.count(cluster.count(virtual_size).saturating_mul(entry));
+    if l2_tables.saturating_mul(8) > MAX_L1 {
+        return Err(Fail::new("The image size is too large (try using a larger cluster size)"));
+    }
+    let metadata = metadata(&options, virtual_size, l2_tables);
+    let data = match (options.preallocation, source) {
+        (Preallocation::Falloc | Preallocation::Full, _) => virtual_size,
+        (_, None) => 0,
+        // What shows through from a backing file is not copied.
+        (_, Some(source)) => stored(source, &options, options.backing.is_some())?,
+    };
+    let required = metadata + data;
+    let keeps_bitmaps = |c: &Chain| c.head().image.details().and_then(|d| d.version) >= Some(3);
+    let bitmaps = source.filter(|c| keeps_bitmaps(c)).map(|_| 0);
+    Ok(Room { required, full: metadata + virtual_size, bitmaps })
+}
+
+/// Header and tables of an image whose clusters are all allocated.
+fn metadata(options: &CreateOptions, virtual_size: u64, l2_tables: u64) -> u64 {
+    let cluster = options.cluster;
+    let l1 = cluster.ceil(l2_tables * 8);
+    let l2 = l2_tables * cluster.bytes();
+    let rest = cluster.bytes() + l1 + l2;
+    rest + refcounts(options, rest + virtual_size)
+}
+
+/// The refcount blocks and their table for `bytes` of other things: they count themselves too.
+fn refcounts(options: &CreateOptions, bytes: u64) -> u64 {
+    let cluster = options.cluster;
+    let per_block = cluster.bytes() * 8 / u64::from(options.refcount_bits);
+    let per_table = cluster.bytes() / 8;
+    let clusters = cluster.count(bytes);
+    let (mut blocks, mut table) = (0, 0);
+    loop {
+        let total = clusters + blocks + table;
+        let now = total.div_ceil(per_block);
+        let tables = now.div_ceil(per_table);
+        if (now, tables) == (blocks, table) {
+            return (blocks + table) * cluster.bytes();
+        }
+        (blocks, table) = (now, tables);
+    }
+}
+
+/// The bytes of those clusters that hold anything.
+fn stored(source: &Chain, options: &CreateOptions, own_only: bool) -> Outcome<u64> {
+    let (cluster, size) = (options.cluster, source.size());
+    let layers = source.all_layers();
+    let layers = if own_only { &layers[..1] } else { &layers[..] };
+    let (mut at, mut bytes) = (0, 0);
+    while at < size {
+        let status = status::at(layers, at, size - at)?;
+        if status.zero {
+            at += status.len;
+            continue;
+        }
+        // Whole clusters of the new image, none of them twice.
+        let end = cluster.ceil(at + status.len);
+        bytes += end - cluster.floor(at);
+        at = end;
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,69 @@
+//! `qemu-img resize`: makes a disk bigger or smaller.
+
+use vdisk::block::BlockDevice;
+use vdisk::qcow2::Preallocation;
+
+use super::args::{self, long, long_value};
+use super::create_options::preallocation;
+use super::fail::{Fail, Outcome, reason, report};
+use super::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use super::open::{self, Use};
+use super::size;
+
+/// Disks consist of whole sectors.
+const SECTOR: u64 = 512;
+
+pub fn run(args: &[String]) -> Outcome {
+    let usage = || Fail::usage("Expecting image file name and size");
+    // The size may begin with a minus, and is no option then.
+    let (size, rest) = args.split_last().ok_or_else(usage)?;
+    let known = [FORMAT, QUIET, OBJECT, IMAGE_OPTS, long_value("preallocation"), long("shrink")];
+    let given = args::parse(rest, &known)?;
+    let [name] = &given.names[..] else { return Err(usage()) };
+    let how = given.get("preallocation");
+    let how = preallocation(how).map_err(|_| {
+        Fail::new(format!("Invalid preallocation mode '{}'", how.unwrap_or_default()))
+    })?;
+    let (relative, digits) = match size.as_bytes().first() {
+        Some(b'+') => (Some(true), &size[1..]),
+        Some(b'-') => (Some(false), &size[1..]),
+        _ => (None, size.as_str()),
+    };
+    let bytes = size::operand("image size", digits)?;
+    let source = given.source(name)?;
+    let (opened, chain) = open::layer_and_chain(&source, Use::writing())?;
+    let old = chain.size();
+    let new = match relative {
+        None => Some(bytes),
+        Some(true) => old.checked_add(bytes),
+        Some(false) => old.checked_sub(bytes),
+    };
+    let new = new
+        .and_then(|n| n.checked_next_multiple_of(SECTOR))
+        .filter(|n| *n > 0 && i64::try_from(*n).is_ok())
+        .ok_or_else(|| Fail::new("New image size must be positive"))?;
+    if new <= old && how != Preallocation::Off {
+        return Err(Fail::new("Preallocation can only be used for growing images"));
+    }
+    if new < old && !given.has("shrink") {
+        report("Use the --shrink option to perform a shrink operation.");
+        report(
+            "warning: Shrinking an image will delete all data beyond the shrunken image's end. Before \
+             performing such an operation, make sure there is no important data there.",
+        );
+        return Err(Fail::silent(1));
+    }
+    if let Some(image) = &opened.qcow2
+        && image.header().snapshots > 0
+        && image.header().version < 3
+    {
+        return Err(Fail::new("Can't resize a v2 image which has snapshots"));
+    }
+    chain.resize(new).map_err(|e| Fail::new(reason(&e)))?;
+    open::preallocate(&opened, old, new, how)?;
+    chain.flush().map_err(|e| Fail::new(reason(&e)))?;
+    if !given.has("q") {
+        println!("Image resized.");
+    }
+    Ok(0)
+}

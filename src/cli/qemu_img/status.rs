@@ -1,0 +1,63 @@
+//! Which layer of a chain holds a stretch of the disk, and how: block status in QEMU's terms.
+
+use vdisk::addr::GuestOffset;
+use vdisk::chain::Layer;
+use vdisk::image::Mapping;
+
+use super::fail::{Fail, Outcome, reason};
+
+/// How a stretch of a disk is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// Bytes that are alike.
+    pub len: u64,
+    /// Bytes are stored for it.
+    pub data: bool,
+    /// It reads as zeroes.
+    pub zero: bool,
+    /// The stored bytes are compressed.
+    pub compressed: bool,
+    /// Some layer says something about it; else nothing does.
+    pub allocated: bool,
+    /// Where the bytes stand in that layer's file.
+    pub host: Option<u64>,
+    /// The layer's depth; the lowest one's where nothing is allocated.
+    pub depth: usize,
+}
+
+/// The status of at most `len` bytes at `at`, seen through `layers` from the first on. `at` is
+/// below the first one's size.
+pub fn at(layers: &[Layer], at: u64, len: u64) -> Outcome<Status> {
+    let mut len = len;
+    for (depth, layer) in layers.iter().enumerate() {
+        let size = layer.image.size();
+        if at >= size {
+            // What the layer above leaves open past this one's end is zero.
+            return Ok(nothing(len, depth.saturating_sub(1)));
+        }
+        let failed = |e: vdisk::Error| Fail::new(reason(&e));
+        let extent = layer.image.map(GuestOffset(at), len.min(size - at)).map_err(failed)?;
+        let extent = match extent.mapping {
+            Mapping::Data { .. } => layer.image.narrow(extent).map_err(failed)?,
+            _ => extent,
+        };
+        len = extent.len;
+        let mut status = Status { allocated: true, ..nothing(len, depth) };
+        match extent.mapping {
+            Mapping::Unallocated => continue,
+            Mapping::Data { host, .. } => {
+                (status.data, status.zero, status.host) = (true, false, Some(host.0));
+            }
+            Mapping::Compressed { .. } => {
+                (status.data, status.zero, status.compressed) = (true, false, true);
+            }
+            Mapping::Zero { host } => status.host = host.map(|h| h.0),
+        }
+        return Ok(status);
+    }
+    Ok(nothing(len, layers.len().saturating_sub(1)))
+}
+
+fn nothing(len: u64, depth: usize) -> Status {
+    Status { len, data: false, zero: true, compressed: false, allocated: false, host: None, depth }
+}
