@@ -162,17 +162,11 @@ impl Refcounts {
         set_in(bytes, order, (cluster - first) as usize, value);
         if value == 0 {
             self.next_free = self.next_free.min(cluster);
+            // What is free is nobody's place, for metadata neither.
+            write(&self.territory).remove(self.cluster, cluster << self.cluster.bits(), 1);
             // What is free is no place to go on packing.
             self.packed = self.packed.filter(|at| self.cluster.index(*at) != cluster);
         }
-        Ok(())
-    }
-
-    /// Like [`release`](Refcounts::release), for clusters that may have held metadata.
-    pub fn release_any(&mut self, host: HostOffset, clusters: u64) -> Result<()> {
-        let free = self.release(host, clusters)?;
-        let mut territory = write(&self.territory);
-        free.into_iter().for_each(|(host, len)| territory.remove(self.cluster, host.0, len));
         Ok(())
     }
 
@@ -495,6 +489,7 @@ impl Refcounts {
             self.table[index] = 0;
             self.dirty_table.insert(index);
             self.cache.forget(offset..offset + self.cluster.bytes());
+            write(&self.territory).remove(self.cluster, offset, self.cluster.bytes());
             if !within {
                 elsewhere.push(HostOffset(offset));
             }

@@ -40,7 +40,7 @@ impl Image {
         lock(&self.freed).ready.extend(freed);
         let outgrown = lock(&self.refcounts).written(&refcounts);
         for TablePlace { offset, clusters } in outgrown {
-            lock(&self.refcounts).release_any(HostOffset(offset), u64::from(clusters))?;
+            lock(&self.refcounts).release(HostOffset(offset), u64::from(clusters))?;
         }
         Ok(())
     }
@@ -113,7 +113,7 @@ impl Image {
                 // Space that cannot be given back is only space.
                 let _ = self.storage.punch_hole(range.start, range.end - range.start);
             }
-            lock(&self.refcounts).release_any(host, clusters)?;
+            lock(&self.refcounts).release(host, clusters)?;
         }
         Ok(())
     }

@@ -87,7 +87,7 @@ impl Spec {
     }
 
     /// Uses the disk at `path` at random, the model with it.
-    fn play(&self, path: &Path, model: &mut Model) -> Result<()> {
+    fn play(&self, path: &Path, raw: bool, model: &mut Model) -> Result<()> {
         let mut dice = Dice::new(self.dice);
         let mut disk = self.open(path)?;
         for _ in 0..self.ops {
@@ -96,6 +96,10 @@ impl Spec {
                     drop(disk);
                     self.open(path)?
                 };
+            } else if dice.once_in(40) && !raw {
+                let cut = model.size() - dice.below(model.size() / 2) / 512 * 512;
+                disk.resize(cut)?;
+                model.bytes.truncate(cut as usize);
             } else if dice.once_in(40) {
                 let grown = model.size() + dice.below(3 << self.cluster_bits) / 512 * 512;
                 disk.resize(grown)?;
@@ -135,7 +139,7 @@ fn run_case(specs: &[Spec], with_qemu: bool) -> Result<()> {
         let own = size * spec.size / 64 / 512 * 512;
         spec.create(&path, own, below.as_ref().map(|(p, raw)| (p.as_path(), *raw)))?;
         model.bytes.resize(own as usize, 0);
-        spec.play(&path, &mut model)?;
+        spec.play(&path, spec.is_raw(number == 0), &mut model)?;
         below = Some((path, spec.is_raw(number == 0)));
         let head = &below.as_ref().unwrap().0;
         let disk = open_patiently(head, &chain::OpenOptions::default())?;

@@ -1,20 +1,25 @@
 //! Images that change their shape: version, refcount width and size, with snapshots in them.
 
+use std::io::IoSlice;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
 use vdisk::ErrorKind;
 use vdisk::addr::Unit;
+use vdisk::block::BlockDevice;
+use vdisk::chain::{Chain, Format};
 use vdisk::image::Image as _;
 use vdisk::qcow2::{self, Amend, CreateOptions, Image};
 use vdisk::storage::{MemoryStorage, Storage};
 
+use crate::crash::layer;
 use crate::dice::{Budget, Confess, Dice, seed};
 use crate::internal::{
     KINDS, State, Step, WRITABLE, compare, crash_everywhere, new_file, open_file,
     qemu_finds_it_clean, qemu_img, scribble, take,
 };
+use crate::model::{pattern, read};
 use crate::recorder::{Recorder, replay};
 use crate::require::{Need, have};
 
@@ -254,4 +259,30 @@ fn an_image_that_was_not_closed_is_repaired_when_it_is_opened_for_writing() {
     assert!(
         bytes[..300 << 10].iter().all(|b| *b == 9) && bytes[300 << 10..].iter().all(|b| *b == 0)
     );
+}
+
+/// The map of where metadata stands did not follow: after another refcount width, the new blocks were
+/// unguarded and writes over the old ones' clusters refused; after a smaller size, clusters that
+/// had been refcount blocks could not be taken again.
+#[test]
+fn a_disk_that_was_reshaped_is_written_in_all_its_clusters() {
+    let size = 600 << 10;
+    let cluster = Unit::from_bits(9);
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+    let options = CreateOptions { cluster, refcount_bits: 64, ..CreateOptions::new(size) };
+    let mut image = qcow2::create(storage.clone(), &options).unwrap();
+    image.amend(&Amend { refcount_bits: Some(1), ..Amend::default() }).unwrap();
+    image.amend(&Amend { refcount_bits: Some(64), ..Amend::default() }).unwrap();
+    let chain = Chain::new(layer(Arc::new(image), Format::Qcow2), Vec::new(), 1 << 20);
+    for (size, fill) in [(size, 1), (4 << 10, 2), (size, 3), (2 << 10, 4), (size, 5)] {
+        chain.resize(size).unwrap();
+        let data = pattern(0, size, fill);
+        chain.write_at(0, &[IoSlice::new(&data)]).unwrap();
+        chain.write_at(0, &[IoSlice::new(&data)]).unwrap();
+        chain.flush().unwrap();
+        assert!(read(&chain, 0, size).unwrap() == data);
+    }
+    drop(chain);
+    let image = Image::open(storage, WRITABLE).unwrap();
+    assert!(image.check(qcow2::Repair::None).unwrap().is_clean());
 }

@@ -49,13 +49,15 @@ impl Image {
             })
         })?;
         let capacity = lock(&self.refcounts).capacity();
-        let new = Refcounts::open(self.storage.clone(), &self.header(), capacity)?;
+        let mut new = Refcounts::open(self.storage.clone(), &self.header(), capacity)?;
+        new.territory = self.territory.clone();
         *lock(&self.refcounts) = new;
         for offset in old_blocks.into_values() {
             lock(&self.refcounts).release(HostOffset(offset), 1)?;
         }
         let clusters = u64::from(old.refcount_table_clusters);
         lock(&self.refcounts).release(HostOffset(old.refcount_table_offset), clusters)?;
+        self.survey()?;
         self.write_back()
     }
 
