@@ -22,6 +22,9 @@ use vdisk::qcow2::CreateOptions;
 const PAIRS: usize = 7;
 /// The data that is read and written.
 const SIZE: u64 = 128 << 20;
+/// What files are filled by: the host's page cache keeps what was written in one call in pages of
+/// that size, and both sides shall have the same.
+const FILL: u64 = 64 << 10;
 const BLOCK: u64 = 4096;
 /// Random accesses in one measurement.
 const ACCESSES: u64 = 40_000;
@@ -78,8 +81,8 @@ fn writes(disk: &Chain, seed: u64) {
 }
 
 fn fill(disk: &Chain) {
-    let bytes: Vec<u8> = (0..1u32 << 20).map(|i| (i >> 3) as u8 | 1).collect();
-    for at in (0..SIZE).step_by(1 << 20) {
+    let bytes: Vec<u8> = (0..FILL).map(|i| (i >> 3) as u8 | 1).collect();
+    for at in (0..SIZE).step_by(FILL as usize) {
         disk.write_at(at, &[IoSlice::new(&bytes)]).unwrap();
     }
     disk.flush().unwrap();
@@ -137,7 +140,7 @@ fn main() {
 
     let raw = dir.join("raw");
     let file = File::options().read(true).write(true).create_new(true).open(&raw).unwrap();
-    (0..SIZE >> 20).for_each(|n| file.write_all_at(&[7; 1 << 20], n << 20).unwrap());
+    (0..SIZE / FILL).for_each(|n| file.write_all_at(&[7; FILL as usize], n * FILL).unwrap());
     // As clean as the disk that was flushed.
     file.sync_all().unwrap();
     let path = dir.join("depth1-0");
