@@ -87,6 +87,18 @@ const QCOW2: &[Known] = &[
     with_default("refcount_bits", Kind::Number, "Width of a reference count entry in bits", "16"),
 ];
 
+/// What only an image that is there has.
+const AMEND: &[Known] = &[
+    known("encrypt.keyslot", Kind::Number, "Select a single keyslot to modify explicitly"),
+    known(
+        "encrypt.new-secret",
+        Kind::Text,
+        "New secret to set in the matching keyslots. Empty string to erase",
+    ),
+    known("encrypt.old-secret", Kind::Text, "Select all keyslots that match this password"),
+    known("encrypt.state", Kind::Text, "Select new state of affected keyslots (active/inactive)"),
+];
+
 const RAW: &[Known] = &[SIZE];
 
 /// What the file below any format knows; `size` and `preallocation` are the format's where it has
@@ -137,6 +149,29 @@ pub fn with_file(format: &str) -> Outcome<Vec<Known>> {
             all.push(*option);
         }
     }
+    Ok(all)
+}
+
+/// What can be changed of an image of `format`.
+pub fn of_amend(format: &str) -> Outcome<Vec<Known>> {
+    if format != "qcow2" {
+        return Err(Fail::new(format!(
+            "Format driver '{format}' does not support option amendment"
+        )));
+    }
+    let kept = [
+        "backing_file",
+        "backing_fmt",
+        "compat",
+        "data_file",
+        "data_file_raw",
+        "encrypt.iter-time",
+        "lazy_refcounts",
+        "refcount_bits",
+        "size",
+    ];
+    let mut all: Vec<Known> = QCOW2.iter().filter(|k| kept.contains(&k.name)).copied().collect();
+    all.extend_from_slice(AMEND);
     Ok(all)
 }
 

@@ -4,6 +4,7 @@
 //! lists of key and value, [`name`] the names of images, [`open`] opens them, [`fail`] says what
 //! went wrong in QEMU's words. It knows the library like any other part of the command line.
 
+mod amend;
 mod args;
 mod check;
 mod commit;
@@ -47,6 +48,7 @@ pub struct Args {
 
 /// The commands, as the help lists them.
 const COMMANDS: &[(&str, Command)] = &[
+    ("amend", amend::run),
     ("check", check::run),
     ("commit", commit::run),
     ("compare", compare::run),

@@ -266,6 +266,17 @@ pub fn check_snapshot_list(text: &str) -> Outcome<()> {
     Ok(())
 }
 
+/// Refuses to change the size of an image whose snapshots could not say theirs.
+pub fn refuse_resize(opened: &Opened) -> Outcome<()> {
+    let header = opened.qcow2.as_ref().map(|q| q.header());
+    match header {
+        Some(h) if h.snapshots > 0 && h.version < 3 => {
+            Err(Fail::new("Can't resize a v2 image which has snapshots"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Allocates the bytes by which a disk grew.
 pub fn preallocate(opened: &Opened, from: u64, to: u64, how: Preallocation) -> Outcome<()> {
     let file = &opened.layer.file;

@@ -53,12 +53,7 @@ pub fn run(args: &[String]) -> Outcome {
         );
         return Err(Fail::silent(1));
     }
-    if let Some(image) = &opened.qcow2
-        && image.header().snapshots > 0
-        && image.header().version < 3
-    {
-        return Err(Fail::new("Can't resize a v2 image which has snapshots"));
-    }
+    open::refuse_resize(&opened)?;
     chain.resize(new).map_err(|e| Fail::new(reason(&e)))?;
     open::preallocate(&opened, old, new, how)?;
     chain.flush().map_err(|e| Fail::new(reason(&e)))?;

@@ -1,0 +1,190 @@
+//! `qemu-img amend`: changes the options of an image that is there.
+
+use vdisk::block::BlockDevice;
+use vdisk::image::Backing;
+use vdisk::qcow2::{Amend, Header};
+
+use super::args::{self, flag, long, value};
+use super::create_options::{self as options, Chosen};
+use super::fail::{Fail, Outcome, os_text, reason, report};
+use super::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use super::name::Source;
+use super::open::{self, Use};
+use super::opts;
+
+/// Disks consist of whole sectors.
+const SECTOR: u64 = 512;
+/// Incompatible features that are no property of the format: not closed well, and corrupt.
+const MARKS: u64 = 0b11;
+/// An incompatible feature: the data stands in another file.
+const DATA_FILE: u64 = 1 << 2;
+
+pub fn run(args: &[String]) -> Outcome {
+    let known =
+        [FORMAT, value("o"), value("t"), flag("p"), QUIET, long("force"), OBJECT, IMAGE_OPTS];
+    let given = args::parse(args, &known)?;
+    let Some(list) = opts::joined(given.all("o"))? else {
+        return Err(Fail::usage("Must specify options (-o)"));
+    };
+    let help = opts::asks_for_help(&list);
+    if let (true, Some(format)) = (help, given.get("f")) {
+        return print_help(format);
+    }
+    let [name] = &given.names[..] else {
+        return Err(Fail::new("Expecting one image file name"));
+    };
+    given.check_cache("t", "cache")?;
+    let source = given.source(name)?;
+    let opened = open::layer(&source, Use::writing())?;
+    let format = opened.layer.format.name();
+    if help {
+        return print_help(format);
+    }
+    let Some(image) = &opened.qcow2 else {
+        return Err(Fail::new(format!(
+            "Format driver '{format}' does not support option amendment"
+        )));
+    };
+    let header = image.header();
+    drop(opened);
+    let chosen = Chosen::parse(options::of_amend(format)?, &list)?;
+    if given.has("p") {
+        print!("    (0.00/100%)\r");
+    }
+    amend(&source, &header, &chosen)?;
+    if given.has("p") {
+        println!("    (100.00/100%)\r");
+    }
+    Ok(0)
+}
+
+fn print_help(format: &str) -> Outcome {
+    print!("Amend options for '{format}':\n{}", options::help(&options::of_amend(format)?));
+    Ok(0)
+}
+
+/// What the image becomes first, then its size, then an older version: in this order each step
+/// has what it needs.
+fn amend(source: &Source, header: &Header, chosen: &Chosen) -> Outcome<()> {
+    let version = match chosen.text("compat") {
+        None => header.version,
+        Some("0.10" | "v2") => 2,
+        Some("1.1" | "v3") => 3,
+        Some(other) => return Err(Fail::new(format!("Unknown compatibility level {other}"))),
+    };
+    check(header, chosen, version)?;
+    let bits = chosen.number("refcount_bits").map(|b| u32::try_from(b).unwrap_or(u32::MAX));
+    let first = Amend {
+        version: (version > header.version).then_some(version),
+        refcount_bits: bits,
+        lazy_refcounts: chosen.switch("lazy_refcounts"),
+        backing: None,
+    };
+    change(source, &first)?;
+    if let Some(size) = chosen.number("size") {
+        resize(source, size)?;
+    }
+    if version < header.version {
+        check_snapshot_sizes(source)?;
+        change(source, &Amend { version: Some(version), ..Amend::default() })?;
+    }
+    Ok(())
+}
+
+/// What goes with what, before anything is changed.
+fn check(header: &Header, chosen: &Chosen, version: u32) -> Outcome<()> {
+    let fail = |text: String| Err(Fail::new(text));
+    let bits = chosen.number("refcount_bits");
+    if let Some(bits) = bits.filter(|b| !b.is_power_of_two() || *b > 64) {
+        let _ = bits;
+        return fail("Refcount width must be a power of two and may not exceed 64 bits".into());
+    }
+    let unchanged = 1u64 << header.refcount_order;
+    if version < 3 && bits.unwrap_or(unchanged) != 16 {
+        return fail(match bits {
+            None => "compat=0.10 requires refcount_bits=16".into(),
+            Some(_) => {
+                "Refcount widths other than 16 bits require compatibility level 1.1 or above \
+                        (use compat=1.1 or greater)"
+                    .into()
+            }
+        });
+    }
+    if chosen.has("backing_file") || chosen.has("backing_fmt") {
+        let now = header.backing.clone();
+        let wanted = Backing {
+            name: chosen.text("backing_file").unwrap_or_default().to_owned(),
+            format: chosen.text("backing_fmt").map(str::to_owned),
+        };
+        let same = now.is_some_and(|b| {
+            b.name == wanted.name && (wanted.format.is_none() || b.format == wanted.format)
+        });
+        if !same {
+            report("Cannot amend the backing file");
+            eprintln!("You can use 'qemu-img rebase' instead.");
+            return Err(Fail::silent(1));
+        }
+    }
+    let has_data_file = header.incompatible & DATA_FILE != 0;
+    if chosen.text("data_file").is_some() && !has_data_file {
+        return fail("data-file can only be set for images that use an external data file".into());
+    }
+    if chosen.switch("data_file_raw") == Some(true) {
+        return fail("data-file-raw cannot be set on existing images".into());
+    }
+    if version < 3 && chosen.switch("lazy_refcounts") == Some(true) {
+        return fail(
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or \
+             greater)"
+                .into(),
+        );
+    }
+    if version < header.version && has_data_file {
+        return fail("Cannot downgrade an image with a data file".into());
+    }
+    let features = header.incompatible & !MARKS;
+    if version < header.version && features != 0 {
+        return fail(format!(
+            "Cannot downgrade an image with incompatible features {features:#x} set"
+        ));
+    }
+    Ok(())
+}
+
+fn change(source: &Source, want: &Amend) -> Outcome<()> {
+    let Some(mut image) = open::owned(source, Use::writing())? else {
+        return Err(Fail::new(os_text(nix::libc::ENOTSUP)));
+    };
+    image.amend(want).map_err(|e| match e.raw_os_error() {
+        Some(errno) if want.version == Some(2) => {
+            report(e.message());
+            Fail::new(format!("Failed to turn zero into data clusters: {}", os_text(errno)))
+        }
+        _ => Fail::new(e.message()),
+    })
+}
+
+fn resize(source: &Source, size: u64) -> Outcome<()> {
+    let (opened, chain) = open::layer_and_chain(source, Use::writing())?;
+    let size = size.next_multiple_of(SECTOR);
+    if size == chain.size() {
+        return Ok(());
+    }
+    open::refuse_resize(&opened)?;
+    chain.resize(size).and_then(|()| chain.flush()).map_err(|e| Fail::new(reason(&e)))
+}
+
+/// Version 2 has one size for the disk and all its snapshots.
+fn check_snapshot_sizes(source: &Source) -> Outcome<()> {
+    let opened = open::layer(source, Use::reading(false))?;
+    let Some(image) = &opened.qcow2 else { return Ok(()) };
+    let size = image.header().size;
+    let all = image.snapshots().map_err(|e| Fail::new(reason(&e)))?;
+    if all
+        .iter()
+        .any(|s| s.vm_state_size > u64::from(u32::MAX) || s.disk_size.is_some_and(|d| d != size))
+    {
+        return Err(Fail::new("Internal snapshots prevent downgrade of image"));
+    }
+    Ok(())
+}
