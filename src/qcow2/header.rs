@@ -48,9 +48,11 @@ pub(super) mod autoclear {
     /// The content id in vdisk's label speaks for the bytes: a program that does not know the bit
     /// clears it when it opens the image for writing.
     pub const CONTENT_ID: u64 = 1 << 61;
-    /// What this engine keeps right when it writes; it clears the others, those of bitmaps and of
-    /// raw external data among them.
-    pub const KEPT: u64 = CONTENT_ID;
+    /// The bitmaps are consistent with the disk.
+    pub const BITMAPS: u64 = 1;
+    /// What this engine keeps right when it writes; it clears the others, that of raw external data
+    /// among them.
+    pub const KEPT: u64 = CONTENT_ID | BITMAPS;
 }
 
 /// How compressed clusters are compressed.

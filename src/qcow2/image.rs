@@ -4,6 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::bitmap::Tracker;
 use super::cache::SLICE;
 use super::check::Repair;
 use super::entry::{Entry, Shape};
@@ -68,6 +69,10 @@ pub struct Image {
     pub(super) inflated: Mutex<Inflated>,
     /// Where metadata stands; empty where the image is open for reading only.
     pub(super) territory: Arc<RwLock<Territory>>,
+    /// The bitmaps that record writes; locked before all others.
+    pub(super) tracker: Mutex<Tracker>,
+    /// Whether there are any.
+    pub(super) tracking: AtomicBool,
 }
 
 /// Clusters that lost one reference each.
@@ -139,6 +144,8 @@ impl Image {
             vouched: AtomicBool::new(header.autoclear & autoclear::CONTENT_ID != 0),
             file_len: AtomicU64::new(storage.len()?),
             inflated: Mutex::new(Inflated::new(header.compression)),
+            tracker: Mutex::default(),
+            tracking: AtomicBool::new(false),
             header: Mutex::new(header),
             storage,
         };
@@ -164,7 +171,7 @@ impl Image {
         if header.autoclear & !autoclear::KEPT != 0 {
             self.update_header(|h| h.autoclear &= autoclear::KEPT)?;
         }
-        Ok(())
+        self.track_bitmaps()
     }
 
     /// Notes where metadata stands. Tables that overlap are refused: to write one is to damage the
@@ -384,6 +391,7 @@ impl image::Image for Image {
             return Err(Error::invalid("only exclusive data is overwritten in place"));
         };
         self.begin_change()?;
+        self.track(at.0, total(bufs))?;
         let host = host + (at - extent.start);
         read(&self.territory).check(self.shape.cluster, host, total(bufs))?;
         self.write_data(host, bufs)
@@ -391,16 +399,19 @@ impl image::Image for Image {
 
     fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {
         self.begin_change()?;
+        self.track(at.0, len)?;
         Ok(Box::new(self.reserve(at, len)?))
     }
 
     fn zero(&self, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
         self.begin_change()?;
+        self.track(at.0, len)?;
         self.zero_range(at, len, unmap)
     }
 
     fn discard(&self, at: GuestOffset, len: u64, expose: bool) -> Result<()> {
         self.begin_change()?;
+        self.track(at.0, len)?;
         self.discard_range(at, len, expose)
     }
 
@@ -430,6 +441,7 @@ impl image::Image for Image {
 
     fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
         self.begin_change()?;
+        self.track(at.0, bytes.len() as u64)?;
         self.store_compressed(at, bytes)
     }
 
@@ -445,7 +457,9 @@ impl image::Image for Image {
     fn resize(&self, size: u64) -> Result<()> {
         self.check_resizable()?;
         self.begin_change()?;
-        if size < self.header().size { self.shrink(size) } else { self.grow(size) }
+        let bitmaps = self.resize_bitmaps(size)?;
+        if size < self.header().size { self.shrink(size) } else { self.grow(size) }?;
+        self.finish_resize(bitmaps)
     }
 }
 
@@ -453,6 +467,7 @@ impl Drop for Image {
     fn drop(&mut self) {
         // Who needs to know whether this worked calls flush. The second pass writes down which
         // clusters the first one made free; without it they would be leaks.
-        let _ = image::Image::flush(self).and_then(|()| image::Image::flush(self));
+        let flush = || image::Image::flush(self);
+        let _ = flush().and_then(|()| self.store_tracked()).and_then(|()| flush());
     }
 }

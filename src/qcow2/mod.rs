@@ -4,14 +4,15 @@
 //! first cluster; [`entry`] and [`tables`] map guest clusters; [`refcount`] gives out host
 //! clusters; [`write`](mod@write), [`compress`] and [`zero`] change the mapping; [`writeback`] brings changes to
 //! the file in the order that survives a crash; [`snapshot`] freezes and brings back
-//! whole disks, [`amend`] and [`shrink`] change what an image is; [`check`] proves an image right.
+//! whole disks, [`amend`] and [`shrink`] change what an image is; [`bitmap`] records writes; [`check`] proves an image right.
 //!
 //! # Locks
-//! In this order, each held as briefly as memory work takes: `writeback`, `tables`, `refcounts`,
+//! In this order, each held as briefly as memory work takes: `tracker`, `writeback`, `tables`, `refcounts`,
 //! `header`, `freed`, `territory`. Data is read and written with none of them held; `grace` is held shared
 //! meanwhile, and exclusively for the moment in which freed clusters become free.
 
 mod amend;
+mod bitmap;
 mod cache;
 mod check;
 mod compress;
@@ -32,6 +33,7 @@ mod writeback;
 mod zero;
 
 pub use amend::Amend;
+pub use bitmap::BitmapInfo;
 pub use check::{Check, Repair};
 pub use create::{CreateOptions, Preallocation, create};
 pub use extension::Extension;

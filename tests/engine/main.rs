@@ -11,6 +11,7 @@
 #[allow(dead_code, reason = "shared with the black-box tests")]
 mod require;
 
+mod bitmaps;
 mod crash;
 mod dice;
 mod family;

@@ -13,7 +13,7 @@ pub(super) mod table;
 
 use std::sync::Arc;
 
-use nix::libc::{EFBIG, ENOENT};
+use nix::libc::{EBUSY, EFBIG, ENOENT};
 
 use super::header::{Header, MAX_SNAPSHOTS, incompatible};
 use super::image::{Image, OpenOptions, lock, write};
@@ -138,6 +138,10 @@ impl Image {
     pub fn apply_snapshot(&mut self, id: &str) -> Result<()> {
         let (header, snapshots) = self.begin_snapshots()?;
         let snapshot = &snapshots[position(&snapshots, id)?];
+        if !self.bitmaps()?.is_empty() {
+            // They would not know what changed.
+            return Err(Error::unsupported("Device has active dirty bitmaps").with_os_error(EBUSY));
+        }
         let size = snapshot.disk_size.unwrap_or(header.size);
         let needed = header.l1_needed(size);
         let needed = needed.ok_or_else(|| Error::corrupt("Image is too big"))? as usize;
