@@ -151,6 +151,27 @@ impl Refcounts {
         Ok(get_in(bytes, self.order, (cluster - first) as usize))
     }
 
+    /// The refcounts of the clusters from `first` on; 0 where one cannot be told.
+    pub fn get_all(&mut self, first: u64, counts: &mut [u64]) {
+        let mut done = 0;
+        while done < counts.len() {
+            let cluster = first + done as u64;
+            let Ok(Some((slice, start))) = self.slice_of(cluster) else {
+                // Without a block for this one, there may be one for the next.
+                (counts[done], done) = (0, done + 1);
+                continue;
+            };
+            let bytes = self.cache.get(slice).unwrap_or_default();
+            let (from, total) = ((cluster - start) as usize, (bytes.len() * 8) >> self.order);
+            let rest = &mut counts[done..];
+            let here = rest.len().min(total - from);
+            for (number, count) in rest[..here].iter_mut().enumerate() {
+                *count = get_in(bytes, self.order, from + number);
+            }
+            done += here;
+        }
+    }
+
     /// Sets the refcount of a cluster whose block exists.
     fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
         let order = self.order;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use byteorder::{BigEndian, ByteOrder};
 use nix::libc::{EAGAIN, EFBIG, EINVAL};
 
-use super::check::counts::Counts;
+use super::check::counts::{Counted, Counts};
 use super::entry::{COPIED, OFFSET};
 use super::header::{Header, MAX_L1};
 use super::image::{Image, lock};
@@ -90,7 +90,7 @@ impl Image {
     }
 
     /// How often `l1` refers to each host cluster, as far as clusters with a refcount go.
-    pub(super) fn references(&self, l1: &[u64]) -> Result<Counts> {
+    pub(super) fn references(&self, l1: &[u64]) -> Result<Counted> {
         let cluster = self.shape.cluster;
         let mut counts = Counts::default();
         self.each_l2(l1, |l2| {
@@ -112,7 +112,7 @@ impl Image {
             }
             Ok(())
         })?;
-        Ok(counts)
+        Ok(counts.finish())
     }
 
     fn count(&self, counts: &mut Counts, host: u64, clusters: u64, times: u32) -> Result<()> {
@@ -132,7 +132,7 @@ impl Image {
     }
 
     /// Whether all references in `more` can be added to what the refcounts say now.
-    pub(super) fn can_add(&self, more: &Counts) -> Result<()> {
+    pub(super) fn can_add(&self, more: &Counted) -> Result<()> {
         let mut refcounts = lock(&self.refcounts);
         let max = refcounts.max();
         for (cluster, count) in more.used() {
@@ -149,7 +149,7 @@ impl Image {
     }
 
     /// Whether all references in `less` are counted.
-    pub(super) fn can_subtract(&self, less: &Counts) -> Result<()> {
+    pub(super) fn can_subtract(&self, less: &Counted) -> Result<()> {
         let mut refcounts = lock(&self.refcounts);
         for (cluster, count) in less.used() {
             if refcounts.get(cluster)? < count {
@@ -162,7 +162,7 @@ impl Image {
     }
 
     /// Adds references that [`can_add`](Image::can_add) found room for.
-    pub(super) fn add_references(&self, more: &Counts) -> Result<()> {
+    pub(super) fn add_references(&self, more: &Counted) -> Result<()> {
         for (cluster, count) in more.used() {
             lock(&self.refcounts).add(cluster, count)?;
             self.relieve()?;
@@ -172,7 +172,7 @@ impl Image {
 
     /// Takes references away that nothing in the file makes any more; returns the clusters that
     /// are free now, in runs of host bytes.
-    pub(super) fn take_references(&self, less: &Counts) -> Result<Vec<(HostOffset, u64)>> {
+    pub(super) fn take_references(&self, less: &Counted) -> Result<Vec<(HostOffset, u64)>> {
         let bytes = self.cluster().bytes();
         let mut freed: Vec<(HostOffset, u64)> = Vec::new();
         for (cluster, count) in less.used() {

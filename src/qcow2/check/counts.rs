@@ -8,20 +8,76 @@ const PAGE: u64 = 64;
 /// Counts by cluster number.
 #[derive(Default)]
 pub(in crate::qcow2) struct Counts {
-    pages: BTreeMap<u64, Box<[u32]>>,
+    pages: BTreeMap<u64, Page>,
+    /// The page that was counted in last, out of the map: references mostly follow each other.
+    current: Option<(u64, Page)>,
 }
+
+type Page = Box<[u32]>;
 
 impl Counts {
     /// Notes `times` more references to a cluster.
     pub fn add(&mut self, cluster: u64, times: u32) {
-        let page =
-            self.pages.entry(cluster / PAGE).or_insert_with(|| vec![0; PAGE as usize].into());
+        let page = self.turn_to(cluster / PAGE);
         let count = &mut page[(cluster % PAGE) as usize];
         *count = count.saturating_add(times);
     }
 
+    fn turn_to(&mut self, number: u64) -> &mut Page {
+        if self.current.as_ref().is_none_or(|(current, _)| *current != number) {
+            self.settle();
+            let page = self.pages.remove(&number);
+            self.current = Some((number, page.unwrap_or_else(|| vec![0; PAGE as usize].into())));
+        }
+        let (_, page) = self.current.get_or_insert_with(|| (number, Page::default()));
+        page
+    }
+
+    /// Puts the page at hand back: the other calls look in the map, and at it last.
+    fn settle(&mut self) {
+        self.pages.extend(self.current.take());
+    }
+
     pub fn get(&self, cluster: u64) -> u64 {
-        self.pages.get(&(cluster / PAGE)).map_or(0, |p| u64::from(p[(cluster % PAGE) as usize]))
+        let number = cluster / PAGE;
+        let page = match &self.current {
+            Some((current, page)) if *current == number => Some(page),
+            _ => self.pages.get(&number),
+        };
+        page.map_or(0, |page| u64::from(page[(cluster % PAGE) as usize]))
+    }
+
+    /// The counts, to be read from now on.
+    pub fn finish(mut self) -> Counted {
+        self.settle();
+        Counted { pages: self.pages }
+    }
+}
+
+/// The counts of a walk that is done.
+pub(in crate::qcow2) struct Counted {
+    pages: BTreeMap<u64, Page>,
+}
+
+impl Counted {
+    /// The counts around a cluster, to ask of each of its neighbours whether it is unused.
+    pub fn page(&self, cluster: u64) -> Option<&[u32]> {
+        self.pages.get(&(cluster / PAGE)).map(|page| &page[..])
+    }
+
+    /// Whether two clusters have the same [`page`](Counted::page).
+    pub fn share_page(&self, a: u64, b: u64) -> bool {
+        a / PAGE == b / PAGE
+    }
+
+    /// Whether nothing refers to a cluster with that page.
+    pub fn is_unused(&self, page: Option<&[u32]>, cluster: u64) -> bool {
+        page.is_none_or(|page| page[(cluster % PAGE) as usize] == 0)
+    }
+
+    /// The first clusters and counts of all pages that are in use, in order.
+    pub fn pages(&self) -> impl Iterator<Item = (u64, &[u32])> {
+        self.pages.iter().map(|(number, page)| (number * PAGE, &page[..]))
     }
 
     /// One past the last cluster in use.
@@ -35,11 +91,9 @@ impl Counts {
 
     /// All clusters in use, in order, with their counts.
     pub fn used(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.pages.iter().flat_map(|(page, counts)| {
-            let numbered = counts.iter().enumerate();
-            numbered
-                .filter(|(_, c)| **c > 0)
-                .map(move |(i, c)| (page * PAGE + i as u64, u64::from(*c)))
+        self.pages().flat_map(|(first, counts)| {
+            let numbered = (first..).zip(counts);
+            numbered.filter(|(_, c)| **c > 0).map(|(cluster, c)| (cluster, u64::from(*c)))
         })
     }
 }

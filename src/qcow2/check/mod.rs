@@ -12,7 +12,7 @@ mod snapshots;
 mod walk;
 
 use super::header::incompatible;
-use super::image::{Image, lock};
+use super::image::Image;
 use crate::error::Result;
 pub use crate::image::{Check, Repair};
 
@@ -42,7 +42,8 @@ impl Image {
         if let Some(table) = snapshots.filter(|_| repair == Repair::All) {
             self.mend_snapshot_table(&mut check, &table)?;
         }
-        repair::Flags { image: self, check: &mut check, repair }.run()?;
+        repair::Flags { image: self, check: &mut check, repair, stored: repair::Stored::default() }
+            .run()?;
         Ok(check)
     }
 
@@ -75,10 +76,5 @@ impl Image {
             return Ok(());
         }
         self.update_header(|h| h.incompatible &= !marks)
-    }
-
-    /// The refcount of a cluster, 0 where it cannot be told.
-    fn refcount(&self, cluster: u64) -> u64 {
-        lock(&self.refcounts).get(cluster).unwrap_or(0)
     }
 }

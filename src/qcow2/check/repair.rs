@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use byteorder::{BigEndian, ByteOrder};
 
-use super::counts::Counts;
+use super::counts::Counted;
 use super::{Check, Repair};
 use crate::error::Result;
 use crate::qcow2::entry::{COPIED, OFFSET};
@@ -15,18 +15,23 @@ pub(super) struct Compare<'a> {
     pub image: &'a Image,
     pub check: &'a mut Check,
     pub repair: Repair,
-    pub counts: &'a Counts,
+    pub counts: &'a Counted,
 }
 
 impl Compare<'_> {
     /// Returns whether anything was changed in memory.
     pub fn run(mut self) -> Result<bool> {
         let mut changed = false;
-        let used: Vec<(u64, u64)> = self.counts.used().collect();
-        for (cluster, count) in used {
-            let stored = self.image.refcount(cluster);
-            if stored != count {
-                changed |= self.differs(cluster, stored, count)?;
+        let counts = self.counts;
+        for (first, page) in counts.pages() {
+            let mut stored = vec![0; page.len()];
+            lock(&self.image.refcounts).get_all(first, &mut stored);
+            for (number, (stored, count)) in stored.iter().zip(page).enumerate() {
+                let count = u64::from(*count);
+                // What nothing refers to is found below, where its refcount stands.
+                if count > 0 && *stored != count {
+                    changed |= self.differs(first + number as u64, *stored, count)?;
+                }
             }
         }
         Ok(self.unused()? || changed)
@@ -51,10 +56,14 @@ impl Compare<'_> {
             for slice in 0.. {
                 let found = lock(&self.image.refcounts).used_in_slice(index, slice);
                 let Ok(Some(found)) = found else { break };
-                for (number, stored) in found {
-                    // The repair itself may have made blocks, and moved the table.
-                    if self.counts.get(number) == 0 && !own.contains(&number) {
-                        changed |= self.differs(number, stored, 0)?;
+                let counts = self.counts;
+                for run in found.chunk_by(|a, b| counts.share_page(a.0, b.0)) {
+                    let page = run.first().and_then(|(number, _)| counts.page(*number));
+                    for (number, stored) in run {
+                        // The repair itself may have made blocks, and moved the table.
+                        if counts.is_unused(page, *number) && !own.contains(number) {
+                            changed |= self.differs(*number, *stored, 0)?;
+                        }
                     }
                 }
             }
@@ -95,6 +104,29 @@ pub(super) struct Flags<'a> {
     pub image: &'a Image,
     pub check: &'a mut Check,
     pub repair: Repair,
+    pub stored: Stored,
+}
+
+/// Refcounts that do not change meanwhile, fetched by neighbourhoods.
+#[derive(Default)]
+pub(super) struct Stored {
+    first: u64,
+    counts: Vec<u64>,
+}
+
+impl Stored {
+    /// Clusters that are fetched together.
+    const SPAN: u64 = 512;
+
+    fn get(&mut self, image: &Image, cluster: u64) -> u64 {
+        if self.counts.is_empty() || cluster / Self::SPAN != self.first / Self::SPAN {
+            self.first = cluster / Self::SPAN * Self::SPAN;
+            self.counts.resize(Self::SPAN as usize, 0);
+            self.counts.fill(0);
+            lock(&image.refcounts).get_all(self.first, &mut self.counts);
+        }
+        self.counts[(cluster - self.first) as usize]
+    }
 }
 
 impl Flags<'_> {
@@ -158,7 +190,7 @@ impl Flags<'_> {
 
     /// The entry with the right flag, where it has the wrong one and may be mended.
     fn flag(&mut self, entry: u64, host: u64, what: &str) -> Option<u64> {
-        let refcount = self.image.refcount(self.image.shape.cluster.index(host));
+        let refcount = self.stored.get(self.image, self.image.shape.cluster.index(host));
         if (refcount == 1) == (entry & COPIED != 0) {
             return None;
         }

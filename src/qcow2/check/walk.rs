@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use byteorder::{BigEndian, ByteOrder};
 
 use super::Check;
-use super::counts::Counts;
+use super::counts::{Counted, Counts};
 use crate::error::{Error, Result};
 use crate::qcow2::entry::{Entry, OFFSET, Shape};
 use crate::qcow2::extension;
@@ -63,8 +63,8 @@ impl<'a> Walk<'a> {
         })
     }
 
-    pub fn finish(self) -> Counts {
-        self.counts
+    pub fn finish(self) -> Counted {
+        self.counts.finish()
     }
 
     /// `snapshots` is their table, where it can be read.
