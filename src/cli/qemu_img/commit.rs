@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use vdisk::addr::GuestOffset;
 use vdisk::block::BlockDevice;
-use vdisk::chain::{Chain, Descent, OpenOptions};
+use vdisk::chain::{self, Chain, Descent, OpenOptions};
 
 use super::args::{self, flag, value};
 use super::fail::{Fail, Outcome, reason};
@@ -62,8 +62,10 @@ fn split(source: &Source, opened: &Opened, base: Option<&str>) -> Outcome<(Chain
     let mut shown = opened.shown.clone();
     loop {
         let recorded = upper.recorded().cloned().ok_or_else(not_found)?;
+        // What an image names passes the library's gate: a path, and nothing else.
+        let child = upper.lowest().path.clone();
+        let path = chain::resolve(&child, &recorded.name).map_err(failed)?;
         let full = full_backing_name(&shown, &recorded.name);
-        let path = open::backing_path(&full);
         let is_base = match base {
             None => true,
             Some(base) => names(base, &shown, &recorded.name, &path),

@@ -46,9 +46,10 @@ pub fn run(args: &[String]) -> Outcome {
     };
     let a = side(first, given.get("f")).map_err(|e| e.with_code(FAILED))?;
     let b = side(second, given.get("F")).map_err(|e| e.with_code(FAILED))?;
-    let say = |text: String| {
+    let mut said = Said(Vec::new());
+    let mut say = |text: String| {
         if !given.has("q") {
-            println!("{text}");
+            said.0.push(text);
         }
     };
     let (long, short) = if a.chain.size() >= b.chain.size() { (&a, &b) } else { (&b, &a) };
@@ -77,6 +78,15 @@ pub fn run(args: &[String]) -> Outcome {
     }
     say("Images are identical.".to_owned());
     Ok(0)
+}
+
+/// What is printed when all is done: after an error, if there is one.
+struct Said(Vec<String>);
+
+impl Drop for Said {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|line| println!("{line}"));
+    }
 }
 
 enum Difference {

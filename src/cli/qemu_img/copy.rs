@@ -78,6 +78,11 @@ pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
         // All of an old target becomes zero at once, where its format can say so.
         run.reads_zero = make_zero(target);
     }
+    // Everything is looked at once first: nothing is written from a source that has no map.
+    let mut at = 0;
+    while at < total {
+        at += run.look(at)?.1;
+    }
     let mut at = 0;
     while at < total {
         if copying.progress {
@@ -151,12 +156,23 @@ impl Run<'_> {
         let pos = at - part.start;
         let left = part.size - pos;
         let layers = if self.copying.has_backing { &part.layers[..1] } else { &part.layers[..] };
-        let status = match status::at(layers, pos, left) {
-            Ok(status) => status,
-            Err(_) if self.copying.salvage => return Ok((What::Data, left.min(SECTOR))),
-            Err(e) => {
-                return Err(e.prefix(format!("error while reading block status at offset {at}: ")));
+        let mut asked = left;
+        let status = loop {
+            let failed = match status::at(layers, pos, asked) {
+                Ok(status) => break status,
+                Err(e) => e.prefix(format!("error while reading block status at offset {at}: ")),
+            };
+            if !self.copying.salvage {
+                return Err(failed);
             }
+            if asked <= SECTOR {
+                if !self.copying.quiet {
+                    report(format!("warning: {}", failed.text()));
+                }
+                return Ok((What::Data, asked));
+            }
+            // Perhaps less of it can be told.
+            asked = asked.div_ceil(SECTOR).div_ceil(4) * SECTOR;
         };
         let what = match status {
             status::Status { allocated: false, .. } if self.copying.has_backing => What::Backing,

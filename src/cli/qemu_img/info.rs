@@ -56,6 +56,9 @@ fn collect(source: Source, using: Use, whole: bool) -> Outcome<Vec<Info>> {
             (Below::Given(given), _) => Some((**given).clone()),
             (Below::Nothing, _) | (_, None) => None,
             (Below::Recorded, Some(backing)) => {
+                // What an image names passes the library's gate: a path, and nothing else.
+                let child = source.path().unwrap_or(std::path::Path::new(""));
+                vdisk::chain::resolve(child, &backing.name).map_err(|e| Fail::new(reason(&e)))?;
                 let full = info
                     .full_backing()
                     .ok_or_else(|| Fail::new("Could not determine the backing file's name"))?;

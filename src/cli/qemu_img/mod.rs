@@ -15,6 +15,7 @@ mod create;
 mod create_options;
 mod dd;
 mod fail;
+mod faults;
 mod format;
 mod info;
 mod json;

@@ -54,6 +54,8 @@ pub struct Source {
     pub below: Below,
     /// First byte and length of a raw image inside its file.
     pub window: (u64, Option<u64>),
+    /// Faults of the image itself, by the file with their rules and the rules given in place.
+    pub above: Option<(Option<String>, Vec<(String, String)>)>,
     /// The other options, which do not change what is read.
     pub rest: List,
 }
@@ -101,6 +103,7 @@ impl Source {
                 format: format.map(str::to_owned),
                 below: Below::Recorded,
                 window: (0, None),
+                above: None,
                 rest: List::default(),
             }
         };
@@ -124,6 +127,10 @@ impl Source {
         Ok(source)
     }
 
+    fn is_plain(&self) -> bool {
+        matches!(self.below, Below::Recorded) && self.above.is_none() && self.window == (0, None)
+    }
+
     /// The path of the file at the bottom.
     pub fn path(&self) -> Outcome<&Path> {
         self.protocol.path().ok_or_else(|| Fail::new(format!("'{}' has no file", self.given)))
@@ -132,7 +139,7 @@ impl Source {
     /// The name that describes the image best: a path where that is all there is to say.
     pub fn shown(&self) -> String {
         match &self.protocol {
-            Protocol::File(path) if matches!(self.below, Below::Recorded) => shown_path(path),
+            Protocol::File(path) if self.is_plain() => shown_path(path),
             Protocol::Faulty { config, rules, image } if rules.is_empty() => {
                 let inner = image.path().map(|p| p.display().to_string()).unwrap_or_default();
                 format!("blkdebug:{}:{inner}", config.as_deref().unwrap_or_default())
@@ -185,6 +192,10 @@ impl Tree {
         Some(value)
     }
 
+    fn value(&self, key: &str) -> Option<&str> {
+        self.0.iter().rfind(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+
     /// The options below `name`, without that name.
     fn below(&mut self, name: &str) -> Tree {
         let prefix = format!("{name}.");
@@ -203,8 +214,18 @@ impl Tree {
             format: driver.clone(),
             below: Below::Recorded,
             window: (0, None),
+            above: None,
             rest: all,
         };
+        if driver.as_deref() == Some("blkdebug")
+            && let Some(format) = self.value("image.driver")
+            && FORMATS.contains(&format)
+        {
+            let mut below = self.below("image").image(text)?;
+            let rules = self.0.drain(..).filter(|(k, _)| k.contains('.')).collect();
+            (below.above, below.rest) = (Some((self.take("config"), rules)), source.rest);
+            return Ok(below);
+        }
         let is_protocol = |d: &str| {
             matches!(d, "file" | "host_device" | "blkdebug" | "null-co" | "null-aio" | "quorum")
         };

@@ -11,6 +11,7 @@ use vdisk::storage::{Access, FileOptions, FileStorage, Storage};
 use vdisk::{Error, ErrorKind};
 
 use super::fail::{Fail, Outcome, open_reason, os_text, reason, report};
+use super::faults::{Faults, Faulty};
 use super::name::{Below, Protocol, Source, has_protocol};
 use super::opts::List;
 use super::window::Window;
@@ -170,8 +171,27 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
     if using.write && format == Format::Raw && source.format.is_none() {
         warn_of_guess(source);
     }
+    let image = with_faults(source, image)?;
     let layer = Layer { path, format, image, file };
     Ok(Opened { layer, qcow2, shown: source.shown() })
+}
+
+/// The image, failing as the user wants it to.
+fn with_faults(source: &Source, mut image: Arc<dyn Image>) -> Outcome<Arc<dyn Image>> {
+    let below = match &source.protocol {
+        Protocol::Faulty { config, rules, .. } => Faults::read(config.as_deref(), rules)?,
+        _ => Faults::default(),
+    };
+    let above = match &source.above {
+        Some((config, rules)) => Faults::read(config.as_deref(), rules)?,
+        None => Faults::default(),
+    };
+    for faults in [below, above] {
+        if !faults.is_empty() {
+            image = Arc::new(Faulty::new(image, faults));
+        }
+    }
+    Ok(image)
 }
 
 fn warn_of_guess(source: &Source) {
