@@ -146,6 +146,11 @@ impl Given {
         self.options.iter().filter(move |(k, _)| *k == key).map(|(_, v)| v.as_str())
     }
 
+    /// All options in the order in which they were given.
+    pub fn in_order(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.options.iter().map(|(k, v)| (*k, v.as_str()))
+    }
+
     /// The one operand of a command that takes one.
     pub fn only_name(&self) -> Outcome<&str> {
         match &self.names[..] {

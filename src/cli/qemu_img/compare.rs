@@ -32,6 +32,14 @@ struct Side {
 }
 
 pub fn run(args: &[String]) -> Outcome {
+    let mut said = Vec::new();
+    // What is said about the contents follows an error, if there is one.
+    let ended = compare(args, &mut said).unwrap_or_else(|fail| fail.report());
+    said.iter().for_each(|line| println!("{line}"));
+    Ok(ended)
+}
+
+fn compare(args: &[String], said: &mut Vec<String>) -> Outcome {
     let strict = flag("s");
     let known = [FORMAT, value("F"), CACHE, flag("p"), QUIET, strict, SHARED, OBJECT, IMAGE_OPTS];
     let given = args::parse(args, &known)?;
@@ -46,10 +54,9 @@ pub fn run(args: &[String]) -> Outcome {
     };
     let a = side(first, given.get("f")).map_err(|e| e.with_code(FAILED))?;
     let b = side(second, given.get("F")).map_err(|e| e.with_code(FAILED))?;
-    let mut said = Said(Vec::new());
     let mut say = |text: String| {
         if !given.has("q") {
-            said.0.push(text);
+            said.push(text);
         }
     };
     let (long, short) = if a.chain.size() >= b.chain.size() { (&a, &b) } else { (&b, &a) };
@@ -78,15 +85,6 @@ pub fn run(args: &[String]) -> Outcome {
     }
     say("Images are identical.".to_owned());
     Ok(0)
-}
-
-/// What is printed when all is done: after an error, if there is one.
-struct Said(Vec<String>);
-
-impl Drop for Said {
-    fn drop(&mut self) {
-        self.0.iter().for_each(|line| println!("{line}"));
-    }
 }
 
 enum Difference {

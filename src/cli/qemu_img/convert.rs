@@ -7,6 +7,7 @@ use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 
 use super::args::{self, Given, Opt, flag, long, value};
+use super::bitmaps;
 use super::copy::{Copying, Part, copy};
 use super::create;
 use super::create_options::{self as options, Chosen};
@@ -79,6 +80,11 @@ pub fn run(args: &[String]) -> Outcome {
     }
     given.check_cache("T", "source cache")?;
     given.check_cache("t", "cache")?;
+    let first = names.front().cloned().filter(|_| given.has("bitmaps"));
+    let copied = match first {
+        Some(name) => copied_bitmaps(&given, &name, format)?,
+        None => Vec::new(),
+    };
     let sources = sources(&given, names)?;
     let list = list.as_deref().unwrap_or("");
     let request = Request { given: &given, target: &target, format, list };
@@ -94,6 +100,10 @@ pub fn run(args: &[String]) -> Outcome {
         reads_zero: is_new && !has_backing || given.has("target-is-zero"),
     };
     copy(&sources, &copying)?;
+    drop(chain);
+    if !copied.is_empty() {
+        bitmaps::write(&request.target_source()?, &copied)?;
+    }
     Ok(0)
 }
 
@@ -136,6 +146,21 @@ fn check_combination(given: &Given) -> Outcome<()> {
     Ok(())
 }
 
+/// The bitmaps of the one source.
+fn copied_bitmaps(given: &Given, name: &str, format: &str) -> Outcome<Vec<bitmaps::Copied>> {
+    if given.names.len() > 2 {
+        return Err(Fail::new("Copying bitmaps only possible with single source"));
+    }
+    let opened = open::layer(&given.source(name)?, given.reading())?;
+    let Some(image) = &opened.qcow2 else {
+        return Err(Fail::new("Source lacks bitmap support"));
+    };
+    if format != "qcow2" {
+        return Err(Fail::new(format!("Format driver '{format}' does not support bitmaps")));
+    }
+    bitmaps::read(image, given.has("skip-broken-bitmaps"))
+}
+
 /// Opens the sources, one behind the other.
 fn sources(given: &Given, names: VecDeque<String>) -> Outcome<Vec<Part>> {
     let mut parts = Vec::new();
@@ -161,15 +186,17 @@ struct Request<'a> {
 }
 
 impl Request<'_> {
+    fn target_source(&self) -> Outcome<Source> {
+        let options = self.given.has("target-image-opts");
+        Source::parse(self.target, (!options).then_some(self.format), options)
+    }
+
     /// The target; whether it stands on a backing file of its own, and whether it is new.
     fn target(&self, sources: &[Part]) -> Outcome<(Chain, bool, bool)> {
         let total: u64 = sources.iter().map(|p| p.size).sum();
         let backing = self.given.get("B");
         if self.given.has("n") {
-            let options = self.given.has("target-image-opts");
-            let format = (!options).then_some(self.format);
-            let source = Source::parse(self.target, format, options)?;
-            let chain = open::chain(&source, Use::writing())?;
+            let chain = open::chain(&self.target_source()?, Use::writing())?;
             if chain.size() < total {
                 return Err(Fail::new("output file is smaller than input file"));
             }

@@ -116,7 +116,7 @@ impl Info {
             backing: layer.image.backing(),
             has_directory: !matches!(source.protocol, Protocol::Quorum(_)),
             snapshots: snapshots.unwrap_or_default(),
-            specific: header.as_ref().map(specific),
+            specific: opened.qcow2.as_ref().map(|q| specific(q)).transpose()?,
             file: FileInfo {
                 name: layer.path.display().to_string(),
                 length: file.len().map_err(failed)?,
@@ -255,7 +255,8 @@ fn snapshot_json(one: &Snapshot) -> Value {
 }
 
 /// What only qcow2 images have.
-fn specific(header: &qcow2::Header) -> Value {
+fn specific(image: &qcow2::Image) -> Outcome<Value> {
+    let header = image.header();
     let mut all = json!({
         "compat": if header.version < 3 { "0.10" } else { "1.1" },
         "compression-type": header.compression.name(),
@@ -265,8 +266,18 @@ fn specific(header: &qcow2::Header) -> Value {
         map.insert("lazy-refcounts".to_owned(), json!(header.has_lazy_refcounts()));
         map.insert("corrupt".to_owned(), json!(header.is_corrupt()));
         map.insert("extended-l2".to_owned(), json!(header.extended_l2()));
+        let bitmaps = image.bitmaps().map_err(|e| Fail::new(reason(&e)))?;
+        if !bitmaps.is_empty() {
+            map.insert("bitmaps".to_owned(), bitmaps.iter().map(bitmap).collect());
+        }
     }
-    all
+    Ok(all)
+}
+
+fn bitmap(one: &qcow2::BitmapInfo) -> Value {
+    let flags = [("in-use", one.in_use), ("auto", one.auto)];
+    let flags: Vec<&str> = flags.into_iter().filter(|(_, is)| *is).map(|(name, _)| name).collect();
+    json!({ "name": one.name, "granularity": one.granularity, "flags": flags })
 }
 
 /// Writes JSON for people: one line for each value, names with spaces.

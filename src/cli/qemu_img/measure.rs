@@ -3,11 +3,12 @@
 use serde_json::json;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
-use vdisk::qcow2::{CreateOptions, Preallocation};
+use vdisk::qcow2::{BitmapInfo, CreateOptions, Preallocation};
 
 use super::args::{self, long_value, value};
+use super::bitmaps;
 use super::create_options::{self as options, Chosen};
-use super::fail::{Fail, Outcome};
+use super::fail::{Fail, Outcome, reason};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
 use super::json;
 use super::open;
@@ -63,13 +64,20 @@ pub fn run(args: &[String]) -> Outcome {
     }
     let format = given.get("O").unwrap_or("raw");
     let known = options::with_file(format)?;
+    let mut bitmaps: Option<Vec<BitmapInfo>> = None;
     let source = match name {
         None => None,
         Some(name) => {
             let source = given.source(name)?;
             Some(match given.get("l") {
                 Some(snapshot) => open::at_snapshot(&source, snapshot, given.reading())?,
-                None => open::chain(&source, given.reading())?,
+                None => {
+                    let (opened, chain) = open::layer_and_chain(&source, given.reading())?;
+                    let image = opened.qcow2.filter(|q| q.header().version >= 3);
+                    let all = image.map(|q| q.bitmaps()).transpose();
+                    bitmaps = all.map_err(|e| Fail::new(reason(&e)))?;
+                    chain
+                }
             })
         }
     };
@@ -77,7 +85,7 @@ pub fn run(args: &[String]) -> Outcome {
     chosen.add_defaults()?;
     let size = size.or_else(|| source.as_ref().map(|c| c.size())).unwrap_or(0);
     let room = match format {
-        "qcow2" => qcow2(&chosen, size, source.as_ref())?,
+        "qcow2" => qcow2(&chosen, size, source.as_ref(), bitmaps.as_deref())?,
         _ => Room { required: size, full: size, bitmaps: None },
     };
     print(&room, output);
@@ -102,7 +110,12 @@ fn print(room: &Room, output: Output) {
     }
 }
 
-fn qcow2(chosen: &Chosen, size: u64, source: Option<&Chain>) -> Outcome<Room> {
+fn qcow2(
+    chosen: &Chosen,
+    size: u64,
+    source: Option<&Chain>,
+    bitmaps: Option<&[BitmapInfo]>,
+) -> Outcome<Room> {
     let options = options::qcow2(chosen, size)?;
     let cluster = options.cluster;
     let virtual_size = cluster.ceil(size);
@@ -119,8 +132,9 @@ fn qcow2(chosen: &Chosen, size: u64, source: Option<&Chain>) -> Outcome<Room> {
         (_, Some(source)) => stored(source, &options, options.backing.is_some())?,
     };
     let required = metadata + data;
-    let keeps_bitmaps = |c: &Chain| c.head().image.details().and_then(|d| d.version) >= Some(3);
-    let bitmaps = source.filter(|c| keeps_bitmaps(c)).map(|_| 0);
+    // Version 2 has no place for them.
+    let bitmaps = bitmaps.filter(|_| options.version >= 3);
+    let bitmaps = bitmaps.map(|all| bitmaps::room(all, size, options.cluster));
     Ok(Room { required, full: metadata + virtual_size, bitmaps })
 }
 

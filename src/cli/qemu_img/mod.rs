@@ -6,6 +6,8 @@
 
 mod amend;
 mod args;
+mod bitmap;
+mod bitmaps;
 mod check;
 mod commit;
 mod compare;
@@ -50,6 +52,7 @@ pub struct Args {
 /// The commands, as the help lists them.
 const COMMANDS: &[(&str, Command)] = &[
     ("amend", amend::run),
+    ("bitmap", bitmap::run),
     ("check", check::run),
     ("commit", commit::run),
     ("compare", compare::run),
