@@ -29,6 +29,15 @@ pub enum Protocol {
     Quorum(Vec<Protocol>),
 }
 
+/// Rules for faults, as they were given.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// The file that holds some.
+    pub config: Option<String>,
+    /// Those given in place, with their keys.
+    pub given: Vec<(String, String)>,
+}
+
 /// What stands below an image.
 #[derive(Debug, Clone, Default)]
 pub enum Below {
@@ -54,8 +63,8 @@ pub struct Source {
     pub below: Below,
     /// First byte and length of a raw image inside its file.
     pub window: (u64, Option<u64>),
-    /// Faults of the image itself, by the file with their rules and the rules given in place.
-    pub above: Option<(Option<String>, Vec<(String, String)>)>,
+    /// Faults of the image itself.
+    pub above: Option<Rules>,
     /// The other options, which do not change what is read.
     pub rest: List,
 }
@@ -223,7 +232,8 @@ impl Tree {
         {
             let mut below = self.below("image").image(text)?;
             let rules = self.0.drain(..).filter(|(k, _)| k.contains('.')).collect();
-            (below.above, below.rest) = (Some((self.take("config"), rules)), source.rest);
+            let rules = Rules { config: self.take("config"), given: rules };
+            (below.above, below.rest) = (Some(rules), source.rest);
             return Ok(below);
         }
         let is_protocol = |d: &str| {

@@ -183,7 +183,7 @@ fn with_faults(source: &Source, mut image: Arc<dyn Image>) -> Outcome<Arc<dyn Im
         _ => Faults::default(),
     };
     let above = match &source.above {
-        Some((config, rules)) => Faults::read(config.as_deref(), rules)?,
+        Some(rules) => Faults::read(rules.config.as_deref(), &rules.given)?,
         None => Faults::default(),
     };
     for faults in [below, above] {
