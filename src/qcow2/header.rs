@@ -26,6 +26,8 @@ pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 pub(super) const MAX_L1: u64 = 32 << 20;
 /// The most internal snapshots.
 pub(super) const MAX_SNAPSHOTS: u32 = 65536;
+/// What a medium writes whole or not at all, in bytes.
+const SECTOR: u64 = 512;
 /// The longest backing file name, in bytes.
 pub const MAX_BACKING_NAME: usize = 1023;
 
@@ -354,16 +356,19 @@ impl Header {
         }
     }
 
-    /// The first cluster's bytes, as many as are needed. The feature name table is left out where
-    /// it does not fit: it only helps messages.
+    /// The first cluster's bytes, as many as are needed. The feature name table, which only helps
+    /// messages, is left out where it does not fit, and where a labelled header fits into one sector
+    /// without it: a sector is written whole or not at all, so no crash tears a change of the tree.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let mut extensions = self.extensions.clone();
         if let Some(format) = self.backing.as_ref().and_then(|b| b.format.as_ref()) {
             let data = format.clone().into_bytes();
             extensions.push(Extension { magic: extension::BACKING_FORMAT, data });
         }
+        let labelled = self.extension(Label::MAGIC).is_some();
+        let room = if labelled { SECTOR } else { self.cluster.bytes() };
         let mut bytes = self.encode_with(&extensions)?;
-        if bytes.len() as u64 > self.cluster.bytes() {
+        if bytes.len() as u64 > room {
             extensions.retain(|e| e.magic != extension::FEATURE_NAMES);
             bytes = self.encode_with(&extensions)?;
         }

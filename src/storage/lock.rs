@@ -7,6 +7,8 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -57,6 +59,23 @@ impl Access {
 /// # Errors
 /// [`ErrorKind::InUse`], naming the process that holds it where it can be found.
 pub(super) fn acquire(file: &File, access: Access) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match try_acquire(file, access) {
+            Err(e) if e.kind() == ErrorKind::InUse && Instant::now() < until => {
+                thread::sleep(PATIENCE / 10);
+            }
+            done => return done,
+        }
+    }
+}
+
+/// How long a conflict may last before it counts. A process that has just closed a file holds it
+/// for a moment longer where another of its threads is starting a program: between fork and exec
+/// the child has all open files.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+fn try_acquire(file: &File, access: Access) -> Result<()> {
     for (base, bits) in [(USED, access.used()), (UNSHARED, access.unshared())] {
         for byte in bytes(base, bits) {
             hold(file, byte)?;
