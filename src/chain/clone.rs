@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use super::open::{OpenOptions, open_image};
-use super::snapshot::{delta_options, unprotected};
+use super::snapshot::{delta_options, refuse_encrypted, unprotected};
 use super::tree::{clones_of, same_file};
 use super::{Layer, heal};
 use crate::error::{Error, ErrorKind, Result};
@@ -31,6 +31,7 @@ impl Base {
         let read =
             || open_image(&path, &OpenOptions { unprotected: true, ..OpenOptions::default() });
         let mut layer = read()?;
+        refuse_encrypted(&*layer.image).map_err(|e| e.at_path(&path))?;
         let mut identity = layer.image.identity()?;
         if !is_sealed(&identity) {
             let format = layer.format;

@@ -2,12 +2,16 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Chain, Format, Layer};
+use zeroize::Zeroizing;
+
+use super::{Chain, Format, Layer, gate};
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::qcow2::{self, CreateOptions, Preallocation};
-use crate::storage::draft::unsynced;
+use crate::luks::{self, Passphrase};
+use crate::qcow2::{self, CreateOptions, DataFile, Encryption, Method, Preallocation};
+use crate::storage::draft::{sync_directory, unsynced};
 use crate::storage::{Draft, FileStorage, Storage};
 
 /// Makes a qcow2 file at `path`, which must not exist. It is durable afterwards.
@@ -20,6 +24,24 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let made = qcow2::create(draft.storage(), options).and_then(|image| image.flush());
     made.map_err(|e| e.at_path(path))?;
     draft.publish()
+}
+
+/// Like [`create`], with the data in a new file of their own: `data` is its name, relative to the
+/// directory of `path`. With `raw` that file can be read without the image.
+///
+/// # Errors
+/// [`ErrorKind::Exists`](crate::ErrorKind::Exists) where something has one of the names.
+pub fn create_with_data(path: &Path, data: &str, raw: bool, options: CreateOptions) -> Result<()> {
+    refuse_existing(path)?;
+    let at = gate::resolve_as(path, data, "external data file")?;
+    let storage = Arc::new(FileStorage::create(&at)?);
+    let data_file = Some(DataFile { name: data.to_owned(), raw, storage });
+    let made = create(path, &CreateOptions { data_file, ..options });
+    let made = made.and_then(|()| sync_directory(&at));
+    made.inspect_err(|_| {
+        // Nothing refers to it, and it holds nothing.
+        let _ = std::fs::remove_file(&at);
+    })
 }
 
 /// Makes a raw file of `size` bytes at `path`, which must not exist. It is durable afterwards.
@@ -55,7 +77,10 @@ pub fn ephemeral(chain: Chain, memory: u64) -> Result<Chain> {
     let file = Arc::new(FileStorage::temporary(&std::env::temp_dir())?);
     let lower = chain.all_layers();
     let cluster = chain.head().image.cluster();
+    // What is written above an encrypted layer is encrypted as well, by a key that goes with it.
+    let secret = lower.iter().any(|layer| layer.image.encrypted());
     let options = CreateOptions {
+        encryption: if secret { Some(throw_away_key()?) } else { None },
         cluster: if (9..=21).contains(&cluster.bits()) {
             cluster
         } else {
@@ -67,4 +92,14 @@ pub fn ephemeral(chain: Chain, memory: u64) -> Result<Chain> {
     let path = chain.head().path;
     let head = Layer { path, format: Format::Qcow2, image, file };
     Ok(Chain::new(head, lower, memory))
+}
+
+fn throw_away_key() -> Result<Encryption> {
+    let mut bytes = Zeroizing::new(vec![0; 32]);
+    getrandom::fill(&mut bytes).map_err(|e| {
+        Error::io("no random numbers for a key", std::io::Error::other(e.to_string()))
+    })?;
+    // The passphrase is as long as the key: hashing it often adds nothing.
+    let options = luks::Options { iter_time: Duration::from_millis(1), ..luks::Options::default() };
+    Ok(Encryption { passphrase: Passphrase::new(bytes), method: Method::Luks(options) })
 }

@@ -126,11 +126,16 @@ pub(super) fn admit(
 
 /// The path that a backing file's name means: relative to the directory of the image that names it.
 pub fn resolve(child: &Path, name: &str) -> Result<PathBuf> {
+    resolve_as(child, name, "backing file")
+}
+
+/// The path of the file that `child` names as its `what`.
+pub(super) fn resolve_as(child: &Path, name: &str, what: &str) -> Result<PathBuf> {
     let name = name.strip_prefix("file:").unwrap_or(name);
     let scheme = name.split('/').next().unwrap_or_default();
     if scheme.contains(':') {
         let message = format!(
-            "names '{name}' as its backing file: only paths of files are opened for an image \
+            "names '{name}' as its {what}: only paths of files are opened for an image \
              (write './{name}' if it is one)"
         );
         return Err(Error::new(ErrorKind::Denied, message).at_path(child));

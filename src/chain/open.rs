@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use super::descent::Descent;
 use super::gate::Format;
-use super::{Chain, Layer, foreign};
+use super::{Chain, Layer, data_file, foreign};
 use crate::error::Result;
 use crate::formats::{probe as signature, raw};
 use crate::image::{Identity, Image};
+use crate::luks::Passphrase;
 use crate::qcow2;
 use crate::storage::{Access, FileOptions, FileStorage, Storage};
 
@@ -30,6 +31,8 @@ pub struct OpenOptions {
     /// Guess the format of a backing file whose child does not say it. Not safe where a guest may
     /// have written it: it can make a raw disk look like any other format.
     pub probe_backing: bool,
+    /// What opens the layers that are encrypted. Without it their tables can be read.
+    pub passphrase: Option<Passphrase>,
     /// Bytes of metadata to keep in memory, for the whole chain.
     pub cache: u64,
 }
@@ -44,6 +47,7 @@ impl Default for OpenOptions {
             same_contents: false,
             repair: false,
             probe_backing: false,
+            passphrase: None,
             cache: 32 << 20,
         }
     }
@@ -55,7 +59,7 @@ impl OpenOptions {
         OpenOptions { read_only: false, ..OpenOptions::default() }
     }
 
-    fn file_options(&self) -> FileOptions {
+    pub(super) fn file_options(&self) -> FileOptions {
         let access = match (self.shared, self.read_only) {
             (true, true) => Access::ReadShared,
             (false, true) => Access::Read,
@@ -93,9 +97,8 @@ pub fn open_file(path: &Path, file: Arc<FileStorage>, options: &OpenOptions) -> 
     let image: Arc<dyn Image> = match format {
         Format::Raw => Arc::new(raw::Image::open(file.clone(), options.read_only)?),
         Format::Qcow2 => {
-            let OpenOptions { read_only, same_contents, repair, .. } = *options;
-            let inner = qcow2::OpenOptions { read_only, cache, same_contents, repair };
-            Arc::new(qcow2::Image::open(file.clone(), inner).map_err(|e| e.at_path(path))?)
+            let image = data_file::open_qcow2(path, file.clone(), options, cache);
+            Arc::new(image.map_err(|e| e.at_path(path))?)
         }
         other => foreign::open(other, path, file.clone(), options.file_options())?,
     };

@@ -26,6 +26,7 @@ use crate::storage::draft::{link, remove, rename, sync_directory};
 /// holds the disk.
 pub fn create(path: &Path, name: &str, description: &str) -> Result<()> {
     let head = open_head(path)?;
+    refuse_encrypted(&*head.image).map_err(|e| e.at_path(path))?;
     let mut label = head_label(&head)?;
     check_new_name(path, name)?;
     (label.name, label.description) = (name.to_owned(), description.to_owned());
@@ -257,12 +258,24 @@ fn put_head_on(path: &Path, parent: &Layer) -> Result<()> {
     draft.replace()
 }
 
+/// Refuses to make an ordinary delta on an encrypted layer.
+pub(super) fn refuse_encrypted(parent: &dyn Image) -> Result<()> {
+    if !parent.encrypted() {
+        return Ok(());
+    }
+    Err(Error::unsupported(
+        "is encrypted, and what is written to the new layer of a snapshot or a clone would not be: \
+         make a full copy instead",
+    ))
+}
+
 /// The properties of a delta on `parent`.
 pub(super) fn delta_options(
     parent: &dyn Image,
     backing: Backing,
     label: &Label,
 ) -> Result<CreateOptions> {
+    refuse_encrypted(parent)?;
     let defaults = CreateOptions::new(parent.size());
     let (cluster, unit) = (parent.cluster(), parent.granularity());
     let like_parent = (9..=21).contains(&cluster.bits()) && unit.bits() > 0;

@@ -114,6 +114,11 @@ pub trait Image: Send + Sync {
         None
     }
 
+    /// Whether the guest's bytes are encrypted in this layer.
+    fn encrypted(&self) -> bool {
+        false
+    }
+
     /// What a child of this layer records to know it again, where the format keeps such a thing
     /// outside [`identity`](Image::identity).
     fn fingerprint(&self) -> Option<String> {

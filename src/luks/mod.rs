@@ -7,6 +7,7 @@
 mod cipher;
 mod hash;
 mod layout;
+mod passphrase;
 mod split;
 
 use std::time::Duration;
@@ -17,6 +18,7 @@ pub use self::cipher::{Cipher, Spec};
 pub use self::hash::Hash;
 use self::layout::{DIGEST, SALT, SECTOR, Slot, UUID};
 pub use self::layout::{Header, SLOTS};
+pub use self::passphrase::Passphrase;
 use crate::error::{Error, Result};
 
 /// Pieces that the master key is split into, so that wiping any of them loses it.

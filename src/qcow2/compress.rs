@@ -21,6 +21,7 @@ const DEFLATE_LEVEL: u32 = 6;
 impl Image {
     /// See [`crate::image::Image::write_compressed`].
     pub(super) fn store_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
+        self.refuse_compression()?;
         let cluster = self.shape.cluster;
         let size = crate::image::Image::size(self);
         let whole = cluster.bytes().min(size.saturating_sub(at.0));
@@ -32,7 +33,7 @@ impl Image {
         self.ensure_table(at)?;
         let len = packed.len() as u64;
         let room = self.make_room(len)?;
-        if let Err(error) = self.write_data(room, &[IoSlice::new(&packed)]) {
+        if let Err(error) = self.data.write_stored(room, &[IoSlice::new(&packed)]) {
             self.give_up(room, len);
             return Err(error);
         }
@@ -42,6 +43,18 @@ impl Image {
         };
         self.change_entry(at, Lost::Data, |_| entry)?;
         Ok(true)
+    }
+
+    fn refuse_compression(&self) -> Result<()> {
+        if self.data.is_encrypted() {
+            let message = "Compression and encryption not supported at the same time";
+            return Err(Error::unsupported(message));
+        }
+        if self.data.is_external() {
+            let message = "an image with an external data file holds no compressed clusters";
+            return Err(Error::unsupported(message));
+        }
+        Ok(())
     }
 
     /// The compressed form of a cluster whose bytes end at the disk's end; `None` where it is not
@@ -65,7 +78,7 @@ impl Image {
             // Lengths are counted in sectors, and other programs read whole ones: the file must not
             // end inside the last. Under the lock, because the next bytes may go up to that end.
             let last = run.host.0 + self.shape.cluster.bytes() - 1;
-            if let Err(error) = self.write_data(HostOffset(last), &[IoSlice::new(&[0])]) {
+            if let Err(error) = self.data.write_stored(HostOffset(last), &[IoSlice::new(&[0])]) {
                 drop(refcounts);
                 self.give_up(room, len);
                 return Err(error);

@@ -3,18 +3,21 @@
 //! The layout is QEMU's: header, refcount table, first refcount block, L1 table, then whatever is
 //! written first.
 
+use std::fmt;
 use std::io::IoSlice;
 use std::sync::Arc;
 
 use byteorder::{BigEndian, ByteOrder};
 
-use super::extension::{Extension, feature_names};
-use super::header::{Compression, Header, LAZY_REFCOUNTS, incompatible};
+use super::crypt::{AES, Crypt, LUKS};
+use super::extension::{CRYPTO_HEADER, DATA_FILE, Extension, feature_names};
+use super::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
 use super::image::{Freed, Image, Lost, OpenOptions, lock, write};
 use super::refcount::set_in;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, Result};
 use crate::image::{Allocation, Backing, Image as _};
+use crate::luks::{self, Cipher, Passphrase};
 use crate::storage::Storage;
 
 /// What to allocate when an image is made.
@@ -29,6 +32,41 @@ pub enum Preallocation {
     Falloc,
     /// All tables, and the data written as zeroes.
     Full,
+}
+
+/// A file of its own for the guest's bytes.
+#[derive(Clone)]
+pub struct DataFile {
+    /// The name that the image records for it.
+    pub name: String,
+    /// Keep it readable as a raw image, without the tables.
+    pub raw: bool,
+    /// The file. What it holds, a raw one shows.
+    pub storage: Arc<dyn Storage>,
+}
+
+impl fmt::Debug for DataFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DataFile({:?}, raw: {})", self.name, self.raw)
+    }
+}
+
+/// How the data of a new image are encrypted.
+#[derive(Debug, Clone)]
+pub struct Encryption {
+    /// What opens the image.
+    pub passphrase: Passphrase,
+    /// The method.
+    pub method: Method,
+}
+
+/// A method of encryption.
+#[derive(Debug, Clone)]
+pub enum Method {
+    /// What old programs read: the key is the passphrase, which makes it weak.
+    Aes,
+    /// A LUKS header inside the image.
+    Luks(luks::Options),
 }
 
 /// The properties of a new image.
@@ -52,6 +90,10 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// The layer below.
     pub backing: Option<Backing>,
+    /// Where the data stand, if not in the image; version 3.
+    pub data_file: Option<DataFile>,
+    /// Whether and how the data are encrypted.
+    pub encryption: Option<Encryption>,
     /// More header extensions.
     pub extensions: Vec<Extension>,
 }
@@ -69,6 +111,8 @@ impl CreateOptions {
             lazy_refcounts: false,
             preallocation: Preallocation::Off,
             backing: None,
+            data_file: None,
+            encryption: None,
             extensions: Vec::new(),
         }
     }
@@ -99,7 +143,11 @@ impl CreateOptions {
                 "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
             ));
         }
+        self.check_data()?;
         let mut extensions = self.extensions.clone();
+        if let Some(file) = &self.data_file {
+            extensions.push(Extension { magic: DATA_FILE, data: file.name.clone().into_bytes() });
+        }
         if self.version >= 3 {
             extensions.push(feature_names());
         }
@@ -116,9 +164,13 @@ impl CreateOptions {
             snapshots: 0,
             snapshots_offset: 0,
             incompatible: flag(zstd, incompatible::COMPRESSION)
-                | flag(self.extended_l2, incompatible::EXTENDED_L2),
+                | flag(self.extended_l2, incompatible::EXTENDED_L2)
+                | flag(self.data_file.is_some(), incompatible::DATA_FILE),
             compatible: flag(self.lazy_refcounts, LAZY_REFCOUNTS),
-            autoclear: 0,
+            autoclear: flag(
+                self.data_file.as_ref().is_some_and(|file| file.raw),
+                autoclear::RAW_DATA,
+            ),
             refcount_order: self.refcount_bits.trailing_zeros(),
             compression: self.compression,
             tail: Vec::new(),
@@ -136,6 +188,29 @@ impl CreateOptions {
             ));
         }
         Ok(header)
+    }
+
+    /// Whether a data file and encryption go with the rest.
+    fn check_data(&self) -> Result<()> {
+        let bad = |message: &str| Err(Error::invalid(message));
+        if let Some(file) = &self.data_file {
+            if self.version < 3 {
+                return bad(
+                    "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+                );
+            }
+            if file.raw && self.backing.is_some() {
+                return bad("Backing file and data-file-raw cannot be used at the same time");
+            }
+            if file.name.is_empty() {
+                return bad("the external data file needs a name");
+            }
+        }
+        let preallocated = self.preallocation != Preallocation::Off;
+        if self.encryption.is_some() && preallocated && self.version < 3 {
+            return bad("preallocation of an encrypted image needs version 3");
+        }
+        Ok(())
     }
 }
 
@@ -157,16 +232,68 @@ pub fn create(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<Imag
     storage.write_all_at(2 * cluster, &block)?;
     storage.write_all_at(cluster, &table)?;
     storage.write_all_at(0, &bytes)?;
-    let image = Image::open(storage, OpenOptions { read_only: false, ..OpenOptions::default() })?;
+    let data_file = options.data_file.as_ref().map(|file| file.storage.clone());
+    let open = OpenOptions { read_only: false, data_file, ..OpenOptions::default() };
+    let mut image = Image::open(storage, open)?;
+    if options.encryption.is_some() {
+        image.data.set_crypt(Crypt::locked());
+    }
     image.grow(options.size)?;
-    image.preallocate(options.preallocation)?;
+    image.preallocate(0, options.preallocation)?;
+    if let Some(encryption) = &options.encryption {
+        image.encrypt(encryption)?;
+    }
     image.flush()?;
     Ok(image)
 }
 
 impl Image {
-    /// Makes the disk `size` bytes long; never shorter. The new bytes are unallocated.
+    /// Makes a new image, which is empty, an encrypted one.
+    fn encrypt(&mut self, how: &Encryption) -> Result<()> {
+        let passphrase = how.passphrase.bytes();
+        let Method::Luks(options) = &how.method else {
+            self.data.set_crypt(Crypt::legacy(Cipher::legacy(passphrase)?));
+            return self.update_header(|h| h.crypt_method = AES);
+        };
+        let luks::Created { area, cipher, .. } = luks::Header::create(passphrase, options)?;
+        let cluster = self.shape.cluster;
+        let run = lock(&self.refcounts).allocate(cluster.count(area.len() as u64))?;
+        self.storage.write_zeroes(run.host.0, run.clusters << cluster.bits())?;
+        self.storage.write_all_at(run.host.0, &area)?;
+        write(&self.territory).add(cluster, run.host.0, area.len() as u64);
+        // The header names it only when its clusters are counted.
+        self.write_back()?;
+        let place = [run.host.0.to_be_bytes(), (area.len() as u64).to_be_bytes()].concat();
+        self.update_header(|h| {
+            h.crypt_method = LUKS;
+            h.set_extension(CRYPTO_HEADER, Some(place));
+        })?;
+        self.data.set_crypt(Crypt::luks(cipher));
+        Ok(())
+    }
+
+    /// Makes the disk `size` bytes long; never shorter. The new bytes are unallocated, or zeroes in
+    /// a data file that is read without the tables.
     pub(super) fn grow(&self, size: u64) -> Result<()> {
+        let old = self.size();
+        if self.data.is_external() {
+            let (file, len) = (self.data.storage(), self.data.storage().len()?);
+            if self.data.is_raw() && len > old && old > 0 {
+                file.punch_hole(old, len.min(size) - old)?;
+            }
+            if len < size {
+                file.set_len(size)?;
+            }
+        }
+        self.grow_tables(size)?;
+        if self.data.is_raw() {
+            // Whatever the data file holds is to be seen through the tables, too.
+            self.preallocate(self.shape.cluster.ceil(old), Preallocation::Metadata)?;
+        }
+        Ok(())
+    }
+
+    fn grow_tables(&self, size: u64) -> Result<()> {
         let header = self.header();
         let needed = header.l1_needed(size).ok_or_else(|| Error::invalid("Image is too big"))?;
         // The tables past the disk's end may hold a snapshot's VM state: it is not to show.
@@ -200,7 +327,7 @@ impl Image {
         };
         let bytes = tables.grown_l1(entries as usize);
         self.metadata(|| {
-            self.write_data(run.host, &[IoSlice::new(&bytes)])?;
+            self.storage.write_all_at(run.host.0, &bytes)?;
             self.storage.sync()?;
             self.update_header(|h| {
                 h.l1_offset = run.host.0;
@@ -220,22 +347,34 @@ impl Image {
         Ok(())
     }
 
-    fn preallocate(&self, how: Preallocation) -> Result<()> {
+    /// Allocates the disk from `at` on.
+    fn preallocate(&self, mut at: u64, how: Preallocation) -> Result<()> {
         if how == Preallocation::Off {
             return Ok(());
         }
-        let (mut at, size) = (0, self.size());
+        let (size, file) = (self.size(), self.data.storage());
         while at < size {
+            let start = at;
             let reservation = self.reserve(GuestOffset(at), size - at)?;
             at += reservation.len();
-            let (host, len) = reservation.place();
+            let (host, mut len) = reservation.place();
+            if self.data.is_external() {
+                // A data file ends where the disk does.
+                len = at - start;
+            }
             match how {
-                Preallocation::Falloc => self.storage.write_zeroes(host.0, len)?,
+                Preallocation::Falloc => file.write_zeroes(host.0, len)?,
                 Preallocation::Full => self.write_zero_bytes(host, len)?,
                 Preallocation::Off | Preallocation::Metadata => {}
             }
-            self.storage.set_len(self.storage.len()?.max(host.0 + len))?;
+            if file.len()? < host.0 + len {
+                file.set_len(host.0 + len)?;
+            }
             Box::new(reservation).commit()?;
+            if self.data.is_encrypted() {
+                // Zeroes in the file are noise to who decrypts them.
+                self.zero_range(GuestOffset(start), at - start, false)?;
+            }
         }
         Ok(())
     }
@@ -244,7 +383,7 @@ impl Image {
         let zeroes = vec![0; len.min(1 << 20) as usize];
         for at in (0..len).step_by(zeroes.len().max(1)) {
             let n = (len - at).min(zeroes.len() as u64) as usize;
-            self.write_data(host + at, &[IoSlice::new(&zeroes[..n])])?;
+            self.data.write_stored(host + at, &[IoSlice::new(&zeroes[..n])])?;
         }
         Ok(())
     }

@@ -40,7 +40,7 @@ impl Entry {
         self.descriptor & COMPRESSED != 0
     }
 
-    /// The host cluster that the entry keeps, whether or not its bytes count.
+    /// The cluster of the image's own file that the entry keeps, whether or not its bytes count.
     pub fn host(self) -> Option<HostOffset> {
         let offset = self.descriptor & OFFSET;
         (!self.is_compressed() && offset != 0).then_some(HostOffset(offset))
@@ -57,11 +57,25 @@ pub(super) struct Shape {
     pub version: u32,
     pub cluster: Unit,
     pub extended: bool,
+    /// Data clusters stand in an external data file, each at its guest offset.
+    pub external: bool,
 }
 
 impl Shape {
     pub fn of(header: &Header) -> Shape {
-        Shape { version: header.version, cluster: header.cluster, extended: header.extended_l2() }
+        Shape {
+            version: header.version,
+            cluster: header.cluster,
+            extended: header.extended_l2(),
+            external: header.has_data_file(),
+        }
+    }
+
+    /// The host cluster that the entry keeps, whether or not its bytes count. The first cluster of a
+    /// data file is one; in the image's own file, that is the header.
+    pub fn host(self, entry: Entry) -> Option<HostOffset> {
+        let first = self.external && entry.descriptor & (COPIED | COMPRESSED | OFFSET) == COPIED;
+        if first { Some(HostOffset(0)) } else { entry.host() }
     }
 
     /// The unit that one L2 entry, or one bit of its bitmap, speaks for.
@@ -90,6 +104,10 @@ impl Shape {
 
     /// How the part of the cluster at `within` bytes is mapped.
     pub fn kind(self, entry: Entry, within: u64) -> Result<Kind> {
+        if entry.is_compressed() && self.external {
+            let message = "Compressed cluster entry found in image with external data file";
+            return Err(Error::corrupt(message));
+        }
         if entry.is_compressed() {
             return Ok(Kind::Compressed);
         }
@@ -109,7 +127,7 @@ impl Shape {
             }
             return Ok(Kind::Zero);
         }
-        Ok(if host == 0 { Kind::Unallocated } else { Kind::Data })
+        Ok(if self.host(entry).is_none() { Kind::Unallocated } else { Kind::Data })
     }
 
     fn subcluster_kind(self, entry: Entry, sub: u64) -> Result<Kind> {
@@ -119,7 +137,7 @@ impl Shape {
             (true, true) => {
                 Err(Error::corrupt("an L2 entry says both zero and allocated of one subcluster"))
             }
-            (true, false) if entry.host().is_none() => {
+            (true, false) if self.host(entry).is_none() => {
                 Err(Error::corrupt("an L2 entry has allocated subclusters but no cluster"))
             }
             (true, false) => Ok(Kind::Data),
@@ -194,7 +212,9 @@ impl Shape {
 mod tests {
     use super::*;
 
-    const EXTENDED: Shape = Shape { version: 3, cluster: Unit::from_bits(16), extended: true };
+    const PLAIN: Shape =
+        Shape { version: 3, cluster: Unit::from_bits(16), extended: false, external: false };
+    const EXTENDED: Shape = Shape { extended: true, ..PLAIN };
 
     #[test]
     fn subclusters_turn_from_zero_to_data_and_back() {
@@ -209,8 +229,18 @@ mod tests {
     }
 
     #[test]
+    fn the_first_cluster_of_a_data_file_is_data() {
+        let external = Shape { external: true, ..PLAIN };
+        let entry = Entry { descriptor: COPIED, bitmap: 0 };
+        assert_eq!(external.kind(entry, 0).unwrap(), Kind::Data);
+        assert_eq!(PLAIN.kind(entry, 0).unwrap(), Kind::Unallocated);
+        assert_eq!(external.kind(Entry::default(), 0).unwrap(), Kind::Unallocated);
+        assert!(external.kind(Entry { descriptor: COMPRESSED | 512, bitmap: 0 }, 0).is_err());
+    }
+
+    #[test]
     fn a_compressed_descriptor_tells_offset_and_length() {
-        let shape = Shape { version: 3, cluster: Unit::from_bits(16), extended: false };
+        let shape = PLAIN;
         let descriptor = COMPRESSED | 3 << 54 | 0x5_0123;
         assert_eq!(shape.compressed(descriptor), (HostOffset(0x5_0123), 4 * 512 - 0x123));
         let entry = shape.with_compressed(HostOffset(0x5_0123), 3 * 512).unwrap();

@@ -47,14 +47,15 @@ pub(super) const LAZY_REFCOUNTS: u64 = 1;
 
 /// Autoclear feature bits.
 pub(super) mod autoclear {
+    /// The external data file can be read without the tables.
+    pub const RAW_DATA: u64 = 1 << 1;
     /// The content id in vdisk's label speaks for the bytes: a program that does not know the bit
     /// clears it when it opens the image for writing.
     pub const CONTENT_ID: u64 = 1 << 61;
     /// The bitmaps are consistent with the disk.
     pub const BITMAPS: u64 = 1;
-    /// What this engine keeps right when it writes; it clears the others, that of raw external data
-    /// among them.
-    pub const KEPT: u64 = CONTENT_ID | BITMAPS;
+    /// What this engine keeps right when it writes; it clears the others.
+    pub const KEPT: u64 = CONTENT_ID | BITMAPS | RAW_DATA;
 }
 
 /// How compressed clusters are compressed.
@@ -287,6 +288,30 @@ impl Header {
     /// Whether L2 entries are 128 bits wide, with subclusters.
     pub fn extended_l2(&self) -> bool {
         self.incompatible & incompatible::EXTENDED_L2 != 0
+    }
+
+    /// Whether the data stand in another file.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & incompatible::DATA_FILE != 0
+    }
+
+    /// The recorded name of the external data file; `None` where there is none, or where it is not
+    /// recorded.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for a name that is not UTF-8.
+    pub fn data_file(&self) -> Result<Option<&str>> {
+        let name = self.extension(extension::DATA_FILE).filter(|_| self.has_data_file());
+        let text = |name| {
+            str::from_utf8(name)
+                .map_err(|_| Error::unsupported("the external data file's name is not UTF-8"))
+        };
+        name.filter(|name| !name.is_empty()).map(text).transpose()
+    }
+
+    /// Whether the external data file shows the disk without this image's tables.
+    pub fn data_file_is_raw(&self) -> bool {
+        self.has_data_file() && self.autoclear & autoclear::RAW_DATA != 0
     }
 
     /// What people want to know of it.

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuar
 use super::bitmap::Tracker;
 use super::cache::SLICE;
 use super::check::Repair;
+use super::crypt::{self, Crypt};
+use super::data::Data;
 use super::entry::{Entry, Shape};
 use super::header::{Header, MAX_L1, autoclear, incompatible};
 use super::read::Inflated;
@@ -20,10 +22,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{
     self, Allocation, Backing, Check, Details, Extent, Hold, Identity, Label, Mapping,
 };
+use crate::luks::Passphrase;
 use crate::storage::Storage;
 
 /// How to open an image.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone)]
 pub struct OpenOptions {
     /// Refuse changes, and make none (an image that was not closed well is then read as it is).
     pub read_only: bool,
@@ -35,11 +38,22 @@ pub struct OpenOptions {
     /// Open for writing what is marked corrupt or dirty, to be checked and mended: nothing is
     /// repaired on opening.
     pub repair: bool,
+    /// The external data file, for an image that has one.
+    pub data_file: Option<Arc<dyn Storage>>,
+    /// What opens an encrypted image's key. Without it everything works that needs no data.
+    pub passphrase: Option<Passphrase>,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { read_only: true, cache: 4 << 20, same_contents: false, repair: false }
+        OpenOptions {
+            read_only: true,
+            cache: 4 << 20,
+            same_contents: false,
+            repair: false,
+            data_file: None,
+            passphrase: None,
+        }
     }
 }
 
@@ -49,6 +63,7 @@ const MAX_SURVEY: u64 = 1 << 30;
 /// A qcow2 image, for many threads at once. See the module for its locks.
 pub struct Image {
     pub(super) storage: Arc<dyn Storage>,
+    pub(super) data: Data,
     pub(super) shape: Shape,
     pub(super) read_only: bool,
     pub(super) same_contents: bool,
@@ -64,8 +79,6 @@ pub struct Image {
     pub(super) poisoned: AtomicBool,
     /// Whether the header still vouches for the label's content id.
     pub(super) vouched: AtomicBool,
-    /// Bytes that the file is known to have.
-    pub(super) file_len: AtomicU64,
     pub(super) inflated: Mutex<Inflated>,
     /// Where metadata stands; empty where the image is open for reading only.
     pub(super) territory: Arc<RwLock<Territory>>,
@@ -113,13 +126,16 @@ impl Image {
         Image::with_header(storage, header, options)
     }
 
-    /// Opens the image in `storage`, for what `header` says it is.
-    pub(super) fn with_header(
+    /// Opens the image in `storage`, whose header was just read: for callers that had to look into
+    /// it for the name of the external data file.
+    ///
+    /// # Errors
+    /// As [`open`](Image::open).
+    pub fn with_header(
         storage: Arc<dyn Storage>,
         header: Header,
         options: OpenOptions,
     ) -> Result<Image> {
-        refuse_unsupported(&header)?;
         let corrupt = header.incompatible & incompatible::CORRUPT != 0;
         if corrupt && !options.read_only && !options.repair {
             let message =
@@ -129,6 +145,8 @@ impl Image {
         let slice = header.cluster.bytes().min(SLICE);
         let capacity = (options.cache / slice) as usize;
         let refcounts = Refcounts::open(storage.clone(), &header, capacity)?;
+        let crypt = Crypt::open(&*storage, &header, options.passphrase.as_ref())?;
+        let data = Data::open(&storage, options.data_file, &header, crypt)?;
         let image = Image {
             territory: refcounts.territory.clone(),
             shape: Shape::of(&header),
@@ -142,7 +160,7 @@ impl Image {
             grace: RwLock::new(()),
             poisoned: AtomicBool::new(false),
             vouched: AtomicBool::new(header.autoclear & autoclear::CONTENT_ID != 0),
-            file_len: AtomicU64::new(storage.len()?),
+            data,
             inflated: Mutex::new(Inflated::new(header.compression)),
             tracker: Mutex::default(),
             tracking: AtomicBool::new(false),
@@ -168,8 +186,11 @@ impl Image {
             self.update_header(|h| h.incompatible &= !incompatible::DIRTY)?;
         }
         self.survey()?;
-        if header.autoclear & !autoclear::KEPT != 0 {
-            self.update_header(|h| h.autoclear &= autoclear::KEPT)?;
+        // Without a data file, none is raw.
+        let raw = if self.data.is_external() { 0 } else { autoclear::RAW_DATA };
+        let kept = autoclear::KEPT & !raw;
+        if header.autoclear & !kept != 0 {
+            self.update_header(|h| h.autoclear &= kept)?;
         }
         self.track_bitmaps()
     }
@@ -197,6 +218,7 @@ impl Image {
                 left > 0
             }));
         }
+        places.extend(crypt::area_place(&header).filter(|(_, len)| *len <= crypt::MAX_AREA));
         places.extend(lock(&self.refcounts).blocks().values().map(|at| (*at, cluster.bytes())));
         places.extend(read(&self.tables).offsets().map(|at| (at, cluster.bytes())));
         let mut territory = write(&self.territory);
@@ -208,6 +230,14 @@ impl Image {
             }
         }
         Ok(())
+    }
+
+    /// Fails where guest data at `host` would stand on the image's own metadata.
+    pub(super) fn check_ground(&self, host: HostOffset, len: u64) -> Result<()> {
+        if self.data.is_external() {
+            return Ok(());
+        }
+        read(&self.territory).check(self.shape.cluster, host, len)
     }
 
     /// A copy of the header as it is now.
@@ -294,11 +324,6 @@ impl Image {
         Ok(())
     }
 
-    /// Notes that the file has at least `len` bytes.
-    pub(super) fn grown_to(&self, len: u64) {
-        self.file_len.fetch_max(len, Ordering::AcqRel);
-    }
-
     pub(super) fn free_later(&self, freed: Freed) {
         let list = &mut lock(&self.freed).waiting;
         if let Some(last) = list.last_mut() {
@@ -313,18 +338,9 @@ impl Image {
 
     /// The host bytes that the file takes, holes left out.
     pub fn allocated(&self) -> Result<u64> {
-        self.storage.allocated()
-    }
-}
-
-fn refuse_unsupported(header: &Header) -> Result<()> {
-    if header.incompatible & incompatible::DATA_FILE != 0 {
-        return Err(Error::unsupported("the image keeps its data in an external data file"));
-    }
-    match header.crypt_method {
-        0 => Ok(()),
-        1 => Err(Error::unsupported("the image is encrypted (AES)")),
-        _ => Err(Error::unsupported("the image is encrypted (LUKS)")),
+        let own = self.storage.allocated()?;
+        let external = if self.data.is_external() { self.data.storage().allocated()? } else { 0 };
+        Ok(own.saturating_add(external))
     }
 }
 
@@ -363,6 +379,10 @@ impl image::Image for Image {
         self.read_only
     }
 
+    fn encrypted(&self) -> bool {
+        self.data.is_encrypted()
+    }
+
     fn hold(&self) -> Hold<'_> {
         if self.read_only { Hold::free() } else { Hold::shared(read(&self.grace)) }
     }
@@ -393,8 +413,8 @@ impl image::Image for Image {
         self.begin_change()?;
         self.track(at.0, total(bufs))?;
         let host = host + (at - extent.start);
-        read(&self.territory).check(self.shape.cluster, host, total(bufs))?;
-        self.write_data(host, bufs)
+        self.check_ground(host, total(bufs))?;
+        self.data.write(host, at, bufs)
     }
 
     fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {

@@ -4,12 +4,11 @@
 
 use std::io::{IoSliceMut, Read};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::header::Compression;
 use super::image::{Image, lock};
-use crate::addr::{GuestOffset, HostOffset};
-use crate::block::{fill_zero, total_mut, window_mut};
+use crate::addr::GuestOffset;
+use crate::block::fill_zero;
 use crate::error::{Error, Result};
 use crate::image::{Extent, Mapping};
 
@@ -53,7 +52,7 @@ impl Image {
         bufs: &mut [IoSliceMut<'_>],
     ) -> Result<()> {
         match extent.mapping {
-            Mapping::Data { host, .. } => self.read_data(host + (at - extent.start), bufs),
+            Mapping::Data { host, .. } => self.data.read(host + (at - extent.start), at, bufs),
             Mapping::Zero { .. } => {
                 fill_zero(bufs);
                 Ok(())
@@ -72,27 +71,6 @@ impl Image {
             }
             Mapping::Unallocated => Err(Error::invalid("a read of what this layer does not hold")),
         }
-    }
-
-    /// Reads plain bytes. The file may end inside the last cluster: what is missing is zero.
-    pub(super) fn read_data(&self, host: HostOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
-        let end = host.checked_add(total_mut(bufs));
-        let end =
-            end.ok_or_else(|| Error::corrupt("a cluster past 2^64 bytes").at_offset(host.0))?;
-        if end.0 <= self.file_len.load(Ordering::Acquire) {
-            return self.storage.read_at(host.0, bufs);
-        }
-        let len = self.storage.len()?;
-        self.grown_to(len);
-        if end.0 <= len {
-            return self.storage.read_at(host.0, bufs);
-        }
-        fill_zero(bufs);
-        let have = len.saturating_sub(host.0);
-        if have == 0 {
-            return Ok(());
-        }
-        self.storage.read_at(host.0, &mut window_mut(bufs, 0, have))
     }
 
     /// The whole cluster that a compressed descriptor stands for.

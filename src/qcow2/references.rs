@@ -95,6 +95,10 @@ impl Image {
         let mut counts = Counts::default();
         self.each_l2(l1, |l2| {
             self.count(&mut counts, l2.host.0, 1, l2.times)?;
+            if self.shape.external {
+                // Clusters of a data file have no refcount.
+                return Ok(());
+            }
             for index in 0..self.l2_entries() {
                 let entry = self.shape.get(&l2.bytes, index);
                 if entry.is_compressed() {
@@ -206,7 +210,7 @@ impl Image {
     ) -> Result<bool> {
         let cluster = self.shape.cluster;
         self.each_l2(l1, |l2| {
-            for index in 0..self.l2_entries() {
+            for index in 0..if self.shape.external { 0 } else { self.l2_entries() } {
                 let mut entry = self.shape.get(&l2.bytes, index);
                 let Some(host) = entry.host().filter(|h| cluster.aligned(h.0)) else { continue };
                 if entry.exclusive() != exclusive(cluster.index(host.0))? {

@@ -25,6 +25,9 @@ impl Image {
         self.drop_tables(first..header.l1_size as usize)?;
         self.update_header(|h| h.size = size)?;
         self.size.store(size, Ordering::Release);
+        if self.data.is_external() {
+            self.data.shrink(size)?;
+        }
         self.shorten_file()
     }
 
@@ -67,7 +70,7 @@ impl Image {
         let end = (last + 1) << self.shape.cluster.bits();
         if end < self.storage.len()? {
             self.storage.set_len(end)?;
-            self.file_len.store(end, Ordering::Release);
+            self.data.shortened();
             self.storage.sync()?;
         }
         Ok(())

@@ -136,7 +136,7 @@ impl Tables {
             let pos = at.0 + done;
             let clusters = self.shape.cluster.index(pos) - self.shape.cluster.index(at.0);
             let entry = self.shape.get(slice, place.index + clusters as usize);
-            mapping(self.shape, entry, self.shape.cluster.within(pos))
+            mapping(self.shape, entry, pos)
         };
         let first = look(0)?;
         let mut done = (unit.bytes() - unit.within(at.0)).min(len);
@@ -254,12 +254,21 @@ fn continues(first: Mapping, done: u64, next: Mapping) -> bool {
     }
 }
 
-/// What `entry` says about the byte at `within` its cluster.
-fn mapping(shape: Shape, entry: Entry, within: u64) -> Result<Mapping> {
+/// What `entry` says about the guest's byte at `at`.
+fn mapping(shape: Shape, entry: Entry, at: u64) -> Result<Mapping> {
+    let within = shape.cluster.within(at);
     Ok(match shape.kind(entry, within)? {
         Kind::Unallocated => Mapping::Unallocated,
-        Kind::Zero => Mapping::Zero { host: entry.host().map(|h| h + within) },
+        Kind::Zero => Mapping::Zero { host: shape.host(entry).map(|h| h + within) },
         Kind::Compressed => Mapping::Compressed { descriptor: entry.descriptor },
+        Kind::Data if shape.external && entry.descriptor & OFFSET != at - within => {
+            return Err(Error::corrupt(format!(
+                "External data file host cluster offset {:#x} does not match guest cluster offset: \
+                 {:#x}",
+                entry.descriptor & OFFSET,
+                at - within
+            )));
+        }
         Kind::Data => Mapping::Data {
             host: HostOffset((entry.descriptor & OFFSET) + within),
             exclusive: entry.exclusive(),

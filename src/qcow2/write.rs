@@ -48,7 +48,7 @@ impl Image {
         let first = GuestOffset(cluster.floor(at.0));
         let (_, entry) = self.entry_of(first)?;
         if let Some(host) = self.reusable(entry) {
-            return self.reuse(at, len, host);
+            return self.reuse(at, len, self.home(first).unwrap_or(host));
         }
         let mut run = self.fresh_run(first, cluster.count(within + len))?;
         let mut len = len.min((run.clusters << cluster.bits()) - within);
@@ -61,7 +61,10 @@ impl Image {
         } else if self.shape.extended {
             (start, len, host) = self.whole_where_needed(start, len, host, &mut run)?;
         }
-        Ok(Reservation { image: self, start, len, host, owned: Some(run), zeroed: run.zeroed })
+        // What reads as zeroes in the file does not once it is decrypted.
+        let zeroed = run.zeroed && !self.data.is_encrypted();
+        let owned = (!self.shape.external).then_some(run);
+        Ok(Reservation { image: self, start, len, host, owned, zeroed })
     }
 
     fn size(&self) -> u64 {
@@ -110,7 +113,10 @@ impl Image {
             }
             need += 1;
         }
-        lock(&self.refcounts).allocate_run(need)
+        match self.home(first) {
+            Some(host) => Ok(Run { host, clusters: need, zeroed: false }),
+            None => lock(&self.refcounts).allocate_run(need),
+        }
     }
 
     /// Whether the cluster is plain data that is overwritten in place, without subclusters.
@@ -122,15 +128,23 @@ impl Image {
     fn give_back_after(&self, run: &mut Run, keep: u64) -> Result<()> {
         if keep < run.clusters {
             let rest = run.host + (keep << self.shape.cluster.bits());
-            lock(&self.refcounts).release(rest, run.clusters - keep)?;
+            if !self.shape.external {
+                lock(&self.refcounts).release(rest, run.clusters - keep)?;
+            }
             run.clusters = keep;
         }
         Ok(())
     }
 
+    /// Where the guest cluster at `first` stands in an external data file: nowhere else.
+    fn home(&self, first: GuestOffset) -> Option<HostOffset> {
+        self.shape.external.then_some(HostOffset(first.0))
+    }
+
     /// The host cluster that `entry` keeps for itself without (all of) it being data.
     fn reusable(&self, entry: Entry) -> Option<HostOffset> {
-        entry.host().filter(|h| entry.exclusive() && self.shape.cluster.aligned(h.0))
+        let host = self.shape.host(entry);
+        host.filter(|h| entry.exclusive() && self.shape.cluster.aligned(h.0))
     }
 
     /// Reserves what the entries from `at` on keep already, as far as it is in one piece.
@@ -149,7 +163,7 @@ impl Image {
             have = (have + cluster.bytes()).min(len);
         }
         let host = host + within;
-        read(&self.territory).check(cluster, host, have)?;
+        self.check_ground(host, have)?;
         Ok(Reservation { image: self, start: at, len: have, host, owned: None, zeroed: false })
     }
 
@@ -200,7 +214,6 @@ impl Image {
                 self.storage.write_all_at(host.0, &bytes)?;
             }
         }
-        self.grown_to(host.0 + len);
         Ok(())
     }
 
@@ -208,13 +221,6 @@ impl Image {
     pub(super) fn relieve(&self) -> Result<()> {
         let crowded = read(&self.tables).cache.crowded() || lock(&self.refcounts).crowded();
         if crowded { self.write_back() } else { Ok(()) }
-    }
-
-    /// Writes guest bytes to host clusters.
-    pub(super) fn write_data(&self, host: HostOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
-        self.storage.write_at(host.0, bufs)?;
-        self.grown_to(host.0 + total(bufs));
-        Ok(())
     }
 
     /// Replaces the entry of the cluster at `at` by what `change` makes of it, and frees what only
@@ -251,7 +257,7 @@ impl Image {
             None if old.is_compressed() => self.shape.compressed(old.descriptor),
             None => return Ok(()),
         };
-        read(&self.territory).check(cluster, host, len)
+        self.check_ground(host, len)
     }
 
     fn free_replaced(&self, old: Entry, new: Entry, what: Lost) {
@@ -262,6 +268,9 @@ impl Image {
             let clusters = cluster.count(host.0 + len - first);
             self.free_later(Freed { host: HostOffset(first), clusters, what: Lost::Data });
         } else if let Some(host) = old.host().filter(|h| new.host() != Some(*h)) {
+            if self.shape.external {
+                return;
+            }
             self.free_later(Freed { host, clusters: 1, what });
         }
     }
@@ -284,7 +293,7 @@ impl Allocation for Reservation<'_> {
         if skip.checked_add(total(bufs)).is_none_or(|end| end > self.len) {
             return Err(Error::invalid("a write past what was reserved for it"));
         }
-        self.image.write_data(self.host + skip, bufs)
+        self.image.data.write(self.host + skip, self.start + skip, bufs)
     }
 
     fn commit(mut self: Box<Self>) -> Result<()> {

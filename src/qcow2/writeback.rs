@@ -54,6 +54,7 @@ impl Image {
             self.storage.sync()?;
             self.write_entries(&refcounts.entries)?;
         }
+        self.data.sync_external()?;
         self.storage.sync()?;
         if tables.published.is_empty() && tables.l1.is_empty() {
             return Ok(());
@@ -78,7 +79,7 @@ impl Image {
         for run in slices.chunk_by(adjoins) {
             let bufs: Vec<_> = run.iter().map(|d| IoSlice::new(&d.bytes)).collect();
             if let Some(first) = run.first() {
-                self.write_data(HostOffset(first.offset), &bufs)?;
+                self.storage.write_at(first.offset, &bufs)?;
             }
         }
         Ok(())

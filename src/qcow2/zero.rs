@@ -57,6 +57,10 @@ impl Image {
             After::Discarded => !self.has_backing(),
             After::Exposed => true,
         };
+        if self.data.is_raw() {
+            // The data file shows the disk without the tables: it holds the zeroes as well.
+            self.zero_data_file(at, end, after == After::Zero { keep: true })?;
+        }
         let mut pos = at.0;
         while pos < end {
             if leaves_holes {
@@ -72,7 +76,25 @@ impl Image {
             self.clear_cluster(GuestOffset(base), pos - base, to, after)?;
             pos = next;
         }
+        if self.data.is_external()
+            && matches!(after, After::Zero { keep: false } | After::Discarded)
+        {
+            // Now, not when the tables are written: the guest may write there again at once, and
+            // after a crash it finds zeroes either way. Space that cannot be given back is only
+            // space.
+            let _ = self.data.storage().punch_hole(at.0, end.saturating_sub(at.0));
+        }
         Ok(())
+    }
+
+    /// Makes `at..end` zero in a data file that is read without the tables. Encrypted bytes there
+    /// mean nothing without the key anyway.
+    fn zero_data_file(&self, at: GuestOffset, end: u64, keep: bool) -> Result<()> {
+        let (file, len) = (self.data.storage(), end.saturating_sub(at.0));
+        if self.data.is_encrypted() || len == 0 {
+            return Ok(());
+        }
+        if keep { file.write_zeroes(at.0, len) } else { file.punch_hole(at.0, len) }
     }
 
     /// How far no L2 table exists from `pos` on.
@@ -106,11 +128,11 @@ impl Image {
         let empty = Entry::default();
         Ok(match after {
             After::Exposed if whole => empty,
-            After::Exposed if old.host().is_none() && old.bitmap == 0 => old,
+            After::Exposed if shape.host(old).is_none() && old.bitmap == 0 => old,
             After::Exposed => shape.without(old, from, to),
             After::Discarded if whole => {
                 let bare = shape.kind(old, 0)? == Kind::Unallocated && old.bitmap == 0;
-                if bare && old.host().is_none() && !self.has_backing() {
+                if bare && shape.host(old).is_none() && !self.has_backing() {
                     old
                 } else {
                     shape.with_zero(empty, from, to, false)

@@ -15,7 +15,8 @@ use vdisk::addr::Unit;
 use vdisk::block::BlockDevice;
 use vdisk::chain::{Chain, Format};
 use vdisk::image;
-use vdisk::qcow2::{self, CreateOptions, OpenOptions, Repair};
+use vdisk::luks::{self, Passphrase};
+use vdisk::qcow2::{self, CreateOptions, DataFile, Encryption, Method, OpenOptions, Repair};
 use vdisk::storage::{FileOptions, FileStorage, MemoryStorage, Storage};
 
 use crate::crash::layer;
@@ -102,6 +103,19 @@ fn mutate(file: &mut Vec<u8>, dice: &mut Dice) {
     }
 }
 
+/// The properties of an image whose data are in another file, and of one that is encrypted.
+fn elsewhere(size: u64) -> [CreateOptions; 2] {
+    let storage = Arc::new(MemoryStorage::default());
+    let quick = luks::Options { iter_time: Duration::from_millis(1), ..luks::Options::default() };
+    let data_file = DataFile { name: "data".to_owned(), raw: true, storage };
+    let encryption = Encryption { passphrase: passphrase(), method: Method::Luks(quick) };
+    let plain = CreateOptions { cluster: Unit::from_bits(12), ..CreateOptions::new(size) };
+    [
+        CreateOptions { data_file: Some(data_file), ..plain.clone() },
+        CreateOptions { encryption: Some(encryption), ..plain },
+    ]
+}
+
 /// Images of different shapes to be mutated: data, zeroes, compressed clusters, snapshots, bitmaps.
 fn originals(dir: &Path) -> Vec<Vec<u8>> {
     let mut dice = Dice::new(7);
@@ -122,6 +136,17 @@ fn originals(dir: &Path) -> Vec<Vec<u8>> {
         drop(chain);
         found.push(storage.to_vec());
     }
+    for options in elsewhere(200 << 10) {
+        let storage = Arc::new(MemoryStorage::default());
+        drop(qcow2::create(storage.clone(), &options).unwrap());
+        let chain = disk(storage.clone(), false).unwrap();
+        for _ in 0..20 {
+            let (at, len) = random_range(&mut dice, 200 << 10, 4096);
+            chain.write_at(at, &[IoSlice::new(&pattern(at, len, 1))]).unwrap();
+        }
+        drop(chain);
+        found.push(storage.to_vec());
+    }
     if have_qemu() {
         let (raw, packed) = (dir.join("raw"), dir.join("packed"));
         std::fs::write(&raw, pattern(0, 200 << 10, 1)).unwrap();
@@ -138,8 +163,24 @@ fn originals(dir: &Path) -> Vec<Vec<u8>> {
     found
 }
 
+/// What opens any image: also one that mutation has made an encrypted one, or given a data file.
+fn opening(read_only: bool) -> OpenOptions {
+    let data_file: Arc<dyn Storage> = Arc::new(MemoryStorage::new(vec![7; 200 << 10]));
+    OpenOptions {
+        read_only,
+        cache: 0,
+        data_file: Some(data_file),
+        passphrase: Some(passphrase()),
+        ..OpenOptions::default()
+    }
+}
+
+fn passphrase() -> Passphrase {
+    Passphrase::new(b"open sesame".to_vec().into())
+}
+
 fn disk(storage: Arc<dyn Storage>, read_only: bool) -> vdisk::Result<Chain> {
-    let options = OpenOptions { read_only, cache: 0, ..OpenOptions::default() };
+    let options = opening(read_only);
     let image = Arc::new(qcow2::Image::open(storage, options)?);
     Ok(Chain::new(layer(image, Format::Qcow2), Vec::new(), 1 << 20))
 }
@@ -152,7 +193,7 @@ fn use_it(path: &Path, dice: &mut Dice) {
         Arc::new(FileStorage::open(path, FileOptions { access: None, write }).unwrap())
     };
     let check = |write: bool, repair| {
-        let options = OpenOptions { read_only: !write, ..OpenOptions::default() };
+        let options = OpenOptions { cache: 4 << 20, ..opening(!write) };
         qcow2::Image::open(open(write), options).and_then(|image| image.check(repair)).is_ok()
     };
     check(false, Repair::None);

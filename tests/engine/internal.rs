@@ -24,8 +24,14 @@ pub struct State {
     pub snapshots: Vec<(String, String, Vec<u8>)>,
 }
 
-pub const WRITABLE: OpenOptions =
-    OpenOptions { read_only: false, cache: 1 << 20, same_contents: false, repair: false };
+pub const WRITABLE: OpenOptions = OpenOptions {
+    read_only: false,
+    cache: 1 << 20,
+    same_contents: false,
+    repair: false,
+    data_file: None,
+    passphrase: None,
+};
 
 /// All bytes of an image that stands on nothing.
 pub fn contents(image: &Image) -> Vec<u8> {

@@ -10,8 +10,9 @@ use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner
 use vdisk::addr::Unit;
 use vdisk::chain::{self, Chain};
 use vdisk::image::Backing;
-use vdisk::qcow2::{self, CreateOptions, Preallocation};
-use vdisk::storage::{FileOptions, FileStorage};
+use vdisk::luks::{self, Passphrase};
+use vdisk::qcow2::{self, CreateOptions, Encryption, Method, Preallocation};
+use vdisk::storage::{FileOptions, FileStorage, Storage};
 use vdisk::{ErrorKind, Result};
 
 use crate::dice::{Budget, Dice, seed};
@@ -32,15 +33,54 @@ struct Spec {
     ops: usize,
     /// Whether metadata is kept in next to no memory.
     tiny_cache: bool,
+    data: Data,
+    cipher: Cipher,
     dice: u64,
+}
+
+/// Where a layer's data stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Data {
+    Own,
+    External,
+    /// Readable without the tables: not above another layer.
+    Raw,
+}
+
+/// How a layer's data are encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cipher {
+    None,
+    Aes,
+    Luks,
+}
+
+/// What opens all encrypted layers.
+const PASSPHRASE: &str = "open sesame";
+
+fn passphrase() -> Passphrase {
+    Passphrase::new(PASSPHRASE.as_bytes().to_vec().into())
+}
+
+fn data() -> impl Strategy<Value = (Data, Cipher)> {
+    let data = prop_oneof![6 => Just(Data::Own), 2 => Just(Data::External), 1 => Just(Data::Raw)];
+    let cipher =
+        prop_oneof![8 => Just(Cipher::None), 1 => Just(Cipher::Aes), 1 => Just(Cipher::Luks)];
+    (data, cipher)
 }
 
 fn spec() -> impl Strategy<Value = Spec> {
     let cluster = prop_oneof![3 => 9..=12u32, 3 => 13..=16u32, 1 => 17..=21u32];
-    (any::<(bool, bool, bool)>(), cluster, 0..=6u32, 32..=96u64, 0..40usize, any::<u64>()).prop_map(
-        |((raw, extended, tiny_cache), cluster_bits, refcount_order, size, ops, dice)| {
+    let rest = (cluster, 0..=6u32, 32..=96u64, 0..40usize, any::<u64>());
+    (any::<(bool, bool, bool)>(), rest, data()).prop_map(
+        |(
+            (raw, extended, tiny_cache),
+            (cluster_bits, refcount_order, size, ops, dice),
+            (data, cipher),
+        )| {
             let extended = extended && cluster_bits >= 14;
-            let version = if extended || refcount_order != 4 || dice % 4 > 0 { 3 } else { 2 };
+            let plain = refcount_order == 4 && data == Data::Own && !extended;
+            let version = if !plain || dice % 4 > 0 { 3 } else { 2 };
             let size = if dice % 3 == 0 { size } else { 64 };
             Spec {
                 raw,
@@ -51,6 +91,8 @@ fn spec() -> impl Strategy<Value = Spec> {
                 size,
                 ops,
                 tiny_cache,
+                data,
+                cipher,
                 dice,
             }
         },
@@ -71,10 +113,24 @@ impl Spec {
             version: self.version,
             refcount_bits: if self.version == 2 { 16 } else { 1 << self.refcount_order },
             extended_l2: self.extended,
+            encryption: self.method().map(|method| Encryption { passphrase: passphrase(), method }),
             backing,
             ..CreateOptions::new(size)
         };
-        chain::create(path, &options)
+        let raw = self.data == Data::Raw && below.is_none();
+        match self.data {
+            Data::Own => chain::create(path, &options),
+            _ => chain::create_with_data(path, data_of(path).to_str().unwrap(), raw, options),
+        }
+    }
+
+    fn method(&self) -> Option<Method> {
+        let iter_time = Duration::from_millis(1);
+        match self.cipher {
+            Cipher::None => None,
+            Cipher::Aes => Some(Method::Aes),
+            Cipher::Luks => Some(Method::Luks(luks::Options { iter_time, ..Default::default() })),
+        }
     }
 
     fn is_raw(&self, bottom: bool) -> bool {
@@ -83,7 +139,7 @@ impl Spec {
 
     fn open(&self, path: &Path) -> Result<Chain> {
         let cache = if self.tiny_cache { 0 } else { 1 << 20 };
-        open_patiently(path, &chain::OpenOptions { cache, ..chain::OpenOptions::writable() })
+        open_patiently(path, &chain::OpenOptions { cache, ..opening(false) })
     }
 
     /// Uses the disk at `path` at random, the model with it.
@@ -111,6 +167,16 @@ impl Spec {
         }
         model.compare(&disk)
     }
+}
+
+fn opening(read_only: bool) -> chain::OpenOptions {
+    let passphrase = Some(passphrase());
+    chain::OpenOptions { read_only, passphrase, ..chain::OpenOptions::default() }
+}
+
+/// The data file of the layer at `path`.
+fn data_of(path: &Path) -> PathBuf {
+    path.with_extension("data")
 }
 
 /// Opens a disk. A child that another test's thread is just starting holds our closed files, and
@@ -142,16 +208,24 @@ fn run_case(specs: &[Spec], with_qemu: bool) -> Result<()> {
         spec.play(&path, spec.is_raw(number == 0), &mut model)?;
         below = Some((path, spec.is_raw(number == 0)));
         let head = &below.as_ref().unwrap().0;
-        let disk = open_patiently(head, &chain::OpenOptions::default())?;
+        let disk = open_patiently(head, &opening(true))?;
         model.compare(&disk)?;
+        if number == 0 && spec.data == Data::Raw && !spec.raw && spec.cipher == Cipher::None {
+            let bytes = std::fs::read(data_of(head)).unwrap();
+            assert!(bytes == model.bytes, "the data file is not what the disk shows");
+        }
     }
     for (number, spec) in specs.iter().enumerate() {
         if !spec.is_raw(number == 0) {
-            check_layer(&dir.path().join(format!("layer{number}")), with_qemu)?;
+            let path = dir.path().join(format!("layer{number}"));
+            check_layer(&path, false)?;
+            if with_qemu {
+                qemu_checks(&path, &specs[..=number]);
+            }
         }
     }
     match below {
-        Some((head, false)) if with_qemu => qemu_reads(&head, &model),
+        Some((head, false)) if with_qemu => qemu_reads(&head, specs, &model),
         _ => {}
     }
     Ok(())
@@ -159,7 +233,13 @@ fn run_case(specs: &[Spec], with_qemu: bool) -> Result<()> {
 
 pub fn check_layer(path: &Path, with_qemu: bool) -> Result<()> {
     let file = FileStorage::open(path, FileOptions { access: None, write: false })?;
-    let image = qcow2::Image::open(Arc::new(file), qcow2::OpenOptions::default())?;
+    let options = FileOptions { access: None, write: false };
+    let data_file = match FileStorage::open(&data_of(path), options) {
+        Ok(data) => Some(Arc::new(data) as Arc<dyn Storage>),
+        Err(_) => None,
+    };
+    let options = qcow2::OpenOptions { data_file, ..qcow2::OpenOptions::default() };
+    let image = qcow2::Image::open(Arc::new(file), options)?;
     let check = image.check(qcow2::Repair::None)?;
     assert!(check.is_clean(), "{}: {:#?}", path.display(), check);
     drop(image);
@@ -170,10 +250,29 @@ pub fn check_layer(path: &Path, with_qemu: bool) -> Result<()> {
     Ok(())
 }
 
-fn qemu_reads(head: &Path, model: &Model) {
+/// The words by which QEMU opens the topmost of `specs` and all below it.
+fn qemu_opens(head: &Path, specs: &[Spec]) -> [String; 4] {
+    let secret = format!("secret,id=sec0,data={PASSPHRASE}");
+    let mut image = format!("driver=qcow2,file.filename={}", head.display());
+    for (depth, spec) in specs.iter().rev().enumerate() {
+        if spec.cipher != Cipher::None && !spec.is_raw(depth + 1 == specs.len()) {
+            image += &format!(",{}encrypt.key-secret=sec0", "backing.".repeat(depth));
+        }
+    }
+    ["--object".to_owned(), secret, "--image-opts".to_owned(), image]
+}
+
+fn qemu_checks(path: &Path, specs: &[Spec]) {
+    let mut check = Command::new("qemu-img");
+    let out = run(check.args(["check", "-q", "-U"]).args(qemu_opens(path, specs)));
+    let text = [out.stdout, out.stderr].concat();
+    assert!(out.status.success(), "qemu-img check: {}", String::from_utf8_lossy(&text));
+}
+
+fn qemu_reads(head: &Path, specs: &[Spec], model: &Model) {
     let flat = head.with_extension("flat");
     let mut convert = Command::new("qemu-img");
-    convert.args(["convert", "-U", "-f", "qcow2", "-O", "raw"]).arg(head).arg(&flat);
+    convert.args(["convert", "-U", "-O", "raw"]).args(qemu_opens(head, specs)).arg(&flat);
     let out = run(&mut convert);
     assert!(out.status.success(), "qemu-img convert: {}", String::from_utf8_lossy(&out.stderr));
     let got = std::fs::read(&flat).unwrap();

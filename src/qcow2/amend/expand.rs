@@ -57,7 +57,6 @@ impl Image {
         refcounts.add(cluster.index(run.host.0), times - 1)?;
         drop(refcounts);
         self.storage.write_zeroes(run.host.0, cluster.bytes())?;
-        self.grown_to(run.host.0 + cluster.bytes());
         self.relieve()?;
         Ok(run.host)
     }

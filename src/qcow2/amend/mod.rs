@@ -113,6 +113,9 @@ impl Image {
         if header.incompatible & incompatible::DATA_FILE != 0 {
             return refuse("Cannot downgrade an image with a data file");
         }
+        if self.data.is_encrypted() {
+            return refuse("Cannot downgrade an encrypted image: it may hold zero clusters");
+        }
         if snapshots.iter().any(needs_v3) {
             return refuse("Internal snapshots prevent downgrade of image");
         }

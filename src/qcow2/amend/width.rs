@@ -159,7 +159,6 @@ impl Image {
             let place =
                 places.next().ok_or_else(|| Error::corrupt("refcounts changed meanwhile"))?;
             self.storage.write_all_at(*place, bytes)?;
-            self.grown_to(place + bytes.len() as u64);
             bytes.fill(0);
             Ok(())
         };
@@ -184,7 +183,6 @@ impl Image {
             .flat_map(|index| entries.get(&index).copied().unwrap_or(0).to_be_bytes())
             .collect();
         self.storage.write_all_at(table.host.0, &bytes)?;
-        self.grown_to(table.host.0 + bytes.len() as u64);
         Ok(())
     }
 }

@@ -162,6 +162,10 @@ impl Flags<'_> {
 
     fn l2(&mut self, offset: u64) -> Result<()> {
         let shape = self.image.shape;
+        if shape.external {
+            // Clusters of a data file have no refcount that the flag could speak of.
+            return Ok(());
+        }
         let data = self.image.storage.next_data(offset)?;
         if data.is_none_or(|(start, _)| start >= offset + shape.cluster.bytes()) {
             return Ok(());

@@ -230,11 +230,12 @@ impl<'a> Walk<'a> {
             self.check.corruption(format!("found l2 entry with reserved bits set: {descriptor:x}"));
         }
         let host = descriptor & OFFSET;
+        let kept = shape.host(entry);
         if entry.bitmap & entry.bitmap >> 32 & 0xffff_ffff != 0 {
             self.check
                 .corruption(format!("offset={host:x}: a subcluster is both zero and allocated"));
         }
-        if host == 0 {
+        if kept.is_none() {
             if entry.bitmap & 0xffff_ffff != 0 {
                 self.check.corruption("subclusters are allocated without a cluster".to_owned());
             }
@@ -250,7 +251,9 @@ impl<'a> Walk<'a> {
             self.check.allocated_clusters += 1;
             self.fragment(host, cluster.bytes());
         }
-        self.count_times("data", host, cluster.bytes(), times);
+        if !shape.external {
+            self.count_times("data", host, cluster.bytes(), times);
+        }
     }
 
     fn compressed(&mut self, shape: Shape, entry: Entry, active: bool, times: u32) {
@@ -259,6 +262,11 @@ impl<'a> Walk<'a> {
             self.check.corruption(format!(
                 "l2_entry={at:x}: copied flag must never be set for compressed clusters"
             ));
+        }
+        if shape.external {
+            let message = "compressed cluster entry found in image with external data file";
+            self.check.corruption(message.to_owned());
+            return;
         }
         let (host, len) = shape.compressed(entry.descriptor);
         if active {

@@ -13,7 +13,7 @@ pub(super) mod table;
 
 use std::sync::Arc;
 
-use nix::libc::{EBUSY, EFBIG, ENOENT};
+use nix::libc::{EBUSY, EFBIG, ENOENT, ENOTSUP};
 
 use super::header::{Header, MAX_SNAPSHOTS, incompatible};
 use super::image::{Image, OpenOptions, lock, write};
@@ -61,7 +61,7 @@ impl Image {
         let snapshot = &snapshots[find(&snapshots, which)?];
         {
             // The table is checked with the image's own means before its place is believed.
-            let image = Image::with_header(storage.clone(), header.clone(), options)?;
+            let image = Image::with_header(storage.clone(), header.clone(), options.clone())?;
             image.read_l1("Snapshot", snapshot.l1_offset, snapshot.l1_size)?;
         }
         header.l1_offset = snapshot.l1_offset;
@@ -234,6 +234,11 @@ impl Image {
     /// Brings everything that was changed to the file; returns header and snapshots.
     fn begin_snapshots(&self) -> Result<(Header, Vec<Snapshot>)> {
         self.check_writable()?;
+        if self.data.is_external() {
+            // Two states of one cluster would need two places for it.
+            let message = "an image with an external data file holds no internal snapshots";
+            return Err(Error::unsupported(message).with_os_error(ENOTSUP));
+        }
         self.settle_changes()?;
         let header = self.header();
         let table = Table::read(&*self.storage, &header)?;
@@ -257,7 +262,7 @@ impl Image {
         let run = lock(&self.refcounts).allocate(cluster.count(bytes.len() as u64))?;
         let mut whole = bytes.to_vec();
         whole.resize((run.clusters << cluster.bits()) as usize, 0);
-        self.write_data(run.host, &[std::io::IoSlice::new(&whole)])?;
+        self.storage.write_all_at(run.host.0, &whole)?;
         Ok(run.host)
     }
 

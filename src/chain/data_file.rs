@@ -1,0 +1,66 @@
+//! External data files: a qcow2 image's name for one, through the gate, to an open file.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::gate;
+use super::open::OpenOptions;
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2;
+use crate::storage::{FileOptions, FileStorage, Storage};
+
+/// Opens the qcow2 image in `file`, and its data file where it has one.
+pub(super) fn open_qcow2(
+    path: &Path,
+    file: Arc<FileStorage>,
+    options: &OpenOptions,
+    cache: u64,
+) -> Result<qcow2::Image> {
+    let header = qcow2::Header::read(&*file)?;
+    let data_file: Option<Arc<dyn Storage>> = if header.has_data_file() {
+        let name = header.data_file()?.ok_or_else(|| {
+            Error::corrupt("the image keeps its data in another file and does not name it")
+        })?;
+        Some(open_data(path, &file, name, options.file_options())?)
+    } else {
+        None
+    };
+    let OpenOptions { read_only, same_contents, repair, .. } = *options;
+    let passphrase = options.passphrase.clone();
+    let inner =
+        qcow2::OpenOptions { read_only, cache, same_contents, repair, data_file, passphrase };
+    qcow2::Image::with_header(file, header, inner)
+}
+
+/// Opens the data file that the image at `path` names. The same policy as for backing files.
+fn open_data(
+    path: &Path,
+    image: &FileStorage,
+    name: &str,
+    options: FileOptions,
+) -> Result<Arc<dyn Storage>> {
+    let at = find(path, name)?;
+    let data = FileStorage::open(&at, options).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => {
+            let message =
+                format!("is missing; '{}' names it as its external data file", path.display());
+            Error::new(ErrorKind::NotFound, message).at_path(&at)
+        }
+        _ => e,
+    })?;
+    // Its tables and its data would overwrite each other.
+    if data.identity()? == image.identity()? {
+        return Err(Error::corrupt("names itself as its external data file"));
+    }
+    Ok(Arc::new(data))
+}
+
+/// The path that a data file's name means: relative to the image's directory, so that both move
+/// together. QEMU takes it to be relative to its working directory, so where nothing has that name
+/// beside the image, this does, too.
+fn find(path: &Path, name: &str) -> Result<PathBuf> {
+    let beside = gate::resolve_as(path, name, "external data file")?;
+    let plain = Path::new(name.strip_prefix("file:").unwrap_or(name));
+    let elsewhere = !beside.exists() && plain.exists();
+    Ok(if elsewhere { plain.to_path_buf() } else { beside })
+}
