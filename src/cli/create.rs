@@ -1,15 +1,17 @@
 //! `vdisk create`: a new, empty disk.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args as ClapArgs, ValueEnum};
 use vdisk::addr::Unit;
 use vdisk::chain;
 use vdisk::image::Label;
-use vdisk::qcow2::{Compression, CreateOptions, Extension, Preallocation};
+use vdisk::luks;
+use vdisk::qcow2::{Compression, CreateOptions, Encryption, Extension, Method, Preallocation};
 use vdisk::{Error, Result};
 
-use super::size;
+use super::{passphrase, size};
 
 /// What a guest reads and writes at least.
 const SECTOR: u64 = 512;
@@ -37,6 +39,18 @@ pub struct Args {
     /// The file's format.
     #[arg(long, value_enum, default_value_t)]
     format: FormatArg,
+    /// Keep the data in this new file, named relative to the disk's directory.
+    #[arg(long, value_name = "NAME")]
+    data_file: Option<String>,
+    /// Keep the data file readable as a raw disk, without the tables.
+    #[arg(long, requires = "data_file")]
+    data_file_raw: bool,
+    /// Encrypt the data (LUKS) under the passphrase in --passphrase-file.
+    #[arg(long)]
+    encrypt: bool,
+    /// How long one try of the passphrase is to take, in milliseconds.
+    #[arg(long, value_name = "MS", requires = "encrypt", default_value_t = 2000)]
+    iter_time: u32,
     /// How clusters are compressed when they are.
     #[arg(long, value_enum, default_value_t)]
     compression: CompressionArg,
@@ -87,6 +101,9 @@ pub fn run(args: &Args) -> Result<u8> {
         .checked_next_multiple_of(SECTOR)
         .ok_or_else(|| Error::invalid("the size is too large").at_path(&args.file))?;
     let preallocation = args.preallocation.into();
+    if args.format == FormatArg::Raw && (args.data_file.is_some() || args.encrypt) {
+        return Err(Error::invalid("a raw disk has no data file and is not encrypted"));
+    }
     if args.format == FormatArg::Raw {
         chain::create_raw(&args.file, size, preallocation)?;
         return Ok(0);
@@ -104,9 +121,24 @@ pub fn run(args: &Args) -> Result<u8> {
             CompressionArg::Zstd => Compression::Zstd,
         },
         preallocation,
+        encryption: encryption(args)?,
         extensions: vec![label],
         ..CreateOptions::new(size)
     };
-    chain::create(&args.file, &options)?;
+    match &args.data_file {
+        Some(name) => chain::create_with_data(&args.file, name, args.data_file_raw, options)?,
+        None => chain::create(&args.file, &options)?,
+    }
     Ok(0)
+}
+
+fn encryption(args: &Args) -> Result<Option<Encryption>> {
+    if !args.encrypt {
+        return Ok(None);
+    }
+    let passphrase =
+        passphrase::given()?.ok_or_else(|| Error::invalid("--encrypt needs --passphrase-file"))?;
+    let iter_time = Duration::from_millis(args.iter_time.into());
+    let options = luks::Options { iter_time, ..luks::Options::default() };
+    Ok(Some(Encryption { passphrase, method: Method::Luks(options) }))
 }

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use vdisk::chain::{self, Chain, Format, OpenOptions};
 use vdisk::{Error, ErrorKind, Result};
 
+use super::passphrase;
+
 /// What a command does with a disk.
 #[derive(Debug, Clone, Default)]
 pub struct Use<'a> {
@@ -40,6 +42,7 @@ pub fn open(path: &Path, using: &Use<'_>) -> Result<Arc<Chain>> {
     let options = OpenOptions {
         read_only: !using.write || using.ephemeral,
         format: using.format,
+        passphrase: passphrase::given()?,
         ..OpenOptions::default()
     };
     let chain = match using.snapshot {

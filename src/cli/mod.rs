@@ -18,6 +18,7 @@ mod mount_control;
 mod mount_daemon;
 mod mount_snapshots;
 mod output;
+mod passphrase;
 mod qemu_img;
 mod rebase;
 mod resize;
@@ -29,6 +30,7 @@ mod tree;
 mod umount;
 
 use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -37,6 +39,9 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "vdisk", version)]
 struct Cli {
+    /// File whose bytes are the passphrase of encrypted disks.
+    #[arg(long, global = true, value_name = "FILE")]
+    passphrase_file: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -96,6 +101,7 @@ pub fn run() -> ExitCode {
             return ExitCode::from(code);
         }
     };
+    passphrase::keep(cli.passphrase_file);
     let result = match &cli.verb {
         Verb::Boot(args) => boot::run(args),
         Verb::Create(args) => create::run(args),

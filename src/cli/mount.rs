@@ -12,6 +12,7 @@ use vdisk::mount::table;
 use vdisk::{Error, ErrorKind, Result};
 
 use super::mount_daemon::READY;
+use super::passphrase;
 
 /// Mount the file system in DISK at DIR, or with --raw DISK itself as DIR/disk.raw
 #[derive(clap::Args, Clone)]
@@ -68,6 +69,7 @@ pub fn run(args: &Args) -> Result<u8> {
     let mut child = Command::new("/proc/self/exe")
         .arg0(program)
         .arg("mount-daemon")
+        .args(passphrase::words())
         .args(args.words())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

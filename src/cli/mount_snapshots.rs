@@ -84,7 +84,9 @@ impl Volume for Snapshot {
     fn opened(&self) -> io::Result<()> {
         let mut opened = self.opened();
         if opened.volume.is_none() {
-            let chain = chain::open(&self.layer, &OpenOptions::default())
+            let chain = super::passphrase::given()
+                .map(|passphrase| OpenOptions { passphrase, ..OpenOptions::default() })
+                .and_then(|options| chain::open(&self.layer, &options))
                 .map_err(|error| vdisk::mount::volume::to_io(&error))?;
             opened.volume = Some(Arc::new(DeviceVolume::new(Arc::new(chain), true)));
         }

@@ -5,10 +5,10 @@ use crate::require::{Need, have};
 use crate::twin::{Twin, noise};
 
 /// Not a multiple of any larger cluster: the last cluster of the disk is cut short.
-const SIZE: usize = (6 << 20) + 3 * 512;
+pub const SIZE: usize = (6 << 20) + 3 * 512;
 
 /// Writes by both, at offsets that mean nothing to the format, in turn over the same places.
-fn both_write(disk: &mut Twin) {
+pub fn both_write(disk: &mut Twin) {
     disk.qemu_write(0, 1024, 0x11);
     disk.write(1000, &noise(1, 100));
     disk.qemu_write(SIZE - 1536, 1536, 0x22);

@@ -18,6 +18,7 @@ mod container;
 mod container_terminal;
 mod convert;
 mod create;
+mod elsewhere;
 mod formats;
 mod inspect;
 mod interop;

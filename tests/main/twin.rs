@@ -24,7 +24,12 @@ pub struct Twin<'w> {
     pub image: String,
     /// What it should hold.
     pub bytes: Vec<u8>,
+    /// Whether it is encrypted, under the passphrase in the file [`PASSPHRASE`].
+    encrypted: bool,
 }
+
+/// The name of a file that holds a passphrase.
+pub const PASSPHRASE: &str = "passphrase";
 
 impl<'w> Twin<'w> {
     /// An image that is there already and should read as `size` zeroes.
@@ -34,7 +39,7 @@ impl<'w> Twin<'w> {
 
     /// An image that is there already and should hold `bytes`.
     pub fn of(work: &'w Work, image: &str, bytes: Vec<u8>) -> Twin<'w> {
-        Twin { work, image: image.to_owned(), bytes }
+        Twin { work, image: image.to_owned(), bytes, encrypted: false }
     }
 
     /// Creates the image with `vdisk create`; `options` may be empty.
@@ -43,9 +48,37 @@ impl<'w> Twin<'w> {
         Twin::blank(work, image, size)
     }
 
+    /// The same image, which is encrypted under the passphrase in the file [`PASSPHRASE`].
+    pub fn encrypted(self) -> Twin<'w> {
+        Twin { encrypted: true, ..self }
+    }
+
+    /// What `vdisk` has to be told to open it.
+    fn key(&self) -> String {
+        if self.encrypted { format!("--passphrase-file {PASSPHRASE}") } else { String::new() }
+    }
+
+    /// The words by which QEMU opens it and, behind it, more raw files.
+    fn qemu_words(&self, raw: &[&str]) -> Vec<String> {
+        let mut words: Vec<String> = ["--object", "--image-opts"].map(str::to_owned).into();
+        words.insert(1, format!("secret,id=sec0,file={PASSPHRASE}"));
+        let key = if self.encrypted { ",encrypt.key-secret=sec0" } else { "" };
+        words.push(format!("driver=qcow2,file.filename={}{key}", self.image));
+        words.extend(raw.iter().map(|name| format!("driver=raw,file.filename={name}")));
+        words
+    }
+
+    fn run_qemu(&self, first: &[&str], raw: &[&str], last: &[&str]) -> Done {
+        let words = self.qemu_words(raw);
+        let words = words.iter().map(String::as_str);
+        let all = first[1..].iter().copied().chain(words).chain(last.iter().copied());
+        self.work.run(first[0], all)
+    }
+
     /// Writes with `vdisk`.
     pub fn write(&mut self, offset: usize, bytes: &[u8]) {
-        self.work.vdisk_fed(&format!("write {} {offset}", self.image), bytes).succeeds();
+        let words = format!("write {} {offset} {}", self.image, self.key());
+        self.work.vdisk_fed(&words, bytes).succeeds();
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
@@ -62,13 +95,18 @@ impl<'w> Twin<'w> {
     }
 
     fn qemu(&self, command: &str) {
-        let done = self.work.qemu_io(&self.image, &[command]).succeeds();
+        let done = if self.encrypted {
+            self.run_qemu(&["qemu-io", "-t", "writeback"], &[], &["-c", command]).succeeds()
+        } else {
+            self.work.qemu_io(&self.image, &[command]).succeeds()
+        };
         assert!(!done.text().contains("failed"), "{}: {}", done.words, done.text());
     }
 
     /// What `vdisk read` gives of a range.
     pub fn read(&self, offset: usize, length: usize) -> Vec<u8> {
-        self.work.vdisk(&format!("read {} {offset} {length}", self.image)).succeeds().stdout
+        let words = format!("read {} {offset} {length} {}", self.image, self.key());
+        self.work.vdisk(&words).succeeds().stdout
     }
 
     /// Requires that `vdisk` reads what should be there.
@@ -83,7 +121,11 @@ impl<'w> Twin<'w> {
     pub fn holds(&self) {
         self.reads_right();
         self.qemu_reads_right();
-        clean(self.work, &self.image);
+        if self.encrypted {
+            self.run_qemu(&["qemu-img", "check"], &[], &[]).succeeds();
+        } else {
+            clean(self.work, &self.image);
+        }
     }
 
     /// Requires that QEMU reads what should be there.
@@ -91,7 +133,11 @@ impl<'w> Twin<'w> {
     pub fn qemu_reads_right(&self) {
         let model = format!("{}.model", self.image);
         self.work.put(&model, &self.bytes);
-        self.work.qemu_img(&format!("compare -F raw {} {model}", self.image)).succeeds();
+        if self.encrypted {
+            self.run_qemu(&["qemu-img", "compare"], &[&model], &[]).succeeds();
+        } else {
+            self.work.qemu_img(&format!("compare -F raw {} {model}", self.image)).succeeds();
+        }
         std::fs::remove_file(self.work.path(model)).unwrap();
     }
 }
