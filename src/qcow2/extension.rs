@@ -54,6 +54,20 @@ pub(super) fn parse(area: &[u8], base: u64) -> Result<Vec<Extension>> {
     Ok(found)
 }
 
+/// Whether the mark that ends the extensions stands in `area`.
+pub(super) fn has_end(area: &[u8]) -> bool {
+    let mut pos = 0usize;
+    while let Some(head) = area.get(pos..).and_then(|rest| rest.get(..8)) {
+        let word =
+            |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        if word(0) == END {
+            return true;
+        }
+        pos = pos.saturating_add(8).saturating_add((word(4) as usize).next_multiple_of(8));
+    }
+    false
+}
+
 /// Writes the extensions in the canonical order, with padding and end mark.
 pub(super) fn encode(extensions: &[Extension]) -> Vec<u8> {
     let rank = |e: &&Extension| ORDER.iter().position(|m| *m == e.magic).unwrap_or(ORDER.len());

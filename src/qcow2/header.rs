@@ -26,6 +26,9 @@ pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 pub(super) const MAX_L1: u64 = 32 << 20;
 /// The most internal snapshots.
 pub(super) const MAX_SNAPSHOTS: u32 = 65536;
+/// Where the extensions and names of nearly all headers end, in bytes: who looks at thousands of
+/// headers need not read the rest of their clusters.
+const USUAL: u64 = 4096;
 /// What a medium writes whole or not at all, in bytes.
 const SECTOR: u64 = 512;
 /// The longest backing file name, in bytes.
@@ -119,6 +122,18 @@ pub struct Header {
     pub extensions: Vec<Extension>,
 }
 
+/// Whether all that the header says ends within its first `bytes`: at least a version 3 header.
+fn ends_within(bytes: &[u8]) -> bool {
+    let offset = BigEndian::read_u64(&bytes[8..]);
+    if offset != 0 {
+        let len = u64::from(BigEndian::read_u32(&bytes[16..]));
+        return offset.checked_add(len).is_some_and(|end| end <= bytes.len() as u64);
+    }
+    let v2 = BigEndian::read_u32(&bytes[4..]) == 2;
+    let start = if v2 { V2_LEN } else { BigEndian::read_u32(&bytes[100..]) as usize };
+    bytes.get(start..).is_some_and(extension::has_end)
+}
+
 impl Header {
     /// Reads and checks the header of `storage`.
     pub fn read(storage: &dyn Storage) -> Result<Header> {
@@ -135,9 +150,14 @@ impl Header {
                 Error::unsupported(format!("Unsupported cluster size: 2^{bits}")).at_offset(20)
             );
         }
-        let mut cluster = vec![0; len.min(1 << bits) as usize];
-        storage.read_exact_at(0, &mut cluster)?;
-        Header::parse(&cluster)
+        let cluster = len.min(1 << bits);
+        let mut bytes = vec![0; cluster.min(USUAL) as usize];
+        storage.read_exact_at(0, &mut bytes)?;
+        if cluster > USUAL && !ends_within(&bytes) {
+            bytes.resize(cluster as usize, 0);
+            storage.read_exact_at(0, &mut bytes)?;
+        }
+        Header::parse(&bytes)
     }
 
     /// Parses the first cluster, or as much of it as the file has: at least a version 2 header.
