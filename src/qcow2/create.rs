@@ -16,7 +16,7 @@ use super::image::{Freed, Image, Lost, OpenOptions, lock, write};
 use super::refcount::set_in;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, Result};
-use crate::image::{Allocation, Backing, Image as _};
+use crate::image::{Allocation, Backing, Image as _, Mapping};
 use crate::luks::{self, Cipher, Passphrase};
 use crate::storage::Storage;
 
@@ -347,12 +347,19 @@ impl Image {
         Ok(())
     }
 
-    /// Allocates the disk from `at` on.
-    fn preallocate(&self, mut at: u64, how: Preallocation) -> Result<()> {
+    /// Gives the disk a place in the file from byte `from` of it to its end, where it has none. What
+    /// is given a place reads as zeroes: nothing may show from a layer below.
+    pub fn preallocate(&self, from: u64, how: Preallocation) -> Result<()> {
         if how == Preallocation::Off {
             return Ok(());
         }
+        self.check_writable()?;
         let (size, file) = (self.size(), self.data.storage());
+        let unit = self.shape.granularity();
+        let mut at = unit.floor(from);
+        if at != from && self.map(GuestOffset(at), 1)?.mapping != Mapping::Unallocated {
+            at = unit.ceil(from);
+        }
         while at < size {
             let start = at;
             let reservation = self.reserve(GuestOffset(at), size - at)?;

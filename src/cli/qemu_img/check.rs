@@ -59,8 +59,12 @@ pub fn run(args: &[String]) -> Outcome {
 /// Checks, mends, and checks again what was mended.
 fn check(image: &Image, repair: Repair, quiet: bool) -> Outcome<Check> {
     let once = |repair: Repair| -> Outcome<Check> {
-        let check =
-            image.check(repair).map_err(|e| Fail::new(format!("Check failed: {}", reason(&e))))?;
+        let check = image.check(repair).map_err(|e| {
+            if e.kind() == vdisk::ErrorKind::Corrupt {
+                eprintln!("qemu-img: ERROR {}", e.message());
+            }
+            Fail::new(format!("Check failed: {}", reason(&e)))
+        })?;
         check.messages.iter().for_each(|line| eprintln!("{line}"));
         Ok(check)
     };

@@ -304,6 +304,10 @@ pub fn preallocate(opened: &Opened, from: u64, to: u64, how: Preallocation) -> O
         (_, Preallocation::Off) => Ok(()),
         (Format::Raw, Preallocation::Falloc) => file.write_zeroes(from, to - from),
         (Format::Raw, Preallocation::Full) => file.write_zero_bytes(from, to - from),
+        (Format::Qcow2, _) if opened.qcow2.is_some() => {
+            let image = opened.qcow2.as_ref();
+            image.map_or(Ok(()), |i| i.preallocate(from, how).and_then(|()| i.flush()))
+        }
         _ => {
             let message = "Unsupported preallocation mode";
             Err(Error::unsupported(message))

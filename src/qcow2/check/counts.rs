@@ -16,11 +16,18 @@ pub(in crate::qcow2) struct Counts {
 type Page = Box<[u32]>;
 
 impl Counts {
-    /// Notes `times` more references to a cluster.
-    pub fn add(&mut self, cluster: u64, times: u32) {
+    /// Notes `times` more references to a cluster; returns how many there are.
+    pub fn add(&mut self, cluster: u64, times: u32) -> u64 {
         let page = self.turn_to(cluster / PAGE);
         let count = &mut page[(cluster % PAGE) as usize];
         *count = count.saturating_add(times);
+        u64::from(*count)
+    }
+
+    /// Goes back to `most` references to a cluster: no refcount can say more.
+    pub fn limit(&mut self, cluster: u64, most: u64) {
+        let page = self.turn_to(cluster / PAGE);
+        page[(cluster % PAGE) as usize] = u32::try_from(most).unwrap_or(u32::MAX);
     }
 
     fn turn_to(&mut self, number: u64) -> &mut Page {

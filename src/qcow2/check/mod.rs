@@ -28,9 +28,9 @@ impl Image {
             self.write_back()?;
         }
         let mut check = Check::default();
-        let snapshots = self.check_snapshot_table(&mut check, repair);
+        let snapshots = self.check_snapshot_table(&mut check, repair)?;
         let mut walk = walk::Walk::new(self, &mut check)?;
-        walk.run(snapshots.as_ref())?;
+        walk.run(&snapshots)?;
         let counts = walk.finish();
         let end = counts.end();
         check.image_end_offset = end << self.shape.cluster.bits();
@@ -39,8 +39,8 @@ impl Image {
         if fixed {
             self.write_back()?;
         }
-        if let Some(table) = snapshots.filter(|_| repair == Repair::All) {
-            self.mend_snapshot_table(&mut check, &table)?;
+        if repair == Repair::All {
+            self.mend_snapshot_table(&mut check, &snapshots)?;
         }
         repair::Flags { image: self, check: &mut check, repair, stored: repair::Stored::default() }
             .run()?;

@@ -1,14 +1,19 @@
 //! Checking the snapshot table itself, before and after the references that it leads to.
 
+use nix::libc::EIO;
+
 use super::{Check, Repair};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::qcow2::image::Image;
 use crate::qcow2::snapshot::Table;
 
 impl Image {
     /// Reads the snapshot table; notes what is wrong with it. With [`Repair::All`], what is over the
     /// limits is left out, and the table is to be written anew where anything was noted.
-    pub(super) fn check_snapshot_table(&self, check: &mut Check, repair: Repair) -> Option<Table> {
+    ///
+    /// # Errors
+    /// With QEMU's error number where the table cannot be read: no reference in it would be counted.
+    pub(super) fn check_snapshot_table(&self, check: &mut Check, repair: Repair) -> Result<Table> {
         let header = self.header();
         let mend = repair == Repair::All;
         let table = if mend {
@@ -16,15 +21,10 @@ impl Image {
         } else {
             Table::read(&*self.storage, &header)
         };
-        let table = match table {
-            Ok(table) => table,
-            Err(error) => {
-                check.errors += 1;
-                let message = error.message();
-                check.say(format!("ERROR failed to read the snapshot table: {message}"));
-                return None;
-            }
-        };
+        let table = table.map_err(|error| {
+            let message = format!("failed to read the snapshot table: {}", error.message());
+            Error::corrupt(message).with_os_error(error.raw_os_error().unwrap_or(EIO))
+        })?;
         table.discarded.iter().for_each(|said| check.say(said.clone()));
         check.corruptions += table.discarded.len() as u64;
         if header.version >= 3 {
@@ -35,7 +35,7 @@ impl Image {
                 check.say(format!("{verb} snapshot table entry {index} is incomplete"));
             }
         }
-        Some(table)
+        Ok(table)
     }
 
     /// Writes a table that was found wanting; the refcounts are right by now.

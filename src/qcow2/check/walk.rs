@@ -14,6 +14,7 @@ use crate::qcow2::entry::{Entry, OFFSET, Shape};
 use crate::qcow2::extension;
 use crate::qcow2::header::{Header, MAX_L1};
 use crate::qcow2::image::{Image, lock};
+use crate::qcow2::refcount::max_refcount;
 use crate::qcow2::snapshot::Table;
 
 /// Bits of an L1 entry that must be 0.
@@ -31,6 +32,8 @@ pub(super) struct Walk<'a> {
     header: Header,
     counts: Counts,
     file_len: u64,
+    /// The largest refcount that this width can say.
+    max: u64,
     /// The L2 tables, in the order in which they were first seen.
     l2: Vec<L2>,
     /// Where in `l2` a table with this host offset is.
@@ -51,12 +54,14 @@ impl<'a> Walk<'a> {
     pub fn new(image: &'a Image, check: &'a mut Check) -> Result<Walk<'a>> {
         let file_len = image.storage.len()?;
         let header = image.header();
+        let max = max_refcount(header.refcount_order);
         Ok(Walk {
             image,
             check,
             header,
             counts: Counts::default(),
             file_len,
+            max,
             l2: Vec::new(),
             l2_index: HashMap::new(),
             next_data: 0,
@@ -67,19 +72,16 @@ impl<'a> Walk<'a> {
         self.counts.finish()
     }
 
-    /// `snapshots` is their table, where it can be read.
-    pub fn run(&mut self, snapshots: Option<&Table>) -> Result<()> {
+    pub fn run(&mut self, snapshots: &Table) -> Result<()> {
         let header = self.header.clone();
         let cluster = header.cluster;
         self.check.total_clusters = cluster.count(header.size);
         self.count("header", 0, cluster.bytes());
         self.l1("active", header.l1_offset, header.l1_size, true)?;
-        if let Some(table) = snapshots {
-            self.count("snapshot table", header.snapshots_offset, table.len);
-            for one in &table.snapshots {
-                let name = format!("snapshot {} ({})", one.id(), one.name());
-                self.l1(&name, one.l1_offset, one.l1_size, false)?;
-            }
+        self.count("snapshot table", header.snapshots_offset, snapshots.len);
+        for one in &snapshots.snapshots {
+            let name = format!("snapshot {} ({})", one.id(), one.name());
+            self.l1(&name, one.l1_offset, one.l1_size, false)?;
         }
         for table in std::mem::take(&mut self.l2) {
             self.l2(&table)?;
@@ -125,7 +127,8 @@ impl<'a> Walk<'a> {
             return;
         }
         let cluster = self.header.cluster;
-        let end = offset.checked_add(len).filter(|end| *end <= cluster.ceil(self.file_len));
+        let limit = self.file_len.saturating_add(cluster.bytes());
+        let end = offset.checked_add(len).filter(|end| *end < limit);
         let Some(end) = end else {
             self.check.corruption(format!(
                 "counting reference for region exceeding the end of the file by one cluster or more: offset {offset:#x} size {len:#x} ({what})"
@@ -133,7 +136,16 @@ impl<'a> Walk<'a> {
             return;
         };
         for number in cluster.index(offset)..=cluster.index(end - 1) {
-            self.counts.add(number, times);
+            if self.counts.add(number, times) > self.max {
+                self.counts.limit(number, self.max);
+                self.check.corruptions += 1;
+                let offset = number << cluster.bits();
+                self.check.say(format!(
+                    "ERROR: overflow cluster offset={offset:#x}\nUse qemu-img amend to increase the \
+                     refcount entry width or qemu-img convert to create a clean copy if the image \
+                     cannot be opened for writing"
+                ));
+            }
         }
     }
 
@@ -152,7 +164,13 @@ impl<'a> Walk<'a> {
         if bytes == 0 {
             return Ok(());
         }
-        if !self.header.cluster.aligned(offset) || bytes > MAX_L1 {
+        if bytes > MAX_L1 {
+            self.check.corruption(format!(
+                "{name} l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted"
+            ));
+            return Ok(());
+        }
+        if !self.header.cluster.aligned(offset) {
             self.check.corruption(format!(
                 "{name} l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
             ));

@@ -77,8 +77,8 @@ impl Image {
     /// Takes a snapshot of the disk as it is; returns its id.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] where a refcount has no room for one more reference: nothing is
-    /// changed then.
+    /// [`ErrorKind::Invalid`] where a refcount has no room for one more reference: nothing that is
+    /// in use is changed then, and the clusters for the snapshot's L1 table are leaked.
     pub fn create_snapshot(&mut self, new: &NewSnapshot) -> Result<String> {
         // The table need not be read to know that it is full.
         if self.header().snapshots >= MAX_SNAPSHOTS {
@@ -89,8 +89,6 @@ impl Image {
         }
         let (header, mut snapshots) = self.begin_snapshots()?;
         let mut l1 = self.active_l1(&header)?;
-        let more = self.references(&l1)?;
-        self.can_add(&more)?;
         let id = next_id(&snapshots);
         let mut snapshot = table::Snapshot {
             l1_offset: 0,
@@ -110,8 +108,11 @@ impl Image {
         snapshots.push(snapshot.clone());
         Table::encode(&snapshots)?;
         snapshots.pop();
+        // As QEMU does: what is reserved for a snapshot that is then refused is a leak.
         let copy: Vec<u64> = l1.iter().map(|entry| entry & !super::entry::COPIED).collect();
         snapshot.l1_offset = self.write_new(&l1_bytes(&copy))?.0;
+        let more = self.references(&l1)?;
+        self.can_add(&more)?;
         snapshots.push(snapshot);
         let table = self.write_new(&Table::encode(&snapshots)?)?;
         let shares = more.end() > 0;

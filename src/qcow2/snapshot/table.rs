@@ -188,11 +188,13 @@ fn overhanging(count: u32) -> Error {
 }
 
 fn read_entry(storage: &dyn Storage, offset: u64, index: u32, mend: bool) -> Result<Snapshot> {
+    // What lies past the end of the file reads as zeroes.
     let read = |at: u64, len: usize| -> Result<Vec<u8>> {
         let mut bytes = vec![0; len];
-        storage
-            .read_exact_at(at, &mut bytes)
-            .map_err(|_| Error::corrupt("the snapshot table is cut short").at_offset(at))?;
+        let have = storage.len()?.saturating_sub(at).min(len as u64) as usize;
+        if have > 0 {
+            storage.read_exact_at(at, &mut bytes[..have]).map_err(|e| e.at_offset(at))?;
+        }
         Ok(bytes)
     };
     let fixed = read(offset, FIXED)?;
