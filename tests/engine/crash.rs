@@ -19,17 +19,19 @@ use crate::processes::{have_qemu, run};
 use crate::recorder::{Event, Fault, Faulty, Recorder, crash, replay};
 
 /// What stands at the start of a run.
-struct Start {
-    head: Vec<u8>,
-    base: Option<Vec<u8>>,
-    model: Model,
-    unit: u64,
-    cache: u64,
+pub struct Start {
+    pub head: Vec<u8>,
+    pub base: Option<Vec<u8>>,
+    /// The external data file, of a head that has one.
+    pub data: Option<Arc<dyn Storage>>,
+    pub model: Model,
+    pub unit: u64,
+    pub cache: u64,
 }
 
 /// What a run did, by the number of events in the log.
 #[derive(Default)]
-struct Story {
+pub struct Story {
     /// All of these bytes were durable after so many events.
     durable: Vec<(usize, Vec<u8>)>,
     /// From so many events on, these bytes may stand there.
@@ -41,9 +43,14 @@ pub fn layer(image: Arc<dyn Image>, format: Format) -> Layer {
     Layer { path: "memory".into(), format, image, file }
 }
 
+fn opening(start: &Start, read_only: bool) -> OpenOptions {
+    let data_file = start.data.clone();
+    OpenOptions { read_only, cache: start.cache, data_file, ..OpenOptions::default() }
+}
+
 /// The disk with its head in `storage`, above `base`.
-fn disk(storage: Arc<dyn Storage>, start: &Start, read_only: bool) -> vdisk::Result<Chain> {
-    let options = OpenOptions { read_only, cache: start.cache, ..OpenOptions::default() };
+pub fn disk(storage: Arc<dyn Storage>, start: &Start, read_only: bool) -> vdisk::Result<Chain> {
+    let options = opening(start, read_only);
     let head = layer(Arc::new(qcow2::Image::open(storage, options)?), Format::Qcow2);
     let below = start.base.iter().map(|bytes| {
         let storage = Arc::new(MemoryStorage::new(bytes.clone()));
@@ -79,7 +86,8 @@ fn random_start(dice: &mut Dice) -> Start {
         model.bytes[..base.len()].copy_from_slice(base);
     }
     let cache = dice.pick(&[0, 0, 1 << 20]);
-    let mut start = Start { head: storage.to_vec(), base, model, unit: 1 << bits, cache };
+    let mut start =
+        Start { head: storage.to_vec(), base, data: None, model, unit: 1 << bits, cache };
     // Most of it in place already: what comes then is refcount blocks and table moves.
     if dice.once_in(2) {
         let filled = dice.below(size);
@@ -128,7 +136,7 @@ fn start_with_snapshots(dice: &mut Dice) -> Start {
 
 /// Uses the disk at random, and notes what must and what may stand there. Stops at an error that
 /// is not of the test's making only by panicking.
-fn play(
+pub fn play(
     chain: &Chain,
     events: &dyn Fn() -> usize,
     start: &Start,
@@ -178,9 +186,9 @@ fn play(
 }
 
 /// Opens what a crash after `events` left, and holds it against the story.
-fn verify(file: Vec<u8>, start: &Start, story: &Story, events: usize) {
+pub fn verify(file: Vec<u8>, start: &Start, story: &Story, events: usize) {
     let storage = Arc::new(MemoryStorage::new(file));
-    let image = qcow2::Image::open(storage.clone(), OpenOptions::default()).unwrap();
+    let image = qcow2::Image::open(storage.clone(), opening(start, true)).unwrap();
     let check = image.check(Repair::None).unwrap();
     assert_eq!((check.corruptions, check.errors), (0, 0), "{:#?}", check.messages);
     drop(image);
@@ -203,8 +211,7 @@ fn verify(file: Vec<u8>, start: &Start, story: &Story, events: usize) {
         }
     }
     drop(chain);
-    let options = OpenOptions { read_only: false, cache: start.cache, ..OpenOptions::default() };
-    let image = qcow2::Image::open(storage, options).unwrap();
+    let image = qcow2::Image::open(storage, opening(start, false)).unwrap();
     let check = image.check(Repair::Leaks).unwrap();
     assert!(check.is_clean(), "{:#?}", check.messages);
 }

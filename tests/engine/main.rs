@@ -13,6 +13,7 @@ mod require;
 
 mod bitmaps;
 mod crash;
+mod crash_data;
 mod dice;
 mod family;
 mod hostile;
