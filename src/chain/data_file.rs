@@ -17,19 +17,32 @@ pub(super) fn open_qcow2(
     cache: u64,
 ) -> Result<qcow2::Image> {
     let header = qcow2::Header::read(&*file)?;
-    let data_file: Option<Arc<dyn Storage>> = if header.has_data_file() {
-        let name = header.data_file()?.ok_or_else(|| {
-            Error::corrupt("the image keeps its data in another file and does not name it")
-        })?;
-        Some(open_data(path, &file, name, options.file_options())?)
-    } else {
-        None
-    };
+    let data_file = open_data_file(path, &file, &header, options.file_options())?;
     let OpenOptions { read_only, same_contents, repair, .. } = *options;
     let passphrase = options.passphrase.clone();
     let inner =
         qcow2::OpenOptions { read_only, cache, same_contents, repair, data_file, passphrase };
     qcow2::Image::with_header(file, header, inner)
+}
+
+/// Opens the external data file that the image at `path`, in `file`, names in its header; `None` for
+/// an image without one.
+///
+/// # Errors
+/// [`ErrorKind::Denied`] for a name that is no path; [`ErrorKind::NotFound`] says what is missing.
+pub fn open_data_file(
+    path: &Path,
+    file: &FileStorage,
+    header: &qcow2::Header,
+    options: FileOptions,
+) -> Result<Option<Arc<dyn Storage>>> {
+    if !header.has_data_file() {
+        return Ok(None);
+    }
+    let name = header.data_file()?.ok_or_else(|| {
+        Error::corrupt("the image keeps its data in another file and does not name it")
+    })?;
+    open_data(path, file, name, options).map(Some)
 }
 
 /// Opens the data file that the image at `path` names. The same policy as for backing files.

@@ -62,6 +62,8 @@ struct Details {
     extended_l2: Option<bool>,
     dirty: Option<bool>,
     corrupt: Option<bool>,
+    encryption: Option<&'static str>,
+    data_file: Option<String>,
     internal_snapshots: Option<u32>,
 }
 
@@ -232,6 +234,8 @@ impl Details {
             extended_l2: details.extended_l2,
             dirty: details.dirty,
             corrupt: details.corrupt,
+            encryption: details.encryption,
+            data_file: details.data_file,
             internal_snapshots: details.internal_snapshots,
         }
     }
@@ -247,6 +251,8 @@ impl Details {
             said(self.extended_l2, "extended l2"),
             said(self.dirty, "DIRTY: not closed well"),
             said(self.corrupt, "CORRUPT"),
+            self.encryption.map(|e| format!("encryption {e}")),
+            self.data_file.as_ref().map(|name| format!("data in '{name}'")),
             counted.map(|n| format!("{n} internal snapshots")),
         ];
         all.into_iter().flatten().collect::<Vec<_>>().join(", ")

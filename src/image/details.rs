@@ -17,6 +17,10 @@ pub struct Details {
     pub dirty: Option<bool>,
     /// Whether a program found the image corrupt.
     pub corrupt: Option<bool>,
+    /// How the data are encrypted, as qemu-img names it.
+    pub encryption: Option<&'static str>,
+    /// The name of the file that the data stand in, where it is another.
+    pub data_file: Option<String>,
     /// Snapshots that the file itself holds.
     pub internal_snapshots: Option<u32>,
 }

@@ -345,6 +345,12 @@ impl Header {
             extended_l2: Some(self.extended_l2()),
             dirty: is(incompatible::DIRTY),
             corrupt: is(incompatible::CORRUPT),
+            encryption: match self.crypt_method {
+                0 => None,
+                1 => Some("aes"),
+                _ => Some("luks"),
+            },
+            data_file: self.data_file().ok().flatten().map(str::to_owned),
             internal_snapshots: Some(self.snapshots),
         }
     }

@@ -195,3 +195,39 @@ fn without_the_passphrase_an_encrypted_disk_shows_its_tables_and_nothing_else() 
     done.succeeds();
     Twin::of(&work, "c.qcow2", disk.bytes).reads_right();
 }
+
+#[test]
+fn the_drop_in_makes_reads_and_describes_data_files_as_qemu_img_does() {
+    if !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    for raw in ["off", "on"] {
+        let image = format!("{raw}.qcow2");
+        let options = format!("data_file={raw}.data,data_file_raw={raw}");
+        work.vdisk(&format!("qemu-img create -q -f qcow2 -o {options} {image} {SIZE}")).succeeds();
+        let mut disk = Twin::blank(&work, &image, SIZE);
+        disk.qemu_write(100_352, 200_192, 0x77);
+        disk.write(5, b"ours");
+        disk.holds();
+        for words in ["info", "info --output=json", "check"] {
+            let ours = work.vdisk(&format!("qemu-img {words} {image}")).succeeds().out();
+            let theirs = work.qemu_img(&format!("{words} {image}")).succeeds().out();
+            match words {
+                "info --output=json" => {
+                    let parse = |text: &str| serde_json::from_str::<serde_json::Value>(text);
+                    assert_eq!(parse(&ours).unwrap(), parse(&theirs).unwrap());
+                }
+                _ => assert_eq!(ours, theirs, "{words}"),
+            }
+        }
+        work.vdisk(&format!("qemu-img convert -O raw {image} flat")).succeeds();
+        same_bytes("flat", &work.bytes("flat"), &disk.bytes);
+        let refused = work.vdisk(&format!("qemu-img snapshot -c one {image}"));
+        refused.fails(&["Could not create snapshot", "not supported"]);
+        let info = json(work.vdisk(&format!("info --json {image}")));
+        assert_eq!(info["format_specific"]["data_file"], format!("{raw}.data"));
+    }
+    let words = "qemu-img create -q -f qcow2 -o data_file_raw=on x.qcow2 1M";
+    work.vdisk(words).fails(&["data-file-raw requires data-file"]);
+}

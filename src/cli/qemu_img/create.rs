@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vdisk::image::Image as _;
-use vdisk::qcow2::{self, CreateOptions, Preallocation};
+use vdisk::qcow2::{self, CreateOptions, DataFile, Preallocation};
 use vdisk::storage::{FileOptions, FileStorage, Storage};
 use vdisk::{Error, ErrorKind};
 
@@ -191,7 +191,9 @@ pub fn make(path: &Path, format: &str, chosen: &Chosen, aes: bool) -> Outcome<()
         .ok_or_else(|| Fail::new("Image size is too large"))?;
     let file = Arc::new(emptied(path)?);
     let made = match format {
-        "qcow2" => options::qcow2(chosen, size).and_then(|o| make_qcow2(file.clone(), &o, aes)),
+        "qcow2" => options::qcow2(chosen, size)
+            .and_then(|o| with_data_file(o, chosen))
+            .and_then(|o| make_qcow2(file.clone(), &o, aes)),
         _ => make_raw(&file, size, chosen),
     };
     made.inspect_err(|_| {
@@ -200,6 +202,15 @@ pub fn make(path: &Path, format: &str, chosen: &Chosen, aes: bool) -> Outcome<()
             let _ = std::fs::remove_file(path);
         }
     })
+}
+
+/// The same with its data file, new or emptied, where one is asked for.
+fn with_data_file(options: CreateOptions, chosen: &Chosen) -> Outcome<CreateOptions> {
+    let Some(name) = chosen.text("data_file") else { return Ok(options) };
+    let storage = Arc::new(emptied(&file_path(name)?)?);
+    let raw = chosen.switch("data_file_raw") == Some(true);
+    let data_file = Some(DataFile { name: name.to_owned(), raw, storage });
+    Ok(CreateOptions { data_file, ..options })
 }
 
 /// The file at `path`, new or emptied, locked for writing.

@@ -437,8 +437,17 @@ fn check(chosen: &Chosen, options: &CreateOptions) -> Outcome<()> {
             "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)",
         );
     }
-    if chosen.has("data_file") || chosen.switch("data_file_raw") == Some(true) {
-        return fail("External data files are not supported");
+    let (data, raw) = (chosen.has("data_file"), chosen.switch("data_file_raw") == Some(true));
+    if raw && !data {
+        return fail("data-file-raw requires data-file");
+    }
+    if old && data {
+        return fail(
+            "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+        );
+    }
+    if raw && options.backing.is_some() {
+        return fail("Backing file and data-file-raw cannot be used at the same time");
     }
     Ok(())
 }

@@ -264,6 +264,11 @@ fn specific(image: &qcow2::Image) -> Outcome<Value> {
     });
     if let (3.., Value::Object(map)) = (header.version, &mut all) {
         map.insert("lazy-refcounts".to_owned(), json!(header.has_lazy_refcounts()));
+        if header.has_data_file() {
+            let name = header.data_file().map_err(|e| Fail::new(reason(&e)))?;
+            map.extend(name.map(|name| ("data-file".to_owned(), json!(name))));
+            map.insert("data-file-raw".to_owned(), json!(header.data_file_is_raw()));
+        }
         map.insert("corrupt".to_owned(), json!(header.is_corrupt()));
         map.insert("extended-l2".to_owned(), json!(header.extended_l2()));
         let bitmaps = image.bitmaps().map_err(|e| Fail::new(reason(&e)))?;

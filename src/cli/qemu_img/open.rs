@@ -147,13 +147,18 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
     let (image, qcow2): (Arc<dyn Image>, _) = match format {
         Format::Qcow2 => {
             let options = using.options();
+            let header = qcow2::Header::read(&*storage).map_err(failed)?;
+            let access = FileOptions { access: Some(using.access()), write: using.write };
+            let data_file = chain::open_data_file(&path, &file, &header, access).map_err(failed)?;
             let inner = qcow2::OpenOptions {
                 read_only: !using.write,
                 cache: if using.write { options.cache / 4 } else { 1 << 20 },
                 repair: using.check && using.write,
+                data_file,
                 ..qcow2::OpenOptions::default()
             };
-            let image = Arc::new(qcow2::Image::open(storage, inner).map_err(failed)?);
+            let image =
+                Arc::new(qcow2::Image::with_header(storage, header, inner).map_err(failed)?);
             (image.clone(), Some(image))
         }
         Format::Raw => {
