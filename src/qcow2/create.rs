@@ -357,7 +357,11 @@ impl Image {
         let (size, file) = (self.size(), self.data.storage());
         let unit = self.shape.granularity();
         let mut at = unit.floor(from);
-        if at != from && self.map(GuestOffset(at), 1)?.mapping != Mapping::Unallocated {
+        // A new cluster shows zeroes, also where the layer below shows through now.
+        if at != from
+            && (self.backing().is_some()
+                || self.map(GuestOffset(at), 1)?.mapping != Mapping::Unallocated)
+        {
             at = unit.ceil(from);
         }
         while at < size {
@@ -372,6 +376,10 @@ impl Image {
             match how {
                 Preallocation::Falloc => file.write_zeroes(host.0, len)?,
                 Preallocation::Full => self.write_zero_bytes(host, len)?,
+                Preallocation::Metadata if self.data.is_external() && !self.data.is_raw() => {
+                    // What a data file holds where nothing was allocated has no meaning.
+                    file.punch_hole(host.0, len)?;
+                }
                 Preallocation::Off | Preallocation::Metadata => {}
             }
             if file.len()? < host.0 + len {

@@ -87,6 +87,11 @@ impl Crypt {
         })
     }
 
+    /// Fails where the key is not known.
+    pub fn check_unlocked(&self) -> Result<()> {
+        self.cipher().map(|_| ())
+    }
+
     fn number(&self, host: u64, guest: u64) -> u64 {
         if self.by_guest { guest } else { host }
     }

@@ -71,6 +71,11 @@ impl Data {
         self.crypt.is_some()
     }
 
+    /// Fails where the data are encrypted by a key that is not known.
+    pub fn check_unlocked(&self) -> Result<()> {
+        self.crypt.as_ref().map_or(Ok(()), Crypt::check_unlocked)
+    }
+
     /// How the data are encrypted from now on; nothing has been written yet.
     pub fn set_crypt(&mut self, crypt: Crypt) {
         self.crypt = Some(crypt);

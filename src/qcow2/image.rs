@@ -476,6 +476,8 @@ impl image::Image for Image {
 
     fn resize(&self, size: u64) -> Result<()> {
         self.check_resizable()?;
+        // The caller zeroes the rest of the last cluster.
+        self.data.check_unlocked()?;
         self.begin_change()?;
         let bitmaps = self.resize_bitmaps(size)?;
         if size < self.header().size { self.shrink(size) } else { self.grow(size) }?;

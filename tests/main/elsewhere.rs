@@ -186,6 +186,9 @@ fn without_the_passphrase_an_encrypted_disk_shows_its_tables_and_nothing_else() 
     wrong.fails(&["opens none of the image's key slots"]);
     disk.reads_right();
     work.vdisk("check d.qcow2").succeeds();
+    // The rest of the last cluster would have to be zeroed: nothing is done.
+    work.vdisk("resize d.qcow2 2M").fails(&["encrypted", "no passphrase"]);
+    disk.reads_right();
     // A new layer would hold in plain what is written to it.
     work.vdisk("snapshot create d.qcow2 one").fails(&["is encrypted"]);
     work.vdisk("clone d.qcow2 c.qcow2").fails(&["is encrypted"]);
@@ -230,4 +233,25 @@ fn the_drop_in_makes_reads_and_describes_data_files_as_qemu_img_does() {
     }
     let words = "qemu-img create -q -f qcow2 -o data_file_raw=on x.qcow2 1M";
     work.vdisk(words).fails(&["data-file-raw requires data-file"]);
+}
+
+#[test]
+fn a_clone_that_grows_with_preallocation_goes_on_showing_its_base() {
+    if !have(Need::Qemu) {
+        return;
+    }
+    // The new cluster at the old end of the disk hid what the base shows in its first part.
+    let work = Work::new();
+    let size = 200_192;
+    for extended in ["off", "on"] {
+        let base = noise(9, size);
+        work.put("base.raw", &base);
+        let create = format!("create -q -f qcow2 -o extended_l2={extended} -b base.raw -F raw");
+        work.qemu_img(&format!("{create} {extended}.qcow2 {size}")).succeeds();
+        let words = format!("qemu-img resize --preallocation=metadata {extended}.qcow2 1M");
+        work.vdisk(&words).succeeds();
+        let mut disk = Twin::of(&work, &format!("{extended}.qcow2"), base);
+        disk.bytes.resize(1 << 20, 0);
+        disk.holds();
+    }
 }
