@@ -13,7 +13,7 @@ use super::crypt::{AES, Crypt, LUKS};
 use super::extension::{CRYPTO_HEADER, DATA_FILE, Extension, feature_names};
 use super::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
 use super::image::{Freed, Image, Lost, OpenOptions, lock, write};
-use super::refcount::set_in;
+use super::refcount_bits::set_in;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, Result};
 use crate::image::{Allocation, Backing, Image as _, Mapping};

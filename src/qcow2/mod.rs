@@ -25,6 +25,7 @@ mod header;
 mod image;
 mod read;
 mod refcount;
+mod refcount_bits;
 mod references;
 mod shrink;
 mod snapshot;

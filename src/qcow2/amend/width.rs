@@ -9,7 +9,8 @@ use nix::libc::{EFBIG, EINVAL};
 
 use super::super::header::MAX_REFCOUNT_TABLE;
 use super::super::image::{Image, lock};
-use super::super::refcount::{Refcounts, Run, max_refcount, set_in};
+use super::super::refcount::{Refcounts, Run};
+use super::super::refcount_bits::{max_refcount, set_in};
 use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 

@@ -14,7 +14,7 @@ use crate::qcow2::entry::{Entry, OFFSET, Shape};
 use crate::qcow2::extension;
 use crate::qcow2::header::{Header, MAX_L1};
 use crate::qcow2::image::{Image, lock};
-use crate::qcow2::refcount::max_refcount;
+use crate::qcow2::refcount_bits::max_refcount;
 use crate::qcow2::snapshot::Table;
 
 /// Bits of an L1 entry that must be 0.

@@ -1,0 +1,52 @@
+//! Refcounts in the bytes of a refcount block, 1 to 64 bits wide.
+//!
+//! Specification: qcow2, "Host cluster management".
+
+use byteorder::{BigEndian, ByteOrder};
+
+/// The largest value of a refcount of `1 << order` bits.
+pub(super) fn max_refcount(order: u32) -> u64 {
+    if order >= 6 { u64::MAX } else { (1 << (1 << order)) - 1 }
+}
+
+/// Refcount number `index` in a block's bytes; entries narrower than a byte fill it from its
+/// lowest bits.
+pub(super) fn get_in(bytes: &[u8], order: u32, index: usize) -> u64 {
+    match order {
+        0..=2 => {
+            let bit = index << order;
+            u64::from(bytes[bit / 8] >> (bit % 8)) & max_refcount(order)
+        }
+        3 => u64::from(bytes[index]),
+        _ => BigEndian::read_uint(&bytes[index << (order - 3)..], 1 << (order - 3)),
+    }
+}
+
+/// Sets refcount number `index`; `value` fits.
+pub(super) fn set_in(bytes: &mut [u8], order: u32, index: usize, value: u64) {
+    match order {
+        0..=2 => {
+            let bit = index << order;
+            let mask = (max_refcount(order) as u8) << (bit % 8);
+            let byte = &mut bytes[bit / 8];
+            *byte = *byte & !mask | (value as u8) << (bit % 8) & mask;
+        }
+        3 => bytes[index] = value as u8,
+        _ => BigEndian::write_uint(&mut bytes[index << (order - 3)..], value, 1 << (order - 3)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_width_keeps_its_neighbours() {
+        for order in 0..=6 {
+            let mut bytes = [0xff; 64];
+            set_in(&mut bytes, order, 3, 0);
+            assert_eq!(get_in(&bytes, order, 3), 0);
+            assert!([2, 4].iter().all(|i| get_in(&bytes, order, *i) == max_refcount(order)));
+        }
+    }
+}
