@@ -347,27 +347,38 @@ impl Image {
         Ok(())
     }
 
-    /// Gives the disk a place in the file from byte `from` of it to its end, where it has none. What
-    /// is given a place reads as zeroes: nothing may show from a layer below.
+    /// Gives host clusters to what has none from byte `from` of the disk on; it reads as before.
+    /// Without subclusters, what is given a place reads as zeroes: nothing may show from a layer
+    /// below. Nothing else may use the image meanwhile.
     pub fn preallocate(&self, from: u64, how: Preallocation) -> Result<()> {
         if how == Preallocation::Off {
             return Ok(());
         }
         self.check_writable()?;
         let (size, file) = (self.size(), self.data.storage());
-        let unit = self.shape.granularity();
-        let mut at = unit.floor(from);
-        // A new cluster shows zeroes, also where the layer below shows through now.
-        if at != from
-            && (self.backing().is_some()
-                || self.map(GuestOffset(at), 1)?.mapping != Mapping::Unallocated)
-        {
-            at = unit.ceil(from);
+        let cluster = self.shape.cluster;
+        let is_open = |m: Mapping| matches!(m, Mapping::Unallocated | Mapping::Zero { host: None });
+        let has_base = self.backing().is_some();
+        let shows_below = self.shape.extended && has_base;
+        // The cluster in which the part begins belongs to it where nothing stands there yet, and
+        // nothing shows through that a new cluster would hide.
+        let mut at = cluster.floor(from);
+        let hides = has_base && !shows_below;
+        if at < from && at < size && (hides || !is_open(self.map(GuestOffset(at), 1)?.mapping)) {
+            at = cluster.ceil(from);
         }
         while at < size {
-            let start = at;
-            let reservation = self.reserve(GuestOffset(at), size - at)?;
-            at += reservation.len();
+            let extent = self.map(GuestOffset(at), size - at)?;
+            if !is_open(extent.mapping) {
+                at = cluster.ceil(at + extent.len);
+                continue;
+            }
+            let reservation = self.reserve(GuestOffset(at), extent.len)?;
+            let start = reservation.start().0;
+            at = start + reservation.len();
+            if reservation.is_kept() && !self.data.is_external() {
+                continue;
+            }
             let (host, mut len) = reservation.place();
             if self.data.is_external() {
                 // A data file ends where the disk does.
@@ -380,10 +391,19 @@ impl Image {
                     // What a data file holds where nothing was allocated has no meaning.
                     file.punch_hole(host.0, len)?;
                 }
-                Preallocation::Off | Preallocation::Metadata => {}
+                // Clusters that were used before hold what nobody may see.
+                _ if !reservation.reads_zero() && !self.data.is_external() => {
+                    file.write_zeroes(host.0, len)?;
+                }
+                _ => {}
             }
             if file.len()? < host.0 + len {
                 file.set_len(host.0 + len)?;
+            }
+            if shows_below {
+                // What shows through from below goes on doing so.
+                reservation.keep_unread()?;
+                continue;
             }
             Box::new(reservation).commit()?;
             if self.data.is_encrypted() {

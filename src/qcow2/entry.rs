@@ -177,6 +177,16 @@ impl Shape {
         Entry { descriptor: kept, bitmap: before & !bits | bits << SUBCLUSTERS }
     }
 
+    /// Whether the entry keeps a host cluster of which nothing is read.
+    pub fn is_spare(self, entry: Entry) -> bool {
+        let read = if self.extended {
+            entry.bitmap & u64::from(u32::MAX) != 0
+        } else {
+            entry.descriptor & ZERO == 0
+        };
+        entry.host().is_some() && !read
+    }
+
     /// Whether no part of the cluster is stored in `entry`'s host cluster.
     pub fn holds_no_data(self, entry: Entry) -> bool {
         self.extended && !entry.is_compressed() && entry.bitmap & u64::from(u32::MAX) == 0

@@ -77,6 +77,8 @@ pub struct Image {
     /// Held shared while mapped host clusters are in use.
     pub(super) grace: RwLock<()>,
     pub(super) poisoned: AtomicBool,
+    /// What was found and mended when it was opened.
+    mended: Vec<String>,
     /// Whether the header still vouches for the label's content id.
     pub(super) vouched: AtomicBool,
     pub(super) inflated: Mutex<Inflated>,
@@ -162,23 +164,28 @@ impl Image {
             vouched: AtomicBool::new(header.autoclear & autoclear::CONTENT_ID != 0),
             data,
             inflated: Mutex::new(Inflated::new(header.compression)),
+            mended: Vec::new(),
             tracker: Mutex::default(),
             tracking: AtomicBool::new(false),
             header: Mutex::new(header),
             storage,
         };
+        let mut image = image;
         if !options.read_only {
-            image.settle(options.repair)?;
+            image.mended = image.settle(options.repair)?;
         }
         Ok(image)
     }
 
     /// Brings an image that is opened for writing into the state that writing relies on.
     /// What is to be checked and mended keeps its marks until that is done.
-    fn settle(&self, repair: bool) -> Result<()> {
+    /// Returns what was found and mended.
+    fn settle(&self, repair: bool) -> Result<Vec<String>> {
+        let mut messages = Vec::new();
         let header = self.header();
         if !repair && header.incompatible & incompatible::DIRTY != 0 {
             let check = self.check(Repair::All)?;
+            messages = check.messages;
             if check.corruptions > 0 || check.errors > 0 {
                 let message = "the image was not closed well and cannot be repaired on opening";
                 return Err(Error::corrupt(message));
@@ -192,7 +199,8 @@ impl Image {
         if header.autoclear & !kept != 0 {
             self.update_header(|h| h.autoclear &= kept)?;
         }
-        self.track_bitmaps()
+        self.track_bitmaps()?;
+        Ok(messages)
     }
 
     /// Notes where metadata stands. Tables that overlap are refused: to write one is to damage the
@@ -238,6 +246,11 @@ impl Image {
             return Ok(());
         }
         read(&self.territory).check(self.shape.cluster, host, len)
+    }
+
+    /// What was found and mended when the image was opened for writing, as [`Check::messages`].
+    pub fn mended_on_opening(&self) -> &[String] {
+        &self.mended
     }
 
     /// A copy of the header as it is now.

@@ -6,7 +6,7 @@
 
 use std::io::IoSlice;
 
-use super::entry::{Entry, Kind};
+use super::entry::{COPIED, Entry, Kind};
 use super::image::{Freed, Image, Lost, lock, read, write};
 use super::refcount::Run;
 use super::tables::{Place, Table};
@@ -273,6 +273,31 @@ impl Image {
             }
             self.free_later(Freed { host, clusters: 1, what });
         }
+    }
+}
+
+impl Reservation<'_> {
+    /// Whether the entries keep the clusters already.
+    pub(super) fn is_kept(&self) -> bool {
+        self.owned.is_none()
+    }
+
+    /// Makes the entries keep the reserved clusters without reading anything from them. Entries with
+    /// subclusters only.
+    pub(super) fn keep_unread(mut self) -> Result<()> {
+        let image = self.image;
+        let cluster = image.shape.cluster;
+        let end = self.start.0 + self.len;
+        for base in (cluster.floor(self.start.0)..end).step_by(cluster.bytes() as usize) {
+            let into = base.saturating_sub(self.start.0);
+            let host = cluster.floor(self.host.0 + into);
+            self.owned = None;
+            image.change_entry(GuestOffset(base), Lost::Data, |old| Entry {
+                descriptor: host | COPIED,
+                bitmap: old.bitmap,
+            })?;
+        }
+        Ok(())
     }
 }
 

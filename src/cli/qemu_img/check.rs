@@ -42,7 +42,10 @@ pub fn run(args: &[String]) -> Outcome {
         return Err(Fail::new("This image format does not support checks").with_code(NO_CHECK));
     };
     let quiet = given.has("q") || output == Output::Json;
-    let check = check(image, repair, quiet)?;
+    // What is printed follows what is said on stderr meanwhile.
+    let mut said = String::new();
+    let check = check(image, repair, quiet, &mut said)?;
+    print!("{said}");
     match output {
         Output::Json => println!("{}", json::pretty(&to_json(&check, &source.given))),
         Output::Human if given.has("q") => {}
@@ -57,7 +60,7 @@ pub fn run(args: &[String]) -> Outcome {
 }
 
 /// Checks, mends, and checks again what was mended.
-fn check(image: &Image, repair: Repair, quiet: bool) -> Outcome<Check> {
+fn check(image: &Image, repair: Repair, quiet: bool, said: &mut String) -> Outcome<Check> {
     let once = |repair: Repair| -> Outcome<Check> {
         let check = image.check(repair).map_err(|e| {
             if e.kind() == vdisk::ErrorKind::Corrupt {
@@ -76,7 +79,8 @@ fn check(image: &Image, repair: Repair, quiet: bool) -> Outcome<Check> {
         return Ok(first);
     }
     if !quiet {
-        print!(
+        let _ = write!(
+            said,
             "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} \
              corruptions\n\nDouble checking the fixed image now...\n",
             first.leaks_fixed, first.corruptions_fixed

@@ -239,7 +239,15 @@ impl Chosen {
 
     /// Sets an option as the user would.
     pub fn set(&mut self, key: &str, value: &str) -> Outcome<()> {
-        let unknown = || Fail::new(format!("Invalid parameter '{key}'"));
+        let unknown = || {
+            let for_creation = QCOW2.iter().any(|k| k.name == key) && self.knows("encrypt.state");
+            let hint = if for_creation {
+                "\nThis option is only supported for image creation"
+            } else {
+                ""
+            };
+            Fail::new(format!("Invalid parameter '{key}'{hint}"))
+        };
         let at = self.place(key).ok_or_else(unknown)?;
         self.values[at] = Some(read(key, self.known[at].kind, value)?);
         Ok(())
@@ -317,8 +325,10 @@ fn read(key: &str, kind: Kind, value: &str) -> Outcome<Value> {
             "off" | "no" | "false" | "n" => Ok(Value::Switch(false)),
             _ => Err(Fail::new(format!("Parameter '{key}' expects 'on' or 'off'"))),
         },
+        // As the C library reads them: a negative number is one near the top.
         Kind::Number => value
             .parse()
+            .or_else(|_| value.parse::<i64>().map(i64::cast_unsigned))
             .map(Value::Number)
             .map_err(|_| Fail::new(format!("Parameter '{key}' expects a number"))),
         Kind::Size => size::parse(value).map(Value::Number).map_err(|bad| match bad {

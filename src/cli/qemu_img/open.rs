@@ -159,6 +159,14 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
             };
             let image =
                 Arc::new(qcow2::Image::with_header(storage, header, inner).map_err(failed)?);
+            if !using.check {
+                // A table of snapshots that is over the limits keeps an image from being used.
+                let over = image.snapshots().err().filter(|e| e.raw_os_error().is_some());
+                if let Some(error) = over {
+                    return Err(Fail::new(snapshot_reason(&error)));
+                }
+            }
+            image.mended_on_opening().iter().for_each(|line| eprintln!("{line}"));
             (image.clone(), Some(image))
         }
         Format::Raw => {
@@ -179,6 +187,17 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
     let image = with_faults(source, image)?;
     let layer = Layer { path, format, image, file };
     Ok(Opened { layer, qcow2, shown: source.shown() })
+}
+
+/// Why the table of snapshots cannot be used, and what helps.
+pub fn snapshot_reason(error: &Error) -> String {
+    let message = error.message();
+    let what = if message.starts_with("Too much extra metadata") {
+        "this extra metadata"
+    } else {
+        return message.to_owned();
+    };
+    format!("{message}\nYou can force-remove {what} with qemu-img check -r all")
 }
 
 /// The image, failing as the user wants it to.

@@ -7,14 +7,17 @@
 //! count says.
 
 pub(super) mod counts;
+mod rebuild;
 mod repair;
 mod snapshots;
 mod walk;
 
 use super::header::incompatible;
 use super::image::Image;
+use super::snapshot::Table;
 use crate::error::Result;
 pub use crate::image::{Check, Repair};
+use counts::Counted;
 
 impl Image {
     /// Checks the image, and repairs what `repair` allows. Nothing else may use the image meanwhile.
@@ -29,22 +32,56 @@ impl Image {
         }
         let mut check = Check::default();
         let snapshots = self.check_snapshot_table(&mut check, repair)?;
-        let mut walk = walk::Walk::new(self, &mut check)?;
+        let mut walk = walk::Walk::new(self, &mut check, repair)?;
         walk.run(&snapshots)?;
         let counts = walk.finish();
-        let end = counts.end();
-        check.image_end_offset = end << self.shape.cluster.bits();
-        let fixed =
-            repair::Compare { image: self, check: &mut check, repair, counts: &counts }.run()?;
-        if fixed {
-            self.write_back()?;
-        }
+        check.image_end_offset = counts.end() << self.shape.cluster.bits();
+        self.compare_and_mend(&mut check, repair, &counts, &snapshots)?;
         if repair == Repair::All {
             self.mend_snapshot_table(&mut check, &snapshots)?;
         }
         repair::Flags { image: self, check: &mut check, repair, stored: repair::Stored::default() }
             .run()?;
         Ok(check)
+    }
+
+    /// Compares the refcounts with what was counted, says all differences, and then mends.
+    fn compare_and_mend(
+        &self,
+        check: &mut Check,
+        repair: Repair,
+        counts: &Counted,
+        snapshots: &Table,
+    ) -> Result<()> {
+        let before = (check.corruptions, check.leaks);
+        let none = Repair::None;
+        let found = repair::Compare { image: self, check, repair: none, counts }.run()?;
+        if repair == Repair::None || found.differences == 0 {
+            return Ok(());
+        }
+        if found.lost && repair == Repair::All {
+            check.say("Rebuilding refcount structure".to_owned());
+            self.rebuild_refcounts(counts)?;
+            check.corruptions_fixed += check.corruptions - before.0;
+            check.leaks_fixed += check.leaks - before.1;
+            (check.corruptions, check.leaks) = before;
+            // Nothing refers to the old structures any more.
+            let mut again = Check::default();
+            let mut walk = walk::Walk::new(self, &mut again, none)?;
+            walk.run(snapshots)?;
+            let counts = walk.finish();
+            again.messages.into_iter().for_each(|said| check.say(said));
+            let mut freed = Check::default();
+            let leaks = Repair::Leaks;
+            repair::Compare { image: self, check: &mut freed, repair: leaks, counts: &counts }
+                .run()?;
+            freed.messages.into_iter().for_each(|said| check.say(said));
+            self.write_back()?;
+            return self.survey();
+        }
+        (check.corruptions, check.leaks) = before;
+        repair::Compare { image: self, check, repair, counts }.run()?;
+        self.write_back()
     }
 
     /// Checks and mends, and checks again what was mended: the counts of what is still wrong are

@@ -18,33 +18,67 @@ pub(super) struct Compare<'a> {
     pub counts: &'a Counted,
 }
 
+/// What a comparison found.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Found {
+    pub differences: u64,
+    /// A cluster in use has refcount 0.
+    pub lost: bool,
+}
+
+/// A cluster whose refcount is not what was counted.
+struct Difference {
+    cluster: u64,
+    stored: u64,
+    count: u32,
+}
+
+/// More differences than this are not put in order.
+const SORTED: usize = 1 << 18;
+
 impl Compare<'_> {
-    /// Returns whether anything was changed in memory.
-    pub fn run(mut self) -> Result<bool> {
-        let mut changed = false;
+    /// Finds all differences, and mends those that it may, in the order of the file.
+    pub fn run(mut self) -> Result<Found> {
+        let mut differences = Vec::new();
+        let mut found = Found::default();
         let counts = self.counts;
         for (first, page) in counts.pages() {
             let mut stored = vec![0; page.len()];
             lock(&self.image.refcounts).get_all(first, &mut stored);
             for (number, (stored, count)) in stored.iter().zip(page).enumerate() {
-                let count = u64::from(*count);
                 // What nothing refers to is found below, where its refcount stands.
-                if count > 0 && *stored != count {
-                    changed |= self.differs(first + number as u64, *stored, count)?;
+                if *count > 0 && *stored != u64::from(*count) {
+                    found.lost |= *stored == 0;
+                    let cluster = first + number as u64;
+                    differences.push(Difference { cluster, stored: *stored, count: *count });
+                    if differences.len() >= SORTED {
+                        found.differences += self.settle(&mut differences)?;
+                    }
                 }
             }
         }
-        Ok(self.unused()? || changed)
+        self.unused(&mut differences, &mut found)?;
+        found.differences += self.settle(&mut differences)?;
+        Ok(found)
+    }
+
+    fn settle(&mut self, differences: &mut Vec<Difference>) -> Result<u64> {
+        differences.sort_by_key(|d| d.cluster);
+        let number = differences.len() as u64;
+        for one in differences.drain(..) {
+            self.differs(one.cluster, one.stored, u64::from(one.count))?;
+        }
+        Ok(number)
     }
 
     /// Finds clusters with a refcount that nothing refers to.
-    fn unused(&mut self) -> Result<bool> {
+    fn unused(&mut self, differences: &mut Vec<Difference>, found: &mut Found) -> Result<()> {
         let (blocks, own) = {
             let refcounts = lock(&self.image.refcounts);
             (refcounts.blocks(), refcounts.own_clusters())
         };
         let cluster = self.image.shape.cluster;
-        let (mut changed, mut seen) = (false, HashSet::new());
+        let mut seen = HashSet::new();
         for (index, offset) in blocks {
             let data = self.image.storage.next_data(offset).unwrap_or(None);
             let hole =
@@ -54,21 +88,25 @@ impl Compare<'_> {
                 continue;
             }
             for slice in 0.. {
-                let found = lock(&self.image.refcounts).used_in_slice(index, slice);
-                let Ok(Some(found)) = found else { break };
+                let used = lock(&self.image.refcounts).used_in_slice(index, slice);
+                let Ok(Some(used)) = used else { break };
                 let counts = self.counts;
-                for run in found.chunk_by(|a, b| counts.share_page(a.0, b.0)) {
+                for run in used.chunk_by(|a, b| counts.share_page(a.0, b.0)) {
                     let page = run.first().and_then(|(number, _)| counts.page(*number));
                     for (number, stored) in run {
                         // The repair itself may have made blocks, and moved the table.
                         if counts.is_unused(page, *number) && !own.contains(number) {
-                            changed |= self.differs(*number, *stored, 0)?;
+                            let (cluster, stored) = (*number, *stored);
+                            differences.push(Difference { cluster, stored, count: 0 });
                         }
                     }
                 }
+                if differences.len() >= SORTED {
+                    found.differences += self.settle(differences)?;
+                }
             }
         }
-        Ok(changed)
+        Ok(())
     }
 
     fn differs(&mut self, cluster: u64, stored: u64, count: u64) -> Result<bool> {
@@ -137,13 +175,14 @@ impl Flags<'_> {
             return Ok(());
         }
         let (mut l1_changed, mut seen) = (false, HashSet::new());
-        for raw in l1.chunks_exact_mut(8) {
+        for (index, raw) in l1.chunks_exact_mut(8).enumerate() {
             let entry = BigEndian::read_u64(raw);
             let l2 = entry & OFFSET;
             if l2 == 0 || !header.cluster.aligned(l2) {
                 continue;
             }
-            if let Some(mended) = self.flag(entry, l2, "L2 cluster: l1_entry") {
+            let what = format!("L2 cluster: l1_index={index} l1_entry");
+            if let Some(mended) = self.flag(entry, l2, &what) {
                 BigEndian::write_u64(raw, mended);
                 l1_changed = true;
             }

@@ -7,13 +7,13 @@ use std::collections::HashMap;
 
 use byteorder::{BigEndian, ByteOrder};
 
-use super::Check;
 use super::counts::{Counted, Counts};
+use super::{Check, Repair};
 use crate::error::{Error, Result};
 use crate::qcow2::entry::{Entry, OFFSET, Shape};
 use crate::qcow2::extension;
 use crate::qcow2::header::{Header, MAX_L1};
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::image::{Image, lock, write};
 use crate::qcow2::refcount_bits::max_refcount;
 use crate::qcow2::snapshot::Table;
 
@@ -29,6 +29,8 @@ const MAX_BITMAP_TABLE: u64 = 32 << 20;
 pub(super) struct Walk<'a> {
     image: &'a Image,
     check: &'a mut Check,
+    /// What may be mended on the way.
+    repair: Repair,
     header: Header,
     counts: Counts,
     file_len: u64,
@@ -51,13 +53,14 @@ struct L2 {
 }
 
 impl<'a> Walk<'a> {
-    pub fn new(image: &'a Image, check: &'a mut Check) -> Result<Walk<'a>> {
+    pub fn new(image: &'a Image, check: &'a mut Check, repair: Repair) -> Result<Walk<'a>> {
         let file_len = image.storage.len()?;
         let header = image.header();
         let max = max_refcount(header.refcount_order);
         Ok(Walk {
             image,
             check,
+            repair,
             header,
             counts: Counts::default(),
             file_len,
@@ -76,9 +79,9 @@ impl<'a> Walk<'a> {
         let header = self.header.clone();
         let cluster = header.cluster;
         self.check.total_clusters = cluster.count(header.size);
-        self.count("header", 0, cluster.bytes());
+        self.count(0, cluster.bytes());
         self.l1("active", header.l1_offset, header.l1_size, true)?;
-        self.count("snapshot table", header.snapshots_offset, snapshots.len);
+        self.count(header.snapshots_offset, snapshots.len);
         for one in &snapshots.snapshots {
             let name = format!("snapshot {} ({})", one.id(), one.name());
             self.l1(&name, one.l1_offset, one.l1_size, false)?;
@@ -89,7 +92,7 @@ impl<'a> Walk<'a> {
         self.crypto_header(&header);
         self.bitmaps(&header)?;
         let table = u64::from(header.refcount_table_clusters) * cluster.bytes();
-        self.count("refcount table", header.refcount_table_offset, table);
+        self.count(header.refcount_table_offset, table);
         let blocks = lock(&self.image.refcounts).blocks();
         for (index, offset) in blocks {
             if cluster.aligned(offset) {
@@ -105,8 +108,8 @@ impl<'a> Walk<'a> {
 
     /// Counts the clusters that `len` bytes at `offset` touch. A region past the end of the file
     /// is an error and is not counted: no count may take memory that no file backs.
-    fn count(&mut self, what: &str, offset: u64, len: u64) {
-        self.count_times(what, offset, len, 1);
+    fn count(&mut self, offset: u64, len: u64) {
+        self.count_times(offset, len, 1);
     }
 
     /// Counts a table that nothing else may use. Whether that holds.
@@ -118,20 +121,22 @@ impl<'a> Walk<'a> {
         if !alone {
             self.check.corruption(format!("offset={offset:#x}: {what} overlaps other metadata"));
         }
-        self.count(what, offset, len);
+        self.count(offset, len);
         alone
     }
 
-    fn count_times(&mut self, what: &str, offset: u64, len: u64, times: u32) {
+    fn count_times(&mut self, offset: u64, len: u64, times: u32) {
         if len == 0 {
             return;
         }
         let cluster = self.header.cluster;
+        // The last cluster may be there in part only.
         let limit = self.file_len.saturating_add(cluster.bytes());
         let end = offset.checked_add(len).filter(|end| *end < limit);
         let Some(end) = end else {
-            self.check.corruption(format!(
-                "counting reference for region exceeding the end of the file by one cluster or more: offset {offset:#x} size {len:#x} ({what})"
+            self.check.corruptions += 1;
+            self.check.say(format!(
+                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset {offset:#x} size {len:#x}"
             ));
             return;
         };
@@ -192,7 +197,7 @@ impl<'a> Walk<'a> {
             if l2 == 0 {
                 continue;
             }
-            self.count("L2 table", l2, self.header.cluster.bytes());
+            self.count(l2, self.header.cluster.bytes());
             if !self.header.cluster.aligned(l2) {
                 self.check.corruption(format!(
                     "l2_offset={l2:#x}: Table is not cluster aligned; L1 entry {index} corrupted"
@@ -222,19 +227,47 @@ impl<'a> Walk<'a> {
         if data.is_none_or(|(start, _)| start >= offset.saturating_add(bytes)) {
             return Ok(());
         }
-        let Ok(table) = self.read(offset, bytes) else {
+        let Ok(mut table) = self.read(offset, bytes) else {
             self.check.errors += 1;
             self.check.say(format!("ERROR the L2 table at {offset:#x} cannot be read"));
             return Ok(());
         };
         let shape = Shape::of(&self.header);
+        let mut mended = false;
         for index in 0..(self.header.cluster.bytes() / shape.entry_bytes()) as usize {
             let entry = shape.get(&table, index);
-            if entry != Entry::default() {
+            if entry == Entry::default() {
+                continue;
+            }
+            if let Some(spare) = self.spare(shape, entry) {
+                self.check.corruptions_fixed += 1;
+                shape.put(&mut table, index, spare);
+                mended = true;
+            } else {
                 self.entry(shape, entry, active, times);
             }
         }
+        if mended {
+            self.image.metadata(|| self.image.storage.write_all_at(offset, &table))?;
+            self.image.storage.sync()?;
+            write(&self.image.tables).forget(offset..offset + bytes);
+        }
         Ok(())
+    }
+
+    /// What becomes of an entry that keeps a cluster in an impossible place, where no data stands in
+    /// it and it may be mended.
+    fn spare(&mut self, shape: Shape, entry: Entry) -> Option<Entry> {
+        let host = entry.host()?.0;
+        let is_spare = shape.is_spare(entry);
+        if shape.cluster.aligned(host) || !is_spare || self.repair != Repair::All {
+            return None;
+        }
+        self.check.say(format!(
+            "Repairing offset={host:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."
+        ));
+        let empty = Entry { descriptor: 0, bitmap: entry.bitmap };
+        Some(if shape.extended { empty } else { shape.with_zero(Entry::default(), 0, 0, false) })
     }
 
     fn entry(&mut self, shape: Shape, entry: Entry, active: bool, times: u32) {
@@ -263,6 +296,8 @@ impl<'a> Walk<'a> {
             self.check.corruption(format!(
                 "offset={host:x}: Data cluster is not properly aligned; L2 entry corrupted."
             ));
+            // What it touches is in use all the same: nothing else may be put there.
+            self.count_times(host, cluster.bytes(), times);
             return;
         }
         if active {
@@ -270,7 +305,7 @@ impl<'a> Walk<'a> {
             self.fragment(host, cluster.bytes());
         }
         if !shape.external {
-            self.count_times("data", host, cluster.bytes(), times);
+            self.count_times(host, cluster.bytes(), times);
         }
     }
 
@@ -294,7 +329,7 @@ impl<'a> Walk<'a> {
         }
         // The last sector may reach past the end: its length is counted in sectors.
         let len = len.min(self.header.cluster.ceil(self.file_len).saturating_sub(host.0).max(1));
-        self.count_times("compressed data", host.0, len, times);
+        self.count_times(host.0, len, times);
     }
 
     fn fragment(&mut self, host: u64, len: u64) {
@@ -307,7 +342,7 @@ impl<'a> Walk<'a> {
     fn crypto_header(&mut self, header: &Header) {
         if let Some(data) = header.extension(extension::CRYPTO_HEADER).filter(|d| d.len() >= 16) {
             let len = header.cluster.ceil(BigEndian::read_u64(&data[8..]));
-            self.count("encryption header", BigEndian::read_u64(data), len);
+            self.count(BigEndian::read_u64(data), len);
         }
     }
 
@@ -317,7 +352,7 @@ impl<'a> Walk<'a> {
             return Ok(());
         };
         let (size, offset) = (BigEndian::read_u64(&data[8..]), BigEndian::read_u64(&data[16..]));
-        self.count("bitmap directory", offset, size);
+        self.count(offset, size);
         if size > MAX_BITMAP_DIRECTORY {
             self.check.corruption(format!("the bitmap directory has {size} bytes"));
             return Ok(());
@@ -354,7 +389,7 @@ impl<'a> Walk<'a> {
         };
         for entry in bytes.chunks_exact(8).map(BigEndian::read_u64) {
             if entry & OFFSET != 0 {
-                self.count("bitmap data", entry & OFFSET, self.header.cluster.bytes());
+                self.count(entry & OFFSET, self.header.cluster.bytes());
             }
         }
     }

@@ -1,0 +1,144 @@
+//! New refcounts from what was counted, where the old ones cannot be trusted.
+//!
+//! A cluster in use whose refcount is 0 could be given out at any moment, and room for mending would
+//! be looked for with the same refcounts. So new blocks and a new table are built of the counts, in
+//! clusters that nothing refers to; one write of the header makes them the image's. Until then the
+//! old ones stay as they are; afterwards nothing refers to them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use byteorder::{BigEndian, ByteOrder};
+use nix::libc::EFBIG;
+
+use super::counts::Counted;
+use crate::error::{Error, Result};
+use crate::qcow2::header::MAX_REFCOUNT_TABLE;
+use crate::qcow2::image::{Image, lock};
+use crate::qcow2::refcount::Refcounts;
+use crate::qcow2::refcount_bits::{max_refcount, set_in};
+
+/// Clusters for the new structures.
+struct Site<'a> {
+    counts: &'a Counted,
+    /// log2 of the clusters that one block counts.
+    block_bits: u32,
+    /// Cluster numbers of the new blocks by their index.
+    blocks: BTreeMap<u64, u64>,
+    /// First cluster of the new table, and how many.
+    table: (u64, u64),
+    /// No cluster below this one is free.
+    next: u64,
+}
+
+impl Site<'_> {
+    fn is_free(&self, cluster: u64) -> bool {
+        let in_table = cluster >= self.table.0 && cluster < self.table.0 + self.table.1;
+        self.counts.is_unused(self.counts.page(cluster), cluster)
+            && !in_table
+            && !self.blocks.values().any(|b| *b == cluster)
+    }
+
+    /// Takes the first free cluster.
+    fn take(&mut self) -> u64 {
+        while !self.is_free(self.next) {
+            self.next += 1;
+        }
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// Takes the first free run of clusters.
+    fn take_run(&self, clusters: u64) -> u64 {
+        let mut start = self.next;
+        while let Some(used) = (start..start + clusters).rev().find(|c| !self.is_free(*c)) {
+            start = used + 1;
+        }
+        start
+    }
+
+    /// The indexes of all blocks that are needed, those for the new structures themselves included.
+    fn needed(&self) -> BTreeSet<u64> {
+        let counted = self.counts.used().map(|(cluster, _)| cluster);
+        let own = self.blocks.values().copied();
+        let table = self.table.0..self.table.0 + self.table.1;
+        counted.chain(own).chain(table).map(|cluster| cluster >> self.block_bits).collect()
+    }
+}
+
+impl Image {
+    /// Replaces all refcounts by what was counted.
+    pub(super) fn rebuild_refcounts(&self, counts: &Counted) -> Result<()> {
+        let (header, cluster) = (self.header(), self.shape.cluster);
+        let order = header.refcount_order;
+        let block_bits = cluster.bits() + 3 - order;
+        let mut site = Site { counts, block_bits, blocks: BTreeMap::new(), table: (0, 0), next: 0 };
+        loop {
+            let needed = site.needed();
+            let missing = needed.iter().find(|i| !site.blocks.contains_key(*i)).copied();
+            if let Some(index) = missing {
+                let place = site.take();
+                site.blocks.insert(index, place);
+                continue;
+            }
+            let entries = needed.last().map_or(1, |last| last + 1);
+            let clusters = cluster.count(entries.saturating_mul(8));
+            if clusters << cluster.bits() > MAX_REFCOUNT_TABLE.max(cluster.bytes()) {
+                let message = "the refcount table would be larger than the format allows";
+                return Err(Error::invalid(message).with_os_error(EFBIG));
+            }
+            if site.table.1 >= clusters {
+                break;
+            }
+            site.table = (0, 0);
+            site.table = (site.take_run(clusters), clusters);
+        }
+        self.metadata(|| {
+            self.write_new_refcounts(&site, order)?;
+            self.update_header(|h| {
+                h.refcount_table_offset = site.table.0 << cluster.bits();
+                h.refcount_table_clusters = site.table.1 as u32;
+            })
+        })?;
+        let capacity = lock(&self.refcounts).capacity();
+        let mut new = Refcounts::open(self.storage.clone(), &self.header(), capacity)?;
+        new.territory = self.territory.clone();
+        *lock(&self.refcounts) = new;
+        Ok(())
+    }
+
+    fn write_new_refcounts(&self, site: &Site<'_>, order: u32) -> Result<()> {
+        let cluster = self.shape.cluster;
+        let max = max_refcount(order);
+        let own: BTreeSet<u64> = site
+            .blocks
+            .values()
+            .copied()
+            .chain(site.table.0..site.table.0 + site.table.1)
+            .collect();
+        let per_block = 1u64 << site.block_bits;
+        let mut used = site.counts.used().peekable();
+        let mut table = vec![0; (site.table.1 << cluster.bits()) as usize];
+        for (index, place) in &site.blocks {
+            let first = index << site.block_bits;
+            let mut bytes = vec![0; cluster.bytes() as usize];
+            while let Some((number, count)) = used.next_if(|(n, _)| *n < first + per_block) {
+                if count > max {
+                    let message = "a cluster is referred to more often than its refcount can say";
+                    return Err(Error::corrupt(message).at_offset(number << cluster.bits()));
+                }
+                set_in(&mut bytes, order, (number - first) as usize, count);
+            }
+            for number in own.range(first..first + per_block) {
+                set_in(&mut bytes, order, (number - first) as usize, 1);
+            }
+            let offset = place << cluster.bits();
+            self.storage.write_all_at(offset, &bytes)?;
+            if let Some(entry) = table.get_mut(*index as usize * 8..*index as usize * 8 + 8) {
+                BigEndian::write_u64(entry, offset);
+            }
+        }
+        let offset = site.table.0 << cluster.bits();
+        self.storage.write_all_at(offset, &table)?;
+        self.storage.sync()
+    }
+}
