@@ -2,15 +2,17 @@
 //!
 //! Each line is one claim: both sides are measured in turn, several times, and the table shows the
 //! median and the worst of the ratios (1 is parity, more is better for the side named first). Files
-//! are in `$TMPDIR`. It is for people; no test depends on it.
+//! are in `$TMPDIR`. It is for people; no test depends on it. `cargo bench --bench compare peers`
+//! prints the table against QEMU alone, `ratios` the rest alone.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod peers;
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 use vdisk::block::BlockDevice;
@@ -130,6 +132,18 @@ fn family(dir: &Path, size: u64) -> (PathBuf, PathBuf) {
 }
 
 fn main() {
+    // Cargo adds words of its own.
+    let words: Vec<String> = std::env::args().skip(1).filter(|w| !w.starts_with('-')).collect();
+    let asked = |name: &str| words.is_empty() || words.iter().any(|w| w == name);
+    if asked("ratios") {
+        ratios();
+    }
+    if asked("peers") {
+        peers::table();
+    }
+}
+
+fn ratios() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     println!("{:<64} {:>7} {:>7}", "ratio, more is better", "median", "worst");
@@ -172,17 +186,4 @@ fn main() {
         (0..10).for_each(|n| base.clone_to(&name(n)).unwrap());
     };
     claim("clone, 1 TiB / 1 GiB", |s| clone(&large.1, s), |s| clone(&small.1, s));
-
-    let convert = |tool: &str, words: &[&str], target: &Path| {
-        let _ = std::fs::remove_file(target);
-        let done = Command::new(tool).arg("convert").args(words).arg(&path).arg(target).status();
-        assert!(done.unwrap().success());
-    };
-    if Command::new("qemu-img").arg("--version").output().is_ok() {
-        claim(
-            "convert to raw, vdisk / qemu-img (both with the start of a process)",
-            |_| convert(env!("CARGO_BIN_EXE_vdisk"), &["--format", "raw"], &dir.join("ours")),
-            |_| convert("qemu-img", &["-O", "raw"], &dir.join("theirs")),
-        );
-    }
 }
