@@ -2,9 +2,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
@@ -24,6 +26,9 @@ pub struct FileStorage {
     file: File,
     path: PathBuf,
     device: bool,
+    /// The stretch of data that was found last: to find its end, the host may have to walk all of
+    /// it. What became a hole since is at worst taken for data.
+    stretch: Mutex<Range<u64>>,
 }
 
 /// How to open a file.
@@ -77,7 +82,7 @@ impl FileStorage {
         if let Some(access) = options.access {
             lock::acquire(&file, access).map_err(|e| e.at_path(path))?;
         }
-        Ok(FileStorage { file, path: path.to_path_buf(), device })
+        Ok(FileStorage { file, path: path.to_path_buf(), device, stretch: Mutex::default() })
     }
 
     /// Makes a file without a name in `dir`; it is gone when it is closed.
@@ -113,6 +118,7 @@ impl FileStorage {
 
     /// Calls fallocate; `false` where the host does not support that mode here.
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> Result<bool> {
+        *self.stretch() = 0..0;
         let (offset, len) = (signed(offset)?, signed(len)?);
         loop {
             match fallocate(self.file.as_fd(), flags, offset, len) {
@@ -137,6 +143,10 @@ impl FileStorage {
             (offset, len) = (offset + n, len - n);
         }
         Ok(())
+    }
+
+    fn stretch(&self) -> MutexGuard<'_, Range<u64>> {
+        self.stretch.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn seek(&self, offset: u64, whence: Whence) -> Result<Option<u64>> {
@@ -170,6 +180,7 @@ impl Storage for FileStorage {
             let message = "is a device and cannot grow";
             return Err(Error::new(ErrorKind::NoSpace, message).at_path(&self.path));
         }
+        *self.stretch() = 0..0;
         self.file.set_len(len).map_err(|e| self.error("resized", e))
     }
 
@@ -240,8 +251,14 @@ impl Storage for FileStorage {
         if offset >= len || self.device {
             return Ok((offset < len).then_some((offset, len)));
         }
+        let known = self.stretch().clone();
+        if known.contains(&offset) {
+            return Ok(Some((offset, known.end.min(len))));
+        }
         let Some(start) = self.seek(offset, Whence::SeekData)? else { return Ok(None) };
-        Ok(Some((start, self.seek(start, Whence::SeekHole)?.unwrap_or(len))))
+        let end = self.seek(start, Whence::SeekHole)?.unwrap_or(len);
+        *self.stretch() = start..end;
+        Ok(Some((start, end)))
     }
 
     fn allocated(&self) -> Result<u64> {

@@ -2,6 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut, Write as _};
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard};
 
 use vdisk::addr::GuestOffset;
 use vdisk::block::BlockDevice;
@@ -12,6 +13,12 @@ use super::status;
 
 /// Bytes that are copied at a time.
 const PIECE: u64 = 2 << 20;
+/// Less data than this is copied by one thread: it takes no longer, and stands in its order.
+const ALONE: u64 = 16 << 20;
+/// Threads that copy at once: while some wait for the disk, others have work.
+const MIN_THREADS: usize = 4;
+/// The most of them.
+const MAX_THREADS: usize = 8;
 /// Zeroes are looked for by sectors.
 const SECTOR: u64 = 512;
 
@@ -61,7 +68,7 @@ enum What {
     Backing,
 }
 
-/// Copies all parts; the target is durable afterwards.
+/// Copies all parts; the target is durable afterwards, where it was opened to be.
 pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
     let total: u64 = parts.iter().map(|p| p.size).sum();
     let target = copying.target;
@@ -72,25 +79,22 @@ pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
         total,
         reads_zero: copying.reads_zero,
         holds_zeroes: old && target.all_layers().len() > 1,
-        buf: Vec::new(),
     };
     if !run.reads_zero && !copying.has_backing && !copying.compress {
         // All of an old target becomes zero at once, where its format can say so.
         run.reads_zero = make_zero(target);
     }
     // Everything is looked at once first: nothing is written from a source that has no map.
-    let mut at = 0;
+    let (mut at, mut data) = (0, 0);
     while at < total {
-        at += run.look(at)?.1;
+        let (what, len) = run.look(at)?;
+        data += if what == What::Data { len } else { 0 };
+        at += len;
     }
-    let mut at = 0;
-    while at < total {
-        if copying.progress {
-            print!("    ({:.2}/100%)\r", at as f64 * 100.0 / total as f64);
-            let _ = std::io::stdout().flush();
-        }
-        at = run.step(at)?;
-    }
+    // What cannot be read is told in its order.
+    let alone = data < ALONE || copying.salvage;
+    let cpus = std::thread::available_parallelism().map_or(2, usize::from);
+    run.all(if alone { 1 } else { cpus.clamp(MIN_THREADS, MAX_THREADS) })?;
     if copying.progress {
         println!("    (100.00/100%)\r");
     }
@@ -118,13 +122,75 @@ struct Run<'a> {
     /// Zeroes are written as data: else the target would go on showing its backing file, which
     /// version 2 images cannot hide otherwise.
     holds_zeroes: bool,
-    buf: Vec<u8>,
+}
+
+/// How far the copy was given out, and why it ends early.
+#[derive(Default)]
+struct Progress {
+    at: u64,
+    /// What the source was found to hold there, and where that ends: asking the host again for each
+    /// step costs it a walk over all that follows.
+    known: Option<(What, u64)>,
+    failed: Option<Fail>,
+}
+
+/// What one thread copies at a time.
+struct Step {
+    at: u64,
+    len: u64,
+    what: What,
 }
 
 impl Run<'_> {
-    /// Copies what begins at `at`; returns where to go on.
-    fn step(&mut self, at: u64) -> Outcome<u64> {
-        let (mut what, mut len) = self.look(at)?;
+    /// Copies everything. No two steps write the same byte, so their order is free.
+    fn all(&self, threads: usize) -> Outcome<()> {
+        let progress = Mutex::new(Progress::default());
+        std::thread::scope(|scope| {
+            (1..threads).for_each(|_| drop(scope.spawn(|| self.work(&progress))));
+            self.work(&progress);
+        });
+        let ended = progress.into_inner().unwrap_or_else(|e| e.into_inner());
+        ended.failed.map_or(Ok(()), Err)
+    }
+
+    /// One thread's work; it ends where any thread fails.
+    fn work(&self, progress: &Mutex<Progress>) {
+        let mut buf = Vec::new();
+        loop {
+            let taken = self.take(lock(progress));
+            let done = match taken {
+                Ok(Some(step)) => self.step(&step, &mut buf),
+                Ok(None) => return,
+                Err(e) => Err(e),
+            };
+            if let Err(e) = done {
+                lock(progress).failed.get_or_insert(e);
+                return;
+            }
+        }
+    }
+
+    fn take(&self, mut progress: MutexGuard<'_, Progress>) -> Outcome<Option<Step>> {
+        let at = progress.at;
+        if at >= self.total || progress.failed.is_some() {
+            return Ok(None);
+        }
+        if self.copying.progress {
+            print!("    ({:.2}/100%)\r", at as f64 * 100.0 / self.total as f64);
+            let _ = std::io::stdout().flush();
+        }
+        let (what, len) = match progress.known {
+            Some((what, end)) if at < end => (what, end - at),
+            _ => self.look(at)?,
+        };
+        progress.known = Some((what, at + len));
+        let step = self.next(at, what, len);
+        progress.at += step.len;
+        Ok(Some(step))
+    }
+
+    /// The step that begins at `at`, where `len` bytes of the source are alike.
+    fn next(&self, at: u64, mut what: What, mut len: u64) -> Step {
         if self.copying.compress {
             let cluster = self.copying.target.head().image.cluster().bytes();
             if len < cluster {
@@ -137,15 +203,19 @@ impl Run<'_> {
         if what == What::Zero && self.copying.sparse == 0 {
             what = What::Data;
         }
-        match what {
-            What::Backing => {}
-            What::Zero => self.zeroes(at, len)?,
-            What::Data => {
-                len = len.min(PIECE);
-                self.data(at, len)?;
-            }
+        if what == What::Data {
+            // To a boundary: threads meet in no cluster.
+            len = len.min(PIECE - at % PIECE);
         }
-        Ok(at + len)
+        Step { at, len, what }
+    }
+
+    fn step(&self, step: &Step, buf: &mut Vec<u8>) -> Outcome<()> {
+        match step.what {
+            What::Backing => Ok(()),
+            What::Zero => self.zeroes(step.at, step.len),
+            What::Data => self.data(step.at, step.len, buf),
+        }
     }
 
     /// What stands at `at`, and how far.
@@ -198,15 +268,11 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn data(&mut self, at: u64, len: u64) -> Outcome<()> {
-        let mut buf = std::mem::take(&mut self.buf);
+    fn data(&self, at: u64, len: u64, buf: &mut Vec<u8>) -> Outcome<()> {
         buf.resize(PIECE.max(len) as usize, 0);
         let bytes = &mut buf[..len as usize];
         self.read(at, bytes)?;
-        let done =
-            if self.copying.compress { self.compressed(at, bytes) } else { self.plain(at, bytes) };
-        self.buf = buf;
-        done
+        if self.copying.compress { self.compressed(at, bytes) } else { self.plain(at, bytes) }
     }
 
     /// Reads across the parts.
@@ -282,6 +348,10 @@ impl Run<'_> {
         }
         self.zeroes(at + range.start as u64, range.len() as u64)
     }
+}
+
+fn lock(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
+    progress.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn write_failed(at: u64, error: &vdisk::Error) -> Fail {
