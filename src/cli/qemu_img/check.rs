@@ -36,7 +36,12 @@ pub fn run(args: &[String]) -> Outcome {
         }
     };
     let source = given.source(given.only_name()?)?;
-    let using = Use { write: repair != Repair::None, shared: given.has("U"), check: true };
+    let using = Use {
+        write: repair != Repair::None,
+        shared: given.has("U"),
+        check: true,
+        ..Use::default()
+    };
     let opened = open::layer(&source, using)?;
     let Some(image) = &opened.qcow2 else {
         return Err(Fail::new("This image format does not support checks").with_code(NO_CHECK));

@@ -230,7 +230,9 @@ impl Request<'_> {
             protocol: Protocol::File(path),
             ..Source::named(self.target, Some(self.format))?
         };
-        let chain = open::chain(&source, Use::writing())?;
+        // As QEMU does unless told otherwise; an image that was there before is not risked for speed.
+        let unsynced = self.given.get("t").is_none_or(|mode| mode == "unsafe");
+        let chain = open::chain(&source, Use { unsynced, ..Use::writing() })?;
         Ok((chain, chosen.has("backing_file"), true))
     }
 

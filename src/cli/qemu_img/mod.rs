@@ -31,6 +31,7 @@ mod resize;
 mod size;
 mod snapshot;
 mod status;
+mod unsynced;
 mod window;
 
 use std::ffi::OsString;

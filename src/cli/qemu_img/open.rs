@@ -14,6 +14,7 @@ use super::fail::{Fail, Outcome, open_reason, os_text, reason, report};
 use super::faults::{Faults, Faulty};
 use super::name::{Below, Protocol, Source, has_protocol};
 use super::opts::List;
+use super::unsynced::Unsynced;
 use super::window::Window;
 
 /// What a command does with an image.
@@ -25,6 +26,8 @@ pub struct Use {
     pub shared: bool,
     /// Checks it, and perhaps mends it: nothing is repaired on opening.
     pub check: bool,
+    /// What is written is left to the host's page cache.
+    pub unsynced: bool,
 }
 
 impl Use {
@@ -137,7 +140,10 @@ fn below_reason(error: &Error) -> Fail {
 
 /// Opens the layer; the error does not name it.
 fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
-    let (storage, file) = storage(&source.protocol, using)?;
+    let (mut storage, file) = storage(&source.protocol, using)?;
+    if using.unsynced {
+        storage = Arc::new(Unsynced(storage));
+    }
     let path = source.path().unwrap_or(file.path()).to_path_buf();
     let failed = |e: Error| Fail::new(reason(&e));
     let format = match source.format.as_deref() {

@@ -1,0 +1,51 @@
+//! Bytes that need not last: cache mode `unsafe`, which leaves a new image to the host's page cache.
+//!
+//! The order in which a program that reads the file sees the writes stays; only a crash of the host
+//! soon after may take them.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::sync::Arc;
+
+use vdisk::Result;
+use vdisk::storage::Storage;
+
+/// A storage whose barrier does nothing.
+pub struct Unsynced(pub Arc<dyn Storage>);
+
+impl Storage for Unsynced {
+    fn len(&self) -> Result<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        self.0.read_at(offset, bufs)
+    }
+
+    fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        self.0.write_at(offset, bufs)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.punch_hole(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.write_zeroes(offset, len)
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        self.0.next_data(offset)
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        self.0.allocated()
+    }
+}
