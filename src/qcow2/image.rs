@@ -300,26 +300,26 @@ impl Image {
 
     /// The place and value of the L2 entry for `at`, its slice loaded. `None` without L2 table.
     pub(super) fn load_entry(&self, at: GuestOffset) -> Result<Option<(Place, Entry)>> {
-        self.with_slice(at, |tables, place| Ok(place.and_then(|p| Some((p, tables.entry(p)?)))))
+        self.with_slice(at, |tables, found| {
+            Ok(found.map(|(place, slice)| (place, tables.entry_in(slice, place))))
+        })
     }
 
-    /// Runs `look` with the slice for `at` in the cache, under the shared lock.
+    /// Runs `look` with the slice that holds the entry for `at`, under the shared lock.
     pub(super) fn with_slice<T>(
         &self,
         at: GuestOffset,
-        look: impl Fn(&Tables, Option<Place>) -> Result<T>,
+        look: impl Fn(&Tables, Option<(Place, &[u8])>) -> Result<T>,
     ) -> Result<T> {
         loop {
             let tables = read(&self.tables);
-            let place = tables.place(at)?;
-            match place {
-                Some(p) if tables.cache.get(p.slice).is_none() => {
-                    let (generation, len) = (tables.cache.generation(), tables.slice_bytes());
-                    drop(tables);
-                    self.load_slice(p.slice, len, generation)?;
-                }
-                _ => return look(&tables, place),
+            let Some(place) = tables.place(at)? else { return look(&tables, None) };
+            if let Some(slice) = tables.cache.get(place.slice) {
+                return look(&tables, Some((place, slice)));
             }
+            let (generation, len) = (tables.cache.generation(), tables.slice_bytes());
+            drop(tables);
+            self.load_slice(place.slice, len, generation)?;
         }
     }
 
@@ -405,12 +405,9 @@ impl image::Image for Image {
         if len == 0 {
             return Err(Error::invalid("a mapping past the end of the disk was asked for"));
         }
-        let (len, mapping) = self.with_slice(at, |tables, place| {
-            let found = place.and_then(|p| Some((p, tables.cache.get(p.slice)?)));
-            match found {
-                Some((place, slice)) => tables.scan(slice, place, at, len),
-                None => Ok((tables.unmapped(at, len), Mapping::Unallocated)),
-            }
+        let (len, mapping) = self.with_slice(at, |tables, found| match found {
+            Some((place, slice)) => tables.scan(slice, place, at, len),
+            None => Ok((tables.unmapped(at, len), Mapping::Unallocated)),
         })?;
         Ok(Extent { start: at, len, mapping })
     }

@@ -197,7 +197,12 @@ impl Tables {
 
     /// The entry at `place`; `None` where its slice is not cached.
     pub fn entry(&self, place: Place) -> Option<Entry> {
-        Some(self.shape.get(self.cache.get(place.slice)?, place.index))
+        Some(self.entry_in(self.cache.get(place.slice)?, place))
+    }
+
+    /// The entry at `place`, whose slice is `slice`.
+    pub fn entry_in(&self, slice: &[u8], place: Place) -> Entry {
+        self.shape.get(slice, place.index)
     }
 
     /// Changes the entry at `place`, whose slice is cached.
