@@ -197,6 +197,10 @@ fn read_entry(storage: &dyn Storage, offset: u64, index: u32, mend: bool) -> Res
         }
         Ok(bytes)
     };
+    // No file reaches this far; from here on, adding what an entry may hold does not overflow.
+    if offset > i64::MAX as u64 {
+        return Err(Error::corrupt("Snapshot table offset invalid").at_offset(offset));
+    }
     let fixed = read(offset, FIXED)?;
     let extra_len = BigEndian::read_u32(&fixed[36..]);
     if extra_len > MAX_EXTRA && !mend {
