@@ -122,7 +122,6 @@ struct Job<'a> {
 impl Job<'_> {
     fn run(&self) -> Outcome<()> {
         let size = self.disk.size();
-        let mut bytes = (Vec::new(), Vec::new());
         let mut at = 0;
         while at < size {
             let status = status::at(&self.layers[..1], at, size - at)?;
@@ -133,7 +132,7 @@ impl Job<'_> {
                     let unit = self.disk.head().image.cluster();
                     len = (unit.ceil(at + len.max(1)) - at).min(size - at);
                 }
-                len = self.shown_by_both(at, len, &mut bytes)?;
+                len = self.shown_by_both(at, len)?;
             }
             at += len;
         }
@@ -141,12 +140,7 @@ impl Job<'_> {
     }
 
     /// Looks at what no layer of the disk itself holds; returns how far it came.
-    fn shown_by_both(
-        &self,
-        at: u64,
-        len: u64,
-        (ours, theirs): &mut (Vec<u8>, Vec<u8>),
-    ) -> Outcome<u64> {
+    fn shown_by_both(&self, at: u64, len: u64) -> Outcome<u64> {
         let old = status::at(&self.layers, at, len)?;
         let new_size = self.new.map_or(0, |n| n.size());
         let mut new_zero = at >= new_size;
@@ -156,25 +150,18 @@ impl Job<'_> {
             new_zero = status.zero;
             both = both.min(status.len);
         }
-        let cluster = self.disk.head().image.cluster();
         if old.zero && new_zero {
-            let unit = if self.compress { cluster.bytes() } else { 1 };
+            let unit = if self.compress { self.disk.head().image.cluster().bytes() } else { 1 };
             if both >= unit {
                 return Ok(both - both % unit);
             }
         }
-        // What follows may be alike: it is looked at for itself, from the next cluster on.
-        let len = len.min(cluster.ceil(at + both) - at);
-        for bytes in [&mut *ours, &mut *theirs] {
-            bytes.resize(bytes.len().max(len as usize), 0);
+        let (mut ours, mut theirs) = (vec![0; len as usize], vec![0; len as usize]);
+        read(self.disk, at, &mut ours)?;
+        if let Some(new) = self.new {
+            read(new, at, &mut theirs)?;
         }
-        let (ours, theirs) = (&mut ours[..len as usize], &mut theirs[..len as usize]);
-        read(self.disk, at, ours)?;
-        match self.new {
-            Some(new) => read(new, at, theirs)?,
-            None => theirs.fill(0),
-        }
-        self.write_differences(at, ours, theirs)?;
+        self.write_differences(at, &ours, &theirs)?;
         Ok(len)
     }
 
@@ -217,7 +204,6 @@ impl Job<'_> {
 /// Reads; what lies past the disk's end is zero.
 fn read(disk: &Chain, at: u64, bytes: &mut [u8]) -> Outcome<()> {
     let have = disk.size().saturating_sub(at).min(bytes.len() as u64) as usize;
-    bytes[have..].fill(0);
     if have == 0 {
         return Ok(());
     }
