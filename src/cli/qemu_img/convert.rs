@@ -95,6 +95,7 @@ pub fn run(args: &[String]) -> Outcome {
         compress: given.has("c"),
         has_backing,
         salvage: given.has("salvage"),
+        out_of_order: given.has("W"),
         quiet: given.has("q"),
         progress: given.has("p") && !given.has("q"),
         reads_zero: is_new && !has_backing || given.has("target-is-zero"),

@@ -53,6 +53,8 @@ pub struct Copying<'a> {
     pub reads_zero: bool,
     /// Read errors become zeroes.
     pub salvage: bool,
+    /// Data may stand in the target in another order than in the source: several threads copy.
+    pub out_of_order: bool,
     /// Say nothing about them.
     pub quiet: bool,
     /// Show how far it is.
@@ -92,7 +94,7 @@ pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
         at += len;
     }
     // What cannot be read is told in its order.
-    let alone = data < ALONE || copying.salvage;
+    let alone = !copying.out_of_order || data < ALONE || copying.salvage;
     let cpus = std::thread::available_parallelism().map_or(2, usize::from);
     run.all(if alone { 1 } else { cpus.clamp(MIN_THREADS, MAX_THREADS) })?;
     if copying.progress {
