@@ -4,10 +4,10 @@
 //! changed; a *snapshot* freezes the current delta and starts a new one. Every layer is a qcow2
 //! file that QEMU opens, and QEMU's files open here.
 //!
-//! Rooms, from the ground up: [`addr`] and [`error`] serve every floor; [`storage`] keeps bytes;
-//! [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files in it;
-//! [`container`] runs the programs among them; [`virtio`] carries it into a guest, and [`vm`] is
-//! such a guest.
+//! Rooms, from the ground up: [`addr`], [`error`] and [`mountinfo`] serve every floor; [`storage`]
+//! keeps bytes; [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files
+//! in it; [`container`] runs the programs among them; [`virtio`] carries it into a guest, and
+//! [`vm`] is such a guest.
 
 pub mod addr;
 pub mod block;
@@ -18,6 +18,7 @@ pub mod formats;
 pub mod image;
 pub mod luks;
 pub mod mount;
+pub mod mountinfo;
 pub mod qcow2;
 pub mod storage;
 pub mod virtio;

@@ -101,7 +101,7 @@ fn directory(dir: &Path) -> Result<PathBuf> {
     if !full.is_dir() {
         return Err(failed(std::io::ErrorKind::NotADirectory.into()));
     }
-    if table::at(&full).is_some_and(|mount| mount.ours().is_some()) {
+    if table::at(&full).is_some_and(|mount| table::ours(&mount).is_some()) {
         let text = "a vdisk mount stands there already; `vdisk umount` takes it away";
         return Err(Error::new(ErrorKind::Exists, text).at_path(dir));
     }

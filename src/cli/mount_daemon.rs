@@ -168,7 +168,7 @@ fn unmount_when_asked(ending: SigSet, dir: PathBuf, number: String) -> Result<()
     let wait = move || {
         while ending.wait().is_ok() {
             // Somebody else's mount may stand on ours.
-            let here = table::at(&dir).and_then(|mount| mount.ours());
+            let here = table::at(&dir).and_then(|mount| table::ours(&mount));
             if here.is_some_and(|kind| kind.device() == number) {
                 let _ = unmount(&dir);
             }

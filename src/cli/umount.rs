@@ -33,7 +33,7 @@ pub fn run(args: &Args) -> Result<u8> {
     let Some(mount) = table::at(&dir) else {
         return Err(Error::new(ErrorKind::NotFound, "nothing is mounted there").at_path(&args.dir));
     };
-    let Some(kind) = mount.ours() else {
+    let Some(kind) = table::ours(&mount) else {
         let text = format!("what is mounted there ({}) is not a vdisk mount", mount.kind);
         return Err(Error::invalid(text).at_path(&args.dir));
     };

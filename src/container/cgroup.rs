@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::mounts::{self, Entry};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mountinfo::{self, Mount};
 
 /// The period in which [`Limits::cpus`] counts: the kernel's default, in microseconds.
 const PERIOD: u64 = 100_000;
@@ -169,7 +169,7 @@ fn make_dir(parent: &Path, name: &str) -> Result<PathBuf> {
 
 /// The host's cgroup mounts and this process's place in them.
 struct Host {
-    mounts: Vec<Entry>,
+    mounts: Vec<Mount>,
     membership: String,
 }
 
@@ -177,7 +177,7 @@ impl Host {
     fn read() -> Result<Host> {
         let membership = fs::read_to_string("/proc/self/cgroup")
             .map_err(|e| Error::io("cannot read /proc/self/cgroup", e))?;
-        let mounts = mounts::table().map_err(|e| Error::io("cannot read the mount table", e))?;
+        let mounts = mountinfo::here().map_err(|e| Error::io("cannot read the mount table", e))?;
         Ok(Host { mounts, membership })
     }
 
@@ -236,7 +236,7 @@ fn own_group(membership: &str, fits: impl Fn(&str) -> bool) -> Option<&str> {
 }
 
 /// A group's directory: a mount may show only a part of its hierarchy.
-fn below_mount(mount: &Entry, group: &str) -> PathBuf {
+fn below_mount(mount: &Mount, group: &str) -> PathBuf {
     match Path::new(OsStr::new(group)).strip_prefix(&mount.root) {
         Ok(below) if below.as_os_str().is_empty() => mount.point.clone(),
         Ok(below) if !group.contains("/..") => mount.point.join(below),
@@ -248,13 +248,18 @@ fn below_mount(mount: &Entry, group: &str) -> PathBuf {
 mod tests {
     use super::*;
 
-    fn hybrid() -> Host {
-        let mount = |root: &str, point: &str, kind: &str, options: &str| Entry {
+    fn mount(root: &str, point: &str, kind: &str, options: &str) -> Mount {
+        Mount {
+            device: "0:29".into(),
             root: root.into(),
             point: point.into(),
             kind: kind.into(),
+            source: "cgroup".into(),
             options: options.into(),
-        };
+        }
+    }
+
+    fn hybrid() -> Host {
         Host {
             mounts: vec![
                 mount("/", "/cg/cpu", "cgroup", "rw,cpu,cpuacct"),
@@ -288,12 +293,7 @@ mod tests {
         fs::write(slice.join("cgroup.subtree_control"), "cpu memory pids\n").unwrap();
         fs::write(scope.join("cgroup.subtree_control"), "memory\n").unwrap();
         let host = Host {
-            mounts: vec![Entry {
-                root: "/".into(),
-                point: top.path().into(),
-                kind: "cgroup2".into(),
-                options: "rw".into(),
-            }],
+            mounts: vec![mount("/", top.path().to_str().unwrap(), "cgroup2", "rw")],
             membership: "0::/user/scope\n".to_owned(),
         };
         let limits = Limits { memory: Some(1 << 20), pids: Some(9), ..Limits::default() };

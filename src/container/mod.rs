@@ -27,7 +27,6 @@
 mod cgroup;
 mod init;
 mod keeper;
-mod mounts;
 mod network;
 mod privilege;
 mod root;

@@ -62,5 +62,9 @@ fn describe(process: &Path) -> String {
 
 /// The device and the mount point of every line of a mountinfo file.
 fn mount_points(file: &Path) -> Vec<(String, PathBuf)> {
-    super::table::read(file).into_iter().map(|mount| (mount.device, mount.point)).collect()
+    crate::mountinfo::read(file)
+        .unwrap_or_default()
+        .into_iter()
+        .map(|mount| (mount.device, mount.point))
+        .collect()
 }
