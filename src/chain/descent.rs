@@ -120,10 +120,13 @@ fn check_not_frozen(path: &Path, identity: &Identity) -> Result<()> {
                        it and write to that, or `vdisk unseal` it when no clone is left"
                 .to_owned()
         }
-        Role::Snapshot | Role::Merging | Role::Leaving => format!(
+        Role::Snapshot | Role::Merging | Role::Leaving | Role::Rising => format!(
             "is the frozen layer of snapshot '{}'; write to the disk itself or to a clone of this",
             label.name
         ),
+        Role::Dropped | Role::Dropping | Role::Returning | Role::Unnamed => {
+            "is a frozen layer of a disk; write to the disk itself".to_owned()
+        }
     };
     Err(Error::new(ErrorKind::Sealed, message).at_path(path))
 }
@@ -144,10 +147,8 @@ fn check_unchanged(
         Some(label) if label.layer != expected.layer => "it is another layer than before",
         Some(_) if expected.content.is_nil() => return Ok(()),
         // It is being overwritten with what its child holds anyway.
-        Some(label) if label.role == Role::Merging => return Ok(()),
+        Some(label) if matches!(label.role, Role::Merging | Role::Rising) => return Ok(()),
         Some(label) if label.content != expected.content => "its contents were given a new id",
-        // A merge that was stopped: whatever it has written there, the child shows itself.
-        Some(label) if label.role == Role::Merging => return Ok(()),
         Some(_) if !parent_identity.vouched => "another program has opened it for writing",
         Some(_) => return Ok(()),
     };

@@ -41,7 +41,7 @@ pub(super) fn heal(path: &Path) -> Result<()> {
                 Err(e) if e.kind() == ErrorKind::NoSpace => {}
                 done => done?,
             },
-            Role::Head | Role::Snapshot | Role::Base => {}
+            _ => {}
         }
     }
     Ok(())

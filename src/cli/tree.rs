@@ -73,7 +73,9 @@ fn kind(node: &Node) -> &'static str {
     match node.label().map(|l| l.role) {
         Some(Role::Base) => "base",
         Some(Role::Snapshot) => "snapshot",
-        Some(Role::Merging | Role::Leaving) => "being merged",
+        Some(Role::Merging | Role::Leaving | Role::Rising) => "being merged",
+        Some(Role::Dropped | Role::Dropping | Role::Returning) => "dropped, kept for undo",
+        Some(Role::Unnamed) => "shared layer",
         Some(Role::Head) => match node.peek.as_ref().and_then(|p| p.identity.backing.as_ref()) {
             Some(_) => "delta",
             None => "disk",

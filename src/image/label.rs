@@ -7,7 +7,7 @@
 //! |---|---|
 //! | 0-3 | CRC-32 of all that follows |
 //! | 4-5 | version of this layout, 1 |
-//! | 6-7 | role: 0 head, 1 snapshot, 2 base, 3 merging, 4 leaving |
+//! | 6-7 | role, as [`Role`] numbers them |
 //! | 8-23 | id of the disk |
 //! | 24-39 | id of the layer |
 //! | 40-55 | id of the contents |
@@ -15,10 +15,14 @@
 //! | 72-87 | id of the parent's contents, 0 where nothing vouches for them |
 //! | 88-95 | when the snapshot was taken, in milliseconds since 1970 |
 //! | 96-97, 98-99 | bytes of the name, of the description, which follow |
+//!
+//! Records may stand behind the description: a tag and a length of 2 bytes each, then the bytes.
+//! Unknown tags are passed over. Tag 1 is [`Kept`].
 
 use byteorder::{BigEndian, ByteOrder};
 use uuid::Uuid;
 
+use super::kept::Kept;
 use crate::error::{Error, Result};
 
 /// A random 128-bit id.
@@ -42,6 +46,45 @@ pub enum Role {
     Merging,
     /// A frozen layer that its children hold all of by now, and are being moved off.
     Leaving,
+    /// What the user dropped, kept aside for a time: [`Label::kept`] says how it comes back.
+    Dropped,
+    /// A frozen layer without a name: no restore point, and only there for what stands on it.
+    Unnamed,
+    /// As [`Role::Dropped`], while the other layers that go with it are still being marked.
+    Dropping,
+    /// As [`Role::Dropped`], while it and those that went with it are being brought back.
+    Returning,
+    /// A frozen layer that is being folded into its children, and loses what they hold already.
+    Rising,
+}
+
+impl Role {
+    /// All roles; the place of each is its number in the label.
+    const ALL: [Role; 10] = [
+        Role::Head,
+        Role::Snapshot,
+        Role::Base,
+        Role::Merging,
+        Role::Leaving,
+        Role::Dropped,
+        Role::Unnamed,
+        Role::Dropping,
+        Role::Returning,
+        Role::Rising,
+    ];
+
+    /// Its name, for people and for JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Head => "head",
+            Role::Snapshot => "snapshot",
+            Role::Base => "base",
+            Role::Merging | Role::Rising => "merging",
+            Role::Leaving => "leaving",
+            Role::Dropped | Role::Dropping | Role::Returning => "dropped",
+            Role::Unnamed => "unnamed",
+        }
+    }
 }
 
 /// The layer below, as the layer above remembers it.
@@ -72,6 +115,8 @@ pub struct Label {
     pub name: String,
     /// What the user said about the snapshot.
     pub description: String,
+    /// What brings back a layer that was dropped.
+    pub kept: Option<Kept>,
 }
 
 impl Label {
@@ -93,6 +138,7 @@ impl Label {
             time: 0,
             name: String::new(),
             description: String::new(),
+            kept: None,
         }
     }
 
@@ -122,6 +168,9 @@ impl Label {
         BigEndian::write_u16(&mut bytes[98..], self.description.len() as u16);
         bytes.extend_from_slice(self.name.as_bytes());
         bytes.extend_from_slice(self.description.as_bytes());
+        if let Some(kept) = &self.kept {
+            put_record(&mut bytes, KEPT, &kept.encode());
+        }
         let crc = crc32fast::hash(&bytes[4..]);
         BigEndian::write_u32(&mut bytes, crc);
         Ok(bytes)
@@ -142,14 +191,7 @@ impl Label {
             let message = format!("the vdisk label has version {version}: a later vdisk wrote it");
             return Err(Error::unsupported(message));
         }
-        let role = match BigEndian::read_u16(&bytes[6..]) {
-            0 => Role::Head,
-            1 => Role::Snapshot,
-            2 => Role::Base,
-            3 => Role::Merging,
-            4 => Role::Leaving,
-            _ => return Err(damaged()),
-        };
+        let role = Role::ALL.get(usize::from(BigEndian::read_u16(&bytes[6..])));
         let id = |at: usize| Id::from_slice(&bytes[at..at + 16]).map_err(|_| damaged());
         let name_end = FIXED + usize::from(BigEndian::read_u16(&bytes[96..]));
         let end = name_end + usize::from(BigEndian::read_u16(&bytes[98..]));
@@ -163,12 +205,35 @@ impl Label {
             layer: id(24)?,
             content: id(40)?,
             parent: (!parent.layer.is_nil()).then_some(parent),
-            role,
+            role: *role.ok_or_else(damaged)?,
             time: BigEndian::read_u64(&bytes[88..]),
             name: text(FIXED..name_end)?,
             description: text(name_end..end)?,
+            kept: record(&bytes[end..], KEPT).map(Kept::decode).transpose()?,
         })
     }
+}
+
+/// The tag of [`Label::kept`].
+const KEPT: u16 = 1;
+
+fn put_record(bytes: &mut Vec<u8>, tag: u16, record: &[u8]) {
+    bytes.extend_from_slice(&tag.to_be_bytes());
+    bytes.extend_from_slice(&(record.len() as u16).to_be_bytes());
+    bytes.extend_from_slice(record);
+}
+
+/// The first record with `tag`.
+fn record(mut bytes: &[u8], tag: u16) -> Option<&[u8]> {
+    while let Some((head, rest)) = bytes.split_at_checked(4) {
+        let len = usize::from(BigEndian::read_u16(&head[2..]));
+        let (this, next) = rest.split_at_checked(len)?;
+        if BigEndian::read_u16(head) == tag {
+            return Some(this);
+        }
+        bytes = next;
+    }
+    None
 }
 
 impl Default for Label {
@@ -180,6 +245,7 @@ impl Default for Label {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::Was;
 
     #[test]
     fn a_label_survives_and_damage_is_noticed() {
@@ -187,12 +253,23 @@ mod tests {
         label.parent = Some(Parent { layer: Id::new_v4(), content: Id::nil() });
         label.role = Role::Snapshot;
         (label.name, label.description) = ("monday".into(), "before the update".into());
+        label.kept = Some(Kept {
+            event: 7,
+            layers: 2,
+            was: Was::Merged,
+            since: 1000,
+            until: 2000,
+            children: vec![5, 6],
+        });
         let bytes = label.encode().unwrap();
         assert_eq!(Label::decode(&bytes).unwrap(), label);
         for at in 0..bytes.len() {
             let mut bad = bytes.clone();
             bad[at] ^= 0x10;
             assert!(Label::decode(&bad).is_err(), "byte {at}");
+        }
+        for (number, role) in Role::ALL.into_iter().enumerate() {
+            assert_eq!(role as usize, number);
         }
     }
 }

@@ -11,10 +11,12 @@ use crate::error::{Error, ErrorKind, Result};
 
 mod check;
 mod details;
+mod kept;
 mod label;
 
 pub use check::{Check, Repair};
 pub use details::Details;
+pub use kept::{Kept, Was};
 pub use label::{Id, Label, Parent, Role};
 
 /// What one layer says about a stretch of the guest disk.
