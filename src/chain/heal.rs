@@ -9,13 +9,14 @@
 //! * a layer carries the label of another file, which stands on it: it takes that file's name;
 //! * a hidden draft of a process that is gone: it goes.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::open::{open_image, peek};
 use super::snapshot::unprotected;
 use super::tree::{Family, frozen_path, names_beside, same_file};
 use super::{Layer, gate, merge};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Id, Role};
 use crate::storage::draft::{remove, rename, sync_directory};
 
@@ -55,8 +56,12 @@ fn is_frozen_name(path: &Path, layer: Id) -> bool {
     id.is_some_and(|id| id.len() == 12 && layer.simple().to_string().starts_with(id))
 }
 
-/// Makes a file at the head's name that is marked frozen the head again.
+/// Makes a file at the head's name that is marked frozen the head again. Where another file has
+/// the name by now, the change took effect, though it failed later: nothing is taken back.
 pub(super) fn thaw(path: &Path, head: &Layer) -> Result<()> {
+    if !same_open_file(path, head)? {
+        return Ok(());
+    }
     let mut identity = head.image.identity()?;
     let Some(label) = &mut identity.label else { return Ok(()) };
     let second = frozen_path(path, label.layer);
@@ -70,6 +75,12 @@ pub(super) fn thaw(path: &Path, head: &Layer) -> Result<()> {
     label.description.clear();
     identity.vouched = false;
     head.image.set_identity(&identity).map_err(|e| e.at_path(path))
+}
+
+fn same_open_file(path: &Path, layer: &Layer) -> Result<bool> {
+    let meta =
+        std::fs::metadata(path).map_err(|e| Error::io("could not be examined", e).at_path(path))?;
+    Ok((meta.dev(), meta.ino()) == layer.file.identity()?)
 }
 
 /// A layer that took over the label of the layer above it takes its name too.

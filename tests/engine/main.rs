@@ -23,4 +23,7 @@ mod processes;
 mod property;
 mod recorder;
 mod reshape;
+// It reads a traced command's registers.
+#[cfg(target_arch = "x86_64")]
+mod sweep;
 mod threads;

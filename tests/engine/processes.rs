@@ -3,7 +3,7 @@
 //! Between fork and exec a child has all of this process's files, and with them their locks, also
 //! of files that another thread closes meanwhile: what that thread opens next is in use.
 
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::RwLock;
 
 use crate::require::{Need, have};
@@ -16,14 +16,16 @@ pub fn undisturbed<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
+/// Starts a program.
+pub fn spawn(command: &mut Command) -> Child {
+    let _guard = FORK.write().unwrap_or_else(|e| e.into_inner());
+    command.spawn().unwrap()
+}
+
 /// Runs a program to its end.
 pub fn run(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = {
-        let _guard = FORK.write().unwrap_or_else(|e| e.into_inner());
-        command.spawn().unwrap()
-    };
-    child.wait_with_output().unwrap()
+    spawn(command).wait_with_output().unwrap()
 }
 
 /// Whether QEMU's tools are there.

@@ -108,7 +108,8 @@ pub fn replay(file: &mut Vec<u8>, event: &Event) {
     }
 }
 
-fn put(file: &mut Vec<u8>, at: usize, bytes: &[u8]) {
+/// Writes to the bytes of a file, which grows where need be.
+pub fn put(file: &mut Vec<u8>, at: usize, bytes: &[u8]) {
     if file.len() < at + bytes.len() {
         file.resize(at + bytes.len(), 0);
     }

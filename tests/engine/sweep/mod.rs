@@ -1,0 +1,200 @@
+//! The kill-point sweep: every command that changes a tree of disks is stopped at every change that
+//! it makes, by a kill, a power cut, or a call that fails; the disks must then be as before it or as
+//! after it, and the next open for writing puts right the rest.
+//!
+//! `VDISK_SWEEP_SECONDS` sets how long it goes on; what it tries is drawn from the seed.
+
+mod power;
+mod scene;
+mod tracer;
+
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use tempfile::TempDir;
+
+use self::power::{Directory, Rest};
+use self::scene::{Operation, State};
+use self::tracer::{Event, Fate, Files, Run};
+use crate::dice::{Confess, Dice, seed};
+use crate::processes::undisturbed;
+
+/// A directory that nobody's syncs make slow, where the host has one.
+fn scratch() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+}
+
+fn vdisk() -> PathBuf {
+    env!("CARGO_BIN_EXE_vdisk").into()
+}
+
+/// One command on one scene.
+struct Sweep {
+    operation: Operation,
+    start: Directory,
+    /// What the directory shows before the command, and after it.
+    old: State,
+    new: State,
+    log: Vec<Event>,
+    calls: usize,
+}
+
+impl Sweep {
+    /// Runs the command once, undisturbed.
+    fn new(operation: Operation, dice: &mut Dice) -> Sweep {
+        let dir = scratch();
+        undisturbed(|| scene::build(dir.path(), dice));
+        let (files, named) = Files::of(dir.path());
+        let start = Directory::read(dir.path(), &named);
+        let old = undisturbed(|| scene::observe(dir.path())).unwrap();
+        let run = tracer::run(&vdisk(), &operation.args, files, Fate::Undisturbed);
+        assert_eq!(run.status, Some(0), "{:?}: {}", operation.args, run.stderr);
+        let new = undisturbed(|| scene::observe(dir.path())).unwrap();
+        let end = start.after(&run.log, Rest::Kept, dice);
+        let again = scratch();
+        end.write(again.path());
+        let seen = undisturbed(|| scene::observe(again.path())).unwrap();
+        assert_eq!(seen, new, "{:?}: the log says what was done", operation.args);
+        Sweep { operation, start, old, new, log: run.log, calls: run.tried }
+    }
+
+    /// Runs the command on a fresh copy of the scene.
+    fn run(&self, dir: &Path, fate: Fate) -> Run {
+        self.start.write(dir);
+        tracer::run(&vdisk(), &self.operation.args, Files::of(dir).0, fate)
+    }
+
+    fn cut(&self, at: usize, rest: Rest, dice: &mut Dice) -> Result<(), String> {
+        let dir = scratch();
+        self.start.after(&self.log[..at], rest, dice).write(dir.path());
+        self.judge(dir.path(), dice.once_in(8)).map(drop)
+    }
+
+    fn kill(&self, at: usize, dice: &mut Dice) -> Result<(), String> {
+        let dir = scratch();
+        self.run(dir.path(), Fate::Kill(at));
+        self.judge(dir.path(), dice.once_in(4)).map(drop)
+    }
+
+    fn fail(&self, fate: Fate, dice: &mut Dice) -> Result<(), String> {
+        let dir = scratch();
+        let run = self.run(dir.path(), fate);
+        if run.status.is_none_or(|status| status > 1) {
+            return Err(format!("it ended with {:?}: {}", run.status, run.stderr));
+        }
+        let seen = self.judge(dir.path(), dice.once_in(4))?;
+        if run.status == Some(0) && seen != self.new {
+            return Err(format!("it reported success, but shows {seen:?}"));
+        }
+        Ok(())
+    }
+
+    /// Whether the directory is as it may be; what it shows at the end.
+    fn judge(&self, dir: &Path, again: bool) -> Result<State, String> {
+        undisturbed(|| self.readers(dir))?;
+        undisturbed(|| scene::heal(dir)).map_err(|e| format!("healing: {e}"))?;
+        let seen =
+            undisturbed(|| scene::observe(dir)).map_err(|e| format!("after healing: {e}"))?;
+        if !self.allows(&seen) {
+            let Sweep { old, new, .. } = self;
+            return Err(format!("shows  {seen:x?}\nbefore {old:x?}\nafter  {new:x?}"));
+        }
+        undisturbed(|| scene::check(dir))?;
+        if again && seen == self.old {
+            let run =
+                tracer::run(&vdisk(), &self.operation.args, Files::of(dir).0, Fate::Undisturbed);
+            let seen = undisturbed(|| scene::observe(dir)).map_err(|e| e.to_string())?;
+            if run.status != Some(0) || seen != self.new {
+                return Err(format!("run again: {:?} {}", run.status, run.stderr));
+            }
+        }
+        Ok(seen)
+    }
+
+    /// Before anybody writes, a reader sees each disk as it was or as it becomes.
+    fn readers(&self, dir: &Path) -> Result<(), String> {
+        for path in scene::disks(dir) {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let seen = scene::look(&path).map_err(|e| format!("to a reader: {e}"))?;
+            if ![self.old.get(name), self.new.get(name)].contains(&Some(&seen)) {
+                return Err(format!("{name} shows something else to a reader"));
+            }
+        }
+        Ok(())
+    }
+
+    fn allows(&self, seen: &State) -> bool {
+        if self.operation.atomic {
+            return *seen == self.old || *seen == self.new;
+        }
+        let names = self.old.keys().chain(self.new.keys()).chain(seen.keys());
+        names
+            .into_iter()
+            .all(|name| [self.old.get(name), self.new.get(name)].contains(&seen.get(name)))
+    }
+}
+
+/// What is tried of one command.
+#[derive(Debug, Clone, Copy)]
+enum Trial {
+    Cut(usize, Rest),
+    Run(Fate),
+}
+
+impl Sweep {
+    fn trials(&self) -> Vec<Trial> {
+        let cuts = (0..=self.log.len()).flat_map(|at| {
+            [Rest::Kept, Rest::Lost, Rest::Mixed, Rest::Mixed].map(|rest| Trial::Cut(at, rest))
+        });
+        let calls = (0..self.calls).flat_map(|at| {
+            [Fate::Kill(at), Fate::Fail(at, Errno::EIO), Fate::Full(at)].map(Trial::Run)
+        });
+        cuts.chain(calls).collect()
+    }
+
+    fn try_one(&self, trial: Trial, dice: &mut Dice) -> Result<(), String> {
+        match trial {
+            Trial::Cut(at, rest) => self.cut(at, rest, dice),
+            Trial::Run(Fate::Kill(at)) => self.kill(at, dice),
+            Trial::Run(fate) => self.fail(fate, dice),
+        }
+    }
+}
+
+/// Seconds that the sweep goes on, if it is limited.
+fn limit() -> Option<u64> {
+    match std::env::var("VDISK_SWEEP_SECONDS").as_deref() {
+        Ok("all") => None,
+        Ok(text) => Some(text.parse().expect("VDISK_SWEEP_SECONDS is a number, or `all`")),
+        Err(_) => Some(25),
+    }
+}
+
+#[test]
+fn a_command_stopped_anywhere_leaves_the_old_tree_or_the_new_one() {
+    let seed = seed();
+    let _confess = Confess(seed);
+    let mut dice = Dice::new(seed);
+    let until = limit().map(|s| std::time::Instant::now() + std::time::Duration::from_secs(s));
+    let sweeps: Vec<Sweep> =
+        scene::operations().into_iter().map(|op| Sweep::new(op, &mut dice)).collect();
+    let mut trials: Vec<(usize, Trial)> = Vec::new();
+    for (number, sweep) in sweeps.iter().enumerate() {
+        trials.extend(sweep.trials().into_iter().map(|trial| (number, trial)));
+    }
+    let all = trials.len();
+    let (mut done, mut wrong) = (0, Vec::new());
+    while !trials.is_empty() && until.is_none_or(|until| std::time::Instant::now() < until) {
+        let (number, trial) = trials.swap_remove(dice.below(trials.len() as u64) as usize);
+        let sweep = &sweeps[number];
+        if let Err(why) = sweep.try_one(trial, &mut dice) {
+            wrong.push(format!("{} {trial:?}:\n{why}", sweep.operation.args.join(" ")));
+        }
+        done += 1;
+    }
+    eprintln!(
+        "{done} of {all} kill points tried, {} mismatches, VDISK_SEED={seed:#x}",
+        wrong.len()
+    );
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}

@@ -1,0 +1,175 @@
+//! A directory with a base, clones of it and snapshots on two branches; what it shows to a user,
+//! and the commands that change it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{IoSlice, IoSliceMut};
+use std::path::{Path, PathBuf};
+
+use vdisk::addr::Unit;
+use vdisk::block::BlockDevice;
+use vdisk::chain::{self, Base, Chain, OpenOptions, snapshot, tree::Family};
+use vdisk::qcow2::{self, CreateOptions};
+use vdisk::storage::{FileOptions, FileStorage};
+
+use crate::dice::Dice;
+
+/// Bytes of each disk.
+const SIZE: u64 = 160 << 10;
+const CLUSTER: u64 = 4 << 10;
+
+/// A command that changes the directory.
+pub struct Operation {
+    pub args: Vec<String>,
+    /// Whether it is one step, so that nothing between the old state and the new one is allowed.
+    /// Otherwise each disk and each snapshot is as before or as after.
+    pub atomic: bool,
+}
+
+/// What a user sees: a digest of each disk's contents, and of each of its snapshots as
+/// `DISK@SNAPSHOT`.
+pub type State = BTreeMap<String, u64>;
+
+fn write(disk: &Chain, dice: &mut Dice, times: u64) {
+    for _ in 0..times {
+        let offset = dice.below(SIZE / 512) * 512;
+        let len = (dice.below(3 * CLUSTER / 512) + 1) * 512;
+        let len = len.min(SIZE - offset);
+        match dice.below(6) {
+            0 => disk.write_zeroes(offset, len, true).unwrap(),
+            1 => disk.discard(offset, len).unwrap(),
+            _ => {
+                let bytes: Vec<u8> = (0..len).map(|_| dice.next() as u8).collect();
+                disk.write_at(offset, &[IoSlice::new(&bytes)]).unwrap();
+            }
+        }
+    }
+}
+
+fn write_to(path: &Path, dice: &mut Dice) {
+    let disk = chain::open(path, &OpenOptions::writable()).unwrap();
+    write(&disk, dice, 6);
+    disk.flush().unwrap();
+}
+
+/// Fills an empty directory: `base.qcow2`; `other.qcow2`, a clone of it; and `disk.qcow2`, another,
+/// with the snapshots a, b and c in a line and d as a branch on a.
+pub fn build(dir: &Path, dice: &mut Dice) {
+    let (base, disk, other) =
+        (dir.join("base.qcow2"), dir.join("disk.qcow2"), dir.join("other.qcow2"));
+    let options = CreateOptions {
+        cluster: Unit::from_bits(CLUSTER.trailing_zeros()),
+        ..CreateOptions::new(SIZE)
+    };
+    chain::create(&base, &options).unwrap();
+    write_to(&base, dice);
+    let sealed = Base::seal(&base).unwrap();
+    sealed.clone_to(&disk).unwrap();
+    sealed.clone_to(&other).unwrap();
+    drop(sealed);
+    write_to(&other, dice);
+    write_to(&disk, dice);
+    snapshot::create(&disk, "a", "").unwrap();
+    write_to(&disk, dice);
+    snapshot::revert(&disk, "a", Some("d")).unwrap();
+    write_to(&disk, dice);
+    snapshot::create(&disk, "b", "the second").unwrap();
+    write_to(&disk, dice);
+    snapshot::create(&disk, "c", "").unwrap();
+    write_to(&disk, dice);
+}
+
+/// The commands of a sweep.
+pub fn operations() -> Vec<Operation> {
+    let one =
+        |line: &str| Operation { args: line.split(' ').map(str::to_owned).collect(), atomic: true };
+    let many = |line: &str| Operation { atomic: false, ..one(line) };
+    vec![
+        one("snapshot create disk.qcow2 e --description words"),
+        one("snapshot revert disk.qcow2 b --yes"),
+        one("snapshot revert disk.qcow2 d --keep e"),
+        one("snapshot delete disk.qcow2 c --yes"),
+        one("snapshot delete disk.qcow2 d --yes"),
+        many("snapshot delete disk.qcow2 b --tree --yes"),
+        one("snapshot merge disk.qcow2 a"),
+        one("snapshot merge disk.qcow2 b"),
+        one("snapshot merge disk.qcow2 c"),
+        one("snapshot rename disk.qcow2 b e"),
+        many("clone other.qcow2 new1.qcow2 new2.qcow2"),
+        one("clone --full disk.qcow2 copy.qcow2"),
+        one("rebase other.qcow2 --flatten"),
+        one("resize disk.qcow2 +64K"),
+        one("convert disk.qcow2 new.qcow2 --compress"),
+        one("create new.qcow2 1M"),
+    ]
+}
+
+/// The disks of a directory: every name but those of frozen layers and drafts.
+pub fn disks(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    let mut disks: Vec<_> = entries.filter(|p| is_disk(p)).collect();
+    disks.sort();
+    disks
+}
+
+fn is_disk(path: &Path) -> bool {
+    let name = path.file_name().unwrap().to_str().unwrap();
+    !name.starts_with('.') && !name.contains('@')
+}
+
+/// The digest of what the disk at `path` shows, opened for reading.
+pub fn look(path: &Path) -> vdisk::Result<u64> {
+    Ok(digest(&chain::open(path, &OpenOptions::default())?))
+}
+
+fn digest(disk: &Chain) -> u64 {
+    let mut bytes = vec![0; disk.size() as usize];
+    disk.read_at(0, &mut [IoSliceMut::new(&mut bytes)]).unwrap();
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// All that the directory shows.
+pub fn observe(dir: &Path) -> vdisk::Result<State> {
+    let mut state = State::new();
+    for path in disks(dir) {
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        let family = Family::read(&path)?;
+        for member in family.iter().flat_map(Family::snapshots) {
+            let snapshot = &member.label.name;
+            let disk = snapshot::open_at(&path, snapshot, &OpenOptions::default())?;
+            state.insert(format!("{name}@{snapshot}"), digest(&disk));
+        }
+        state.insert(name, look(&path)?);
+    }
+    Ok(state)
+}
+
+/// Opens every disk for writing, which finishes or takes back what was interrupted.
+pub fn heal(dir: &Path) -> vdisk::Result<()> {
+    for path in disks(dir) {
+        match chain::open(&path, &OpenOptions::writable()) {
+            Err(e) if e.kind() == vdisk::ErrorKind::Sealed => {}
+            other => drop(other?),
+        }
+    }
+    Ok(())
+}
+
+/// Whether every file of the directory is free of corruptions; leaks are allowed.
+pub fn check(dir: &Path) -> Result<(), String> {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let options = FileOptions { access: None, write: false };
+        let file = FileStorage::open(&path, options).map_err(|e| e.to_string())?;
+        let image = qcow2::Image::open(std::sync::Arc::new(file), qcow2::OpenOptions::default());
+        let found = image.and_then(|image| image.check(qcow2::Repair::None));
+        let found = found.map_err(|e| format!("{}: {e}", path.display()))?;
+        if found.corruptions > 0 {
+            return Err(format!("{}: {found:#?}", path.display()));
+        }
+    }
+    Ok(())
+}
