@@ -236,6 +236,8 @@ pub fn run(program: &Path, args: &[String], files: Files, fate: Fate) -> Run {
             other => tracer.stopped(pid, other),
         }
     }
+    // The loop has seen its end: there is nothing left to wait for.
+    let _ = child.wait();
     let mut stderr = child.stderr.take().unwrap();
     std::io::Read::read_to_string(&mut stderr, &mut tracer.run.stderr).unwrap();
     tracer.run
