@@ -94,6 +94,28 @@ impl Shape {
         Entry { descriptor: BigEndian::read_u64(&table[at..]), bitmap }
     }
 
+    /// How many entries from `index` on, at least 1, keep clusters that follow each other on the host
+    /// and are alike in all else. More than 1 only where nothing is wrong with any of them by itself.
+    pub fn run(self, table: &[u8], index: usize) -> usize {
+        let first = self.get(table, index);
+        let both = first.bitmap & first.bitmap >> SUBCLUSTERS & u64::from(u32::MAX);
+        let sound = |descriptor: u64| descriptor & !(OFFSET | COPIED | ZERO) == 0;
+        let host = first.descriptor & OFFSET;
+        if both != 0 || !sound(first.descriptor) || host == 0 || !self.cluster.aligned(host) {
+            return 1;
+        }
+        let (size, step) = (self.entry_bytes() as usize, self.cluster.bytes());
+        let rest = table.get((index + 1) * size..).unwrap_or_default();
+        let mut next = first.descriptor;
+        let follows = rest.chunks_exact(size).take_while(|entry| {
+            next = next.wrapping_add(step);
+            BigEndian::read_u64(entry) == next
+                && sound(next)
+                && (!self.extended || BigEndian::read_u64(&entry[8..]) == first.bitmap)
+        });
+        1 + follows.count()
+    }
+
     pub fn put(self, table: &mut [u8], index: usize, entry: Entry) {
         let at = index * self.entry_bytes() as usize;
         BigEndian::write_u64(&mut table[at..], entry.descriptor);
@@ -236,6 +258,21 @@ mod tests {
         assert_eq!(EXTENDED.kind(entry, 6144).unwrap(), Kind::Zero);
         let entry = EXTENDED.with_zero(entry, 2048, 4096, true);
         assert_eq!((entry.bitmap, entry.host()), (0xffff_fffb_0000_0004, Some(HostOffset(65536))));
+    }
+
+    #[test]
+    fn a_run_ends_where_an_entry_is_unlike_those_before_it() {
+        let mut table = [0; 64];
+        let data = |number: u64| Entry { descriptor: number << 16 | COPIED, bitmap: 0 };
+        for index in 0..8 {
+            PLAIN.put(&mut table, index, data(index as u64 + 1));
+        }
+        assert_eq!((PLAIN.run(&table, 0), PLAIN.run(&table, 5)), (8, 3));
+        PLAIN.put(&mut table, 3, Entry { descriptor: 4 << 16, bitmap: 0 });
+        assert_eq!((PLAIN.run(&table, 0), PLAIN.run(&table, 3)), (3, 1));
+        PLAIN.put(&mut table, 0, Entry { descriptor: 1 << 16 | COPIED | 2, bitmap: 0 });
+        PLAIN.put(&mut table, 1, Entry { descriptor: 2 << 16 | COPIED | 2, bitmap: 0 });
+        assert_eq!(PLAIN.run(&table, 0), 1, "each of them is to be looked at");
     }
 
     #[test]

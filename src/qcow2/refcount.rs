@@ -11,7 +11,7 @@ use byteorder::{BigEndian, ByteOrder};
 use super::cache::{Cache, Dirty, SLICE};
 use super::header::{Header, MAX_REFCOUNT_TABLE};
 use super::image::{read, write};
-use super::refcount_bits::{get_in, max_refcount, set_in};
+use super::refcount_bits::{get_in, get_run, max_refcount, set_in};
 use super::territory::Territory;
 use crate::addr::{HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
@@ -166,9 +166,7 @@ impl Refcounts {
             let (from, total) = ((cluster - start) as usize, (bytes.len() * 8) >> self.order);
             let rest = &mut counts[done..];
             let here = rest.len().min(total - from);
-            for (number, count) in rest[..here].iter_mut().enumerate() {
-                *count = get_in(bytes, self.order, from + number);
-            }
+            get_run(bytes, self.order, from, &mut rest[..here]);
             done += here;
         }
     }
@@ -445,6 +443,19 @@ impl Refcounts {
     /// The clusters with a refcount in slice number `slice` of block number `block`, and their
     /// refcounts; `None` past the block's end.
     pub fn used_in_slice(&mut self, block: usize, slice: u64) -> Result<Option<Vec<(u64, u64)>>> {
+        let mut counts = Vec::new();
+        let Some(first) = self.slice_counts(block, slice, &mut counts)? else { return Ok(None) };
+        Ok(Some((first..).zip(counts).filter(|(_, count)| *count != 0).collect()))
+    }
+
+    /// Makes `counts` the refcounts in slice number `slice` of block number `block`, and returns the
+    /// cluster that the first of them counts; `None` past the block's end.
+    pub fn slice_counts(
+        &mut self,
+        block: usize,
+        slice: u64,
+        counts: &mut Vec<u64>,
+    ) -> Result<Option<u64>> {
         let per_slice = (self.slice_bytes() * 8) >> self.order;
         let first = slice * per_slice;
         if first >> self.block_bits() != 0 {
@@ -453,8 +464,9 @@ impl Refcounts {
         let first = ((block as u64) << self.block_bits()) + first;
         let Some((offset, _)) = self.slice_of(first)? else { return Ok(None) };
         let bytes = self.cache.get(offset).unwrap_or_default();
-        let counts = (0..per_slice).map(|i| (first + i, get_in(bytes, self.order, i as usize)));
-        Ok(Some(counts.filter(|(_, count)| *count != 0).collect()))
+        counts.resize(per_slice as usize, 0);
+        get_run(bytes, self.order, 0, counts);
+        Ok(Some(first))
     }
 
     /// The numbers of the clusters in which the refcounts themselves stand.

@@ -22,6 +22,20 @@ pub(super) fn get_in(bytes: &[u8], order: u32, index: usize) -> u64 {
     }
 }
 
+/// Fills `counts` with the refcounts from number `first` on; they lie within the block's bytes.
+pub(super) fn get_run(bytes: &[u8], order: u32, first: usize, counts: &mut [u64]) {
+    if order == 4 {
+        // The usual width, in steps that vectorise.
+        for (count, pair) in counts.iter_mut().zip(bytes[first * 2..].chunks_exact(2)) {
+            *count = u64::from(BigEndian::read_u16(pair));
+        }
+        return;
+    }
+    for (number, count) in counts.iter_mut().enumerate() {
+        *count = get_in(bytes, order, first + number);
+    }
+}
+
 /// Sets refcount number `index`; `value` fits.
 pub(super) fn set_in(bytes: &mut [u8], order: u32, index: usize, value: u64) {
     match order {
@@ -46,6 +60,9 @@ mod tests {
             let mut bytes = [0xff; 64];
             set_in(&mut bytes, order, 3, 0);
             assert_eq!(get_in(&bytes, order, 3), 0);
+            let mut run = [7; 4];
+            get_run(&bytes, order, 2, &mut run);
+            assert_eq!(run, [2, 3, 4, 5].map(|i| get_in(&bytes, order, i)));
             assert!([2, 4].iter().all(|i| get_in(&bytes, order, *i) == max_refcount(order)));
         }
     }

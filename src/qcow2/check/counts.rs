@@ -24,6 +24,23 @@ impl Counts {
         u64::from(*count)
     }
 
+    /// Notes `times` more references to each of `clusters` clusters; returns the most that any of
+    /// them has now.
+    pub fn add_run(&mut self, first: u64, clusters: u64, times: u32) -> u64 {
+        let (mut at, end, mut most) = (first, first.saturating_add(clusters), 0);
+        while at < end {
+            let next = ((at / PAGE + 1) * PAGE).min(end);
+            let page = self.turn_to(at / PAGE);
+            let from = (at % PAGE) as usize;
+            for count in &mut page[from..from + (next - at) as usize] {
+                *count = count.saturating_add(times);
+                most = most.max(*count);
+            }
+            at = next;
+        }
+        u64::from(most)
+    }
+
     /// Goes back to `most` references to a cluster: no refcount can say more.
     pub fn limit(&mut self, cluster: u64, most: u64) {
         let page = self.turn_to(cluster / PAGE);
@@ -67,6 +84,25 @@ pub(in crate::qcow2) struct Counted {
 }
 
 impl Counted {
+    /// Whether the refcounts `stored` of the clusters from `first` on are what was counted.
+    pub fn agree(&self, first: u64, stored: &[u64]) -> bool {
+        let mut at = first;
+        let mut rest = stored;
+        while !rest.is_empty() {
+            let from = (at % PAGE) as usize;
+            let (here, behind) = rest.split_at(rest.len().min(PAGE as usize - from));
+            let alike = match self.page(at) {
+                Some(page) => same(here, &page[from..]),
+                None => here.iter().all(|stored| *stored == 0),
+            };
+            if !alike {
+                return false;
+            }
+            (at, rest) = (at + here.len() as u64, behind);
+        }
+        true
+    }
+
     /// The counts around a cluster, to ask of each of its neighbours whether it is unused.
     pub fn page(&self, cluster: u64) -> Option<&[u32]> {
         self.pages.get(&(cluster / PAGE)).map(|page| &page[..])
@@ -102,5 +138,34 @@ impl Counted {
             let numbered = (first..).zip(counts);
             numbered.filter(|(_, c)| **c > 0).map(|(cluster, c)| (cluster, u64::from(*c)))
         })
+    }
+}
+
+/// Whether refcounts are what was counted. All are looked at: that takes no longer.
+fn same(stored: &[u64], counted: &[u32]) -> bool {
+    let pairs = stored.iter().zip(counted);
+    pairs.fold(0, |differ, (stored, counted)| differ | (stored ^ u64::from(*counted))) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_counted_across_pages_and_compared() {
+        let mut counts = Counts::default();
+        assert_eq!(counts.add_run(60, 10, 1), 1);
+        assert_eq!(counts.add_run(69, 3, 2), 3);
+        let counts = counts.finish();
+        let used: Vec<_> = counts.used().collect();
+        assert_eq!((used.len(), used[0], used[9], used[11]), (12, (60, 1), (69, 3), (71, 2)));
+        let mut stored = vec![0; 200];
+        used.iter().for_each(|(cluster, count)| stored[*cluster as usize] = *count);
+        assert!(counts.agree(0, &stored) && counts.agree(50, &stored[50..]));
+        for wrong in [59, 63, 64, 71, 72, 199] {
+            stored[wrong] += 1;
+            assert!(!counts.agree(0, &stored), "{wrong}");
+            stored[wrong] -= 1;
+        }
     }
 }

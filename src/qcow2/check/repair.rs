@@ -7,7 +7,7 @@ use byteorder::{BigEndian, ByteOrder};
 use super::counts::Counted;
 use super::{Check, Repair};
 use crate::error::Result;
-use crate::qcow2::entry::{COPIED, OFFSET};
+use crate::qcow2::entry::{COPIED, Entry, OFFSET};
 use crate::qcow2::image::{Image, lock, write};
 
 /// Compares every refcount with the count.
@@ -42,9 +42,13 @@ impl Compare<'_> {
         let mut differences = Vec::new();
         let mut found = Found::default();
         let counts = self.counts;
+        let mut stored = Vec::new();
         for (first, page) in counts.pages() {
-            let mut stored = vec![0; page.len()];
+            stored.resize(page.len(), 0);
             lock(&self.image.refcounts).get_all(first, &mut stored);
+            if counts.agree(first, &stored) {
+                continue;
+            }
             for (number, (stored, count)) in stored.iter().zip(page).enumerate() {
                 // What nothing refers to is found below, where its refcount stands.
                 if *count > 0 && *stored != u64::from(*count) {
@@ -78,7 +82,7 @@ impl Compare<'_> {
             (refcounts.blocks(), refcounts.own_clusters())
         };
         let cluster = self.image.shape.cluster;
-        let mut seen = HashSet::new();
+        let (mut seen, mut stored) = (HashSet::new(), Vec::new());
         for (index, offset) in blocks {
             let data = self.image.storage.next_data(offset).unwrap_or(None);
             let hole =
@@ -87,10 +91,15 @@ impl Compare<'_> {
             if hole || !cluster.aligned(offset) || !seen.insert(offset) {
                 continue;
             }
+            let counts = self.counts;
             for slice in 0.. {
-                let used = lock(&self.image.refcounts).used_in_slice(index, slice);
-                let Ok(Some(used)) = used else { break };
-                let counts = self.counts;
+                let first = lock(&self.image.refcounts).slice_counts(index, slice, &mut stored);
+                let Ok(Some(first)) = first else { break };
+                if counts.agree(first, &stored) {
+                    continue;
+                }
+                let numbered = (first..).zip(stored.iter().copied());
+                let used: Vec<_> = numbered.filter(|(_, count)| *count != 0).collect();
                 for run in used.chunk_by(|a, b| counts.share_page(a.0, b.0)) {
                     let page = run.first().and_then(|(number, _)| counts.page(*number));
                     for (number, stored) in run {
@@ -165,6 +174,22 @@ impl Stored {
         }
         self.counts[(cluster - self.first) as usize]
     }
+
+    /// Whether the refcount is 1 for all of `clusters` clusters, or else for none.
+    fn all_are(&mut self, image: &Image, first: u64, clusters: u64, one: bool) -> bool {
+        let (mut at, end) = (first, first.saturating_add(clusters));
+        while at < end {
+            self.get(image, at);
+            let from = (at - self.first) as usize;
+            let here = (end - at).min(Self::SPAN - from as u64);
+            let counts = self.counts[from..from + here as usize].iter();
+            if counts.fold(false, |wrong, count| wrong | ((*count == 1) != one)) {
+                return false;
+            }
+            at += here;
+        }
+        true
+    }
 }
 
 impl Flags<'_> {
@@ -214,7 +239,14 @@ impl Flags<'_> {
             return Ok(());
         }
         let mut changed = false;
-        for index in 0..table.len() / shape.entry_bytes() as usize {
+        let (mut next, entries) = (0, table.len() / shape.entry_bytes() as usize);
+        while next < entries {
+            let (index, run) = (next, shape.run(&table, next));
+            if run > 1 && self.right(shape.get(&table, index), run as u64) {
+                next += run;
+                continue;
+            }
+            next += 1;
             let mut entry = shape.get(&table, index);
             let Some(host) = entry.host().filter(|h| shape.cluster.aligned(h.0)) else { continue };
             if let Some(mended) = self.flag(entry.descriptor, host.0, "data cluster: l2_entry") {
@@ -229,6 +261,13 @@ impl Flags<'_> {
             write(&self.image.tables).forget(offset..offset + shape.cluster.bytes());
         }
         Ok(())
+    }
+
+    /// Whether the flag, which they share, is right for all entries whose clusters follow each other
+    /// from that of `entry` on.
+    fn right(&mut self, entry: Entry, clusters: u64) -> bool {
+        let first = self.image.shape.cluster.index(entry.descriptor & OFFSET);
+        self.stored.all_are(self.image, first, clusters, entry.exclusive())
     }
 
     /// The entry with the right flag, where it has the wrong one and may be mended.

@@ -140,8 +140,12 @@ impl<'a> Walk<'a> {
             ));
             return;
         };
-        for number in cluster.index(offset)..=cluster.index(end - 1) {
-            if self.counts.add(number, times) > self.max {
+        let (first, last) = (cluster.index(offset), cluster.index(end - 1));
+        if self.counts.add_run(first, last - first + 1, times) <= self.max {
+            return;
+        }
+        for number in first..=last {
+            if self.counts.get(number) > self.max {
                 self.counts.limit(number, self.max);
                 self.check.corruptions += 1;
                 let offset = number << cluster.bits();
@@ -234,14 +238,20 @@ impl<'a> Walk<'a> {
         };
         let shape = Shape::of(&self.header);
         let mut mended = false;
-        for index in 0..(self.header.cluster.bytes() / shape.entry_bytes()) as usize {
+        let (mut index, entries) = (0, (bytes / shape.entry_bytes()) as usize);
+        while index < entries {
+            let run = if shape.external { 1 } else { shape.run(&table, index) };
             let entry = shape.get(&table, index);
+            let at = index;
+            index += 1;
             if entry == Entry::default() {
                 continue;
             }
-            if let Some(spare) = self.spare(shape, entry) {
+            if run > 1 && self.sound_run(entry, run as u64, active, times) {
+                index = at + run;
+            } else if let Some(spare) = self.spare(shape, entry) {
                 self.check.corruptions_fixed += 1;
-                shape.put(&mut table, index, spare);
+                shape.put(&mut table, at, spare);
                 mended = true;
             } else {
                 self.entry(shape, entry, active, times);
@@ -253,6 +263,21 @@ impl<'a> Walk<'a> {
             write(&self.image.tables).forget(offset..offset + bytes);
         }
         Ok(())
+    }
+
+    /// Counts entries whose clusters follow each other from that of `entry` on; `false`, and nothing
+    /// done, where not all of them are in the file.
+    fn sound_run(&mut self, entry: Entry, clusters: u64, active: bool, times: u32) -> bool {
+        let (host, len) = (entry.descriptor & OFFSET, clusters << self.header.cluster.bits());
+        if host.saturating_add(len) > self.file_len {
+            return false;
+        }
+        if active {
+            self.check.allocated_clusters += clusters;
+            self.fragment(host, len);
+        }
+        self.count_times(host, len, times);
+        true
     }
 
     /// What becomes of an entry that keeps a cluster in an impossible place, where no data stands in
