@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use super::open::{OpenOptions, open_image};
 use super::snapshot::{delta_options, refuse_encrypted, unprotected};
 use super::tree::{clones_of, same_file};
-use super::{Layer, heal};
+use super::{Format, Layer, heal, sealed, witness};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Backing, Id, Identity, Label, Parent, Role};
 use crate::storage::draft::directory;
@@ -16,7 +16,7 @@ pub struct Base {
     layer: Layer,
     /// The base's file, without symbolic links.
     path: PathBuf,
-    parent: Option<Parent>,
+    parent: Parent,
 }
 
 impl Base {
@@ -26,31 +26,34 @@ impl Base {
     /// # Errors
     /// [`ErrorKind::InUse`] where somebody writes to it.
     pub fn seal(path: &Path) -> Result<Base> {
+        Base::seal_as(path, None)
+    }
+
+    /// The same for a layer whose format is known: nothing is guessed from what a guest wrote.
+    pub(super) fn seal_as(path: &Path, format: Option<Format>) -> Result<Base> {
         let path =
             fs::canonicalize(path).map_err(|e| Error::io("could not be found", e).at_path(path))?;
-        let read =
-            || open_image(&path, &OpenOptions { unprotected: true, ..OpenOptions::default() });
+        let options = OpenOptions { unprotected: true, format, ..OpenOptions::default() };
+        let read = || open_image(&path, &options);
         let mut layer = read()?;
         refuse_encrypted(&*layer.image).map_err(|e| e.at_path(&path))?;
         let mut identity = layer.image.identity()?;
-        if !is_sealed(&identity) {
+        if !is_sealed(&layer, &identity) {
             let format = layer.format;
             drop(layer);
-            if format == super::Format::Qcow2 {
-                seal(&path)?;
+            if format == Format::Qcow2 {
+                witness::keeping_time(&path, || seal(&path))?;
             }
             layer = read()?;
             identity = layer.image.identity()?;
         }
-        let content = |l: &Label| if identity.vouched { l.content } else { Id::nil() };
-        let parent =
-            identity.label.as_ref().map(|l| Parent { layer: l.layer, content: content(l) });
+        let parent = as_parent(&layer, &identity)?;
         Ok(Base { layer, path, parent })
     }
 
     /// Makes a clone at `path`, which must not exist. The work does not depend on the base's size.
     pub fn clone_to(&self, path: &Path) -> Result<()> {
-        let label = Label { parent: self.parent, ..Label::new() };
+        let label = Label { parent: Some(self.parent), ..Label::new() };
         let backing = self.backing_for(path)?;
         super::create(path, &delta_options(&*self.layer.image, backing, &label)?)
     }
@@ -61,7 +64,7 @@ impl Base {
     }
 
     /// The base as its clones remember it.
-    pub(super) fn parent(&self) -> Option<Parent> {
+    pub(super) fn parent(&self) -> Parent {
         self.parent
     }
 
@@ -89,8 +92,19 @@ impl Base {
     }
 }
 
-fn is_sealed(identity: &Identity) -> bool {
-    identity.vouched && identity.label.as_ref().is_some_and(|l| l.role != Role::Head)
+/// Sealed, and vouched for where its format can say so.
+fn is_sealed(layer: &Layer, identity: &Identity) -> bool {
+    let can_vouch = layer.image.details().is_some_and(|d| d.version != Some(2));
+    let frozen = identity.label.as_ref().is_some_and(|l| l.role != Role::Head);
+    frozen && (identity.vouched || !can_vouch)
+}
+
+/// A layer as those on it remember it.
+fn as_parent(layer: &Layer, identity: &Identity) -> Result<Parent> {
+    let label = identity.label.as_ref();
+    let content = label.filter(|_| identity.vouched).map_or(Id::nil(), |l| l.content);
+    let witness = Some(witness::of(layer, !content.is_nil())?);
+    Ok(Parent { layer: label.map_or(Id::nil(), |l| l.layer), content, witness })
 }
 
 fn seal(path: &Path) -> Result<()> {
@@ -119,8 +133,7 @@ fn seal(path: &Path) -> Result<()> {
 pub fn unseal(path: &Path) -> Result<()> {
     let clones = clones_of(path, None)?;
     if !clones.is_empty() {
-        let names: Vec<String> = clones.iter().map(|p| p.display().to_string()).collect();
-        let message = format!("clones stand on it: {}", names.join(", "));
+        let message = format!("clones stand on it: {}", sealed::list(&clones));
         return Err(Error::new(ErrorKind::Sealed, message).at_path(path));
     }
     let layer = open_image(path, &unprotected())?;

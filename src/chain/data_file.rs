@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::gate;
 use super::open::OpenOptions;
+use super::{Layer, gate};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2;
 use crate::storage::{FileOptions, FileStorage, Storage};
@@ -42,7 +42,14 @@ pub fn open_data_file(
     let name = header.data_file()?.ok_or_else(|| {
         Error::corrupt("the image keeps its data in another file and does not name it")
     })?;
-    open_data(path, file, name, options).map(Some)
+    Ok(Some(open_data(path, file, name, options)?))
+}
+
+/// The external data file of an open layer, where it has one, for looking at it.
+pub(super) fn beside(layer: &Layer) -> Result<Option<Arc<FileStorage>>> {
+    let name = layer.image.details().and_then(|details| details.data_file);
+    let options = FileOptions { access: None, write: false };
+    name.map(|name| open_data(&layer.path, &layer.file, &name, options)).transpose()
 }
 
 /// Opens the data file that the image at `path` names. The same policy as for backing files.
@@ -51,7 +58,7 @@ fn open_data(
     image: &FileStorage,
     name: &str,
     options: FileOptions,
-) -> Result<Arc<dyn Storage>> {
+) -> Result<Arc<FileStorage>> {
     let at = find(path, name)?;
     let data = FileStorage::open(&at, options).map_err(|e| match e.kind() {
         ErrorKind::NotFound => {

@@ -1,12 +1,12 @@
 //! Going down a chain a layer at a time: from the head to the base, each name through the gate.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::gate::{self, Gate};
+use super::gate::{self, Format, Gate};
 use super::open::{OpenOptions, open_image};
-use super::{Chain, Layer, foreign, heal};
+use super::{Chain, Layer, foreign, heal, parent, sealed, search};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Backing, Identity, Role};
+use crate::image::{Backing, Identity};
 
 /// The layers of a chain that are open so far.
 pub struct Descent {
@@ -17,6 +17,8 @@ pub struct Descent {
     lower: Vec<Layer>,
     /// What the lowest layer so far says.
     identity: Identity,
+    /// What the user should know.
+    notes: Vec<String>,
 }
 
 impl Descent {
@@ -31,9 +33,12 @@ impl Descent {
         let head = open_image(path, options)?;
         let identity = identity(&head)?;
         if guarded {
-            check_not_frozen(path, &identity)?;
+            sealed::refuse(path, &identity)?;
+            if identity.label.is_none() {
+                sealed::refuse_unlabelled(path)?;
+            }
         }
-        Ok(Descent { gate, options: options.clone(), head, lower: Vec::new(), identity })
+        Ok(Descent::new(gate, options, head, identity))
     }
 
     /// Begins at a head that is open already.
@@ -42,9 +47,14 @@ impl Descent {
         gate.pass(&head.path)?;
         let identity = identity(&head)?;
         if !options.read_only && !options.unprotected {
-            check_not_frozen(&head.path, &identity)?;
+            sealed::refuse(&head.path, &identity)?;
         }
-        Ok(Descent { gate, options: options.clone(), head, lower: Vec::new(), identity })
+        Ok(Descent::new(gate, options, head, identity))
+    }
+
+    fn new(gate: Gate, options: &OpenOptions, head: Layer, identity: Identity) -> Descent {
+        let (lower, notes) = (Vec::new(), Vec::new());
+        Descent { gate, options: options.clone(), head, lower, identity, notes }
     }
 
     /// How many layers are open.
@@ -66,18 +76,86 @@ impl Descent {
     pub fn step(&mut self) -> Result<bool> {
         let Some(backing) = self.identity.backing.clone() else { return Ok(false) };
         let child = self.lowest().path.clone();
-        let (parent, format) = gate::admit(&child, &backing, self.options.probe_backing)?;
-        self.gate.pass(&parent).map_err(|e| missing(e, &child, &parent))?;
-        let options = OpenOptions { read_only: true, format, ..self.options.clone() };
-        let layer = open_image(&parent, &options)?;
-        let found = identity(&layer)?;
-        if !options.unprotected {
-            check_unchanged(&child, &self.identity, &parent, &found)?;
+        let (path, format) = gate::admit(&child, &backing, self.options.probe_backing)?;
+        let (layer, identity) = match self.enter(&path, format) {
+            Ok((layer, identity)) => self.check(&child, layer, identity)?,
+            Err(e) if e.kind() == ErrorKind::NotFound => match self.moved(&child, &path) {
+                Some(found) => {
+                    let (layer, identity) = self.enter(&found, format)?;
+                    self.notes.push(self.moved_note(&path, &found));
+                    self.check(&child, layer, identity)?
+                }
+                None => return Err(missing(e, &child, &path)),
+            },
+            Err(e) => return Err(e),
+        };
+        if !self.options.unprotected {
             foreign::check_parent(self.lowest(), &layer)?;
         }
         self.lower.push(layer);
-        self.identity = found;
+        self.identity = identity;
         Ok(true)
+    }
+
+    /// Opens the layer at `path`, below the lowest one.
+    fn enter(&mut self, path: &Path, format: Option<Format>) -> Result<(Layer, Identity)> {
+        self.gate.pass(path)?;
+        let options = OpenOptions { read_only: true, format, ..self.options.clone() };
+        let layer = open_image(path, &options)?;
+        let identity = identity(&layer)?;
+        Ok((layer, identity))
+    }
+
+    /// Makes sure that `layer` is what the lowest layer was made on, or finds what is.
+    fn check(
+        &mut self,
+        child: &Path,
+        layer: Layer,
+        identity: Identity,
+    ) -> Result<(Layer, Identity)> {
+        if self.options.unprotected {
+            return Ok((layer, identity));
+        }
+        let Some(change) = parent::change(&self.identity, &layer, &identity)? else {
+            return Ok((layer, identity));
+        };
+        let error = parent::changed(&self.head.path, child, &layer.path, &change);
+        if self.options.accept_base {
+            self.notes.push(format!(
+                "{}: {}; it is taken as it is",
+                layer.path.display(),
+                change.what
+            ));
+            return Ok((layer, identity));
+        }
+        let Some(found) = self.moved(child, &layer.path).filter(|_| change.another) else {
+            return Err(error);
+        };
+        self.gate.turn_back();
+        let (right, identity) = self.enter(&found, Some(layer.format))?;
+        if parent::change(&self.identity, &right, &identity)?.is_some() {
+            return Err(error);
+        }
+        self.notes.push(self.moved_note(&layer.path, &found));
+        Ok((right, identity))
+    }
+
+    /// Where the layer that the lowest one stands on is now, if not at `path`.
+    fn moved(&self, child: &Path, path: &Path) -> Option<PathBuf> {
+        if self.options.unprotected {
+            return None;
+        }
+        search::find(child, path, &self.identity.label.as_ref()?.parent?)
+    }
+
+    fn moved_note(&self, old: &Path, new: &Path) -> String {
+        format!(
+            "the base was found by its id at '{}', not at '{}'; `vdisk rebase {} --accept-base` \
+             records that",
+            new.display(),
+            old.display(),
+            self.head.path.display()
+        )
     }
 
     /// Puts `layer` below the lowest one, whatever that names.
@@ -91,7 +169,9 @@ impl Descent {
     /// Makes the layers one disk. What the lowest one names and was not opened reads as zeroes.
     pub fn finish(self) -> Chain {
         // A quarter of the memory is for the head's tables, the rest for the map over all others.
-        Chain::new(self.head, self.lower, self.options.cache / 2)
+        let mut chain = Chain::new(self.head, self.lower, self.options.cache / 2);
+        chain.notes = self.notes;
+        chain
     }
 }
 
@@ -108,59 +188,4 @@ fn missing(error: Error, child: &Path, parent: &Path) -> Error {
 
 fn identity(layer: &Layer) -> Result<Identity> {
     layer.image.identity().map_err(|e| e.at_path(&layer.path))
-}
-
-/// A layer that others stand on is not written.
-fn check_not_frozen(path: &Path, identity: &Identity) -> Result<()> {
-    let Some(label) = &identity.label else { return Ok(()) };
-    let message = match label.role {
-        Role::Head => return Ok(()),
-        Role::Base => {
-            "is a base: clones stand on it, and writing would change them. Make a clone of \
-                       it and write to that, or `vdisk unseal` it when no clone is left"
-                .to_owned()
-        }
-        Role::Snapshot | Role::Merging | Role::Leaving | Role::Rising => format!(
-            "is the frozen layer of snapshot '{}'; write to the disk itself or to a clone of this",
-            label.name
-        ),
-        Role::Dropped | Role::Dropping | Role::Returning | Role::Unnamed => {
-            "is a frozen layer of a disk; write to the disk itself".to_owned()
-        }
-    };
-    Err(Error::new(ErrorKind::Sealed, message).at_path(path))
-}
-
-/// The parent's contents are those that the child was made on.
-fn check_unchanged(
-    child: &Path,
-    child_identity: &Identity,
-    parent: &Path,
-    parent_identity: &Identity,
-) -> Result<()> {
-    let Some(own) = &child_identity.label else { return Ok(()) };
-    let Some(expected) = own.parent else { return Ok(()) };
-    let what = match &parent_identity.label {
-        // A merge that was stopped: the parent holds all of the child, and is to take its name.
-        Some(label) if label.layer == own.layer => return Ok(()),
-        None => "it is another file than before, or its label was removed",
-        Some(label) if label.layer != expected.layer => "it is another layer than before",
-        Some(_) if expected.content.is_nil() => return Ok(()),
-        // It is being overwritten with what its child holds anyway.
-        Some(label) if matches!(label.role, Role::Merging | Role::Rising) => return Ok(()),
-        Some(label) if label.content != expected.content => "its contents were given a new id",
-        Some(_) if !parent_identity.vouched => "another program has opened it for writing",
-        Some(_) => return Ok(()),
-    };
-    Err(Error::new(
-        ErrorKind::BaseChanged,
-        format!(
-            "has changed since '{}' was made on it: {what}. Bring the old file back, or take it as \
-             it is now with `vdisk rebase {} --unsafe --backing {}`",
-            child.display(),
-            child.display(),
-            parent.display()
-        ),
-    )
-    .at_path(parent))
 }

@@ -41,7 +41,20 @@ pub(super) fn open(
 
 fn open_vmdk(path: &Path, file: Arc<FileStorage>, options: FileOptions) -> Result<Arc<dyn Image>> {
     let plan = vmdk::Plan::read(file).map_err(|e| e.at_path(path))?;
-    let mut files: Vec<Arc<dyn Storage>> = Vec::new();
+    let files = files_of(&plan, path, options)?;
+    let files: Vec<Arc<dyn Storage>> = files.into_iter().map(|file| file as _).collect();
+    let image = plan.open(&files).map_err(|e| e.at_path(path))?;
+    Ok(Arc::new(image))
+}
+
+/// The files besides its own in which a VMDK keeps its data.
+pub(super) fn further_files(layer: &Layer) -> Result<Vec<Arc<FileStorage>>> {
+    let plan = vmdk::Plan::read(layer.file.clone()).map_err(|e| e.at_path(&layer.path))?;
+    files_of(&plan, &layer.path, FileOptions { access: None, write: false })
+}
+
+fn files_of(plan: &vmdk::Plan, path: &Path, options: FileOptions) -> Result<Vec<Arc<FileStorage>>> {
+    let mut files = Vec::new();
     for name in plan.files() {
         let beside = Path::new(name)
             .components()
@@ -55,8 +68,7 @@ fn open_vmdk(path: &Path, file: Arc<FileStorage>, options: FileOptions) -> Resul
         }
         files.push(Arc::new(FileStorage::open(&gate::resolve(path, name)?, options)?));
     }
-    let image = plan.open(&files).map_err(|e| e.at_path(path))?;
-    Ok(Arc::new(image))
+    Ok(files)
 }
 
 /// The parent is the one that the child was made on, as far as the child's format can tell.

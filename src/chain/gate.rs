@@ -95,6 +95,11 @@ impl Gate {
         self.passed.push(identity);
         Ok(())
     }
+
+    /// Forgets the layer that passed last: another is opened in its place.
+    pub fn turn_back(&mut self) {
+        self.passed.pop();
+    }
 }
 
 /// The path and format of the layer that `child` names as its backing file; no format where the

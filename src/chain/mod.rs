@@ -18,9 +18,13 @@ mod heal;
 mod inflight;
 pub mod merge;
 mod open;
+mod parent;
 pub mod rebase;
+mod sealed;
+mod search;
 pub mod snapshot;
 pub mod tree;
+mod witness;
 
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock, RwLockReadGuard};
@@ -38,6 +42,8 @@ pub use data_file::open_data_file;
 pub use descent::Descent;
 pub use gate::{Format, MAX_DEPTH, resolve};
 pub use open::{OpenOptions, Peek, open, open_file, open_image, peek, probe};
+pub use sealed::refuse_sealed;
+pub use witness::keeping_time;
 
 use flat::Flat;
 use inflight::InFlight;
@@ -60,6 +66,7 @@ pub struct Chain {
     /// Read by everything that reads or writes; changed when the tree is changed under it.
     layers: RwLock<Layers>,
     inflight: InFlight,
+    notes: Vec<String>,
 }
 
 struct Layers {
@@ -85,7 +92,13 @@ impl Chain {
     /// `memory` bounds the flattened map, in bytes. Opening by name is [`open`]'s work.
     pub fn new(head: Layer, lower: Vec<Layer>, memory: u64) -> Chain {
         let layers = Layers { head, lower: Flat::new(lower, memory) };
-        Chain { layers: RwLock::new(layers), inflight: InFlight::default() }
+        Chain { layers: RwLock::new(layers), inflight: InFlight::default(), notes: Vec::new() }
+    }
+
+    /// What the user should know of how it was opened: that a base was found elsewhere, or has
+    /// changed and was accepted.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     fn layers(&self) -> RwLockReadGuard<'_, Layers> {

@@ -24,6 +24,9 @@ pub struct OpenOptions {
     pub shared: bool,
     /// Open a layer although it is sealed, frozen or not the one its child was made from.
     pub unprotected: bool,
+    /// Take the layers below as they are now, although they are not those that the layers above were
+    /// made on. What they are not any more is in [`Chain::notes`].
+    pub accept_base: bool,
     /// Writing copies into the head what the disk shows already: it stays what others were made on.
     pub same_contents: bool,
     /// Open for writing what is marked corrupt or was not closed well, to check and mend it.
@@ -44,6 +47,7 @@ impl Default for OpenOptions {
             format: None,
             shared: false,
             unprotected: false,
+            accept_base: false,
             same_contents: false,
             repair: false,
             probe_backing: false,

@@ -1,15 +1,17 @@
 //! Putting a disk on another base, or on none.
 
 use std::io::IoSliceMut;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::Chain;
 use super::clone::Base;
 use super::merge::Progress;
-use super::open::{OpenOptions, open};
-use super::snapshot::open_head;
+use super::open::{OpenOptions, open, open_image};
+use super::snapshot::{open_head, unprotected};
+use super::tree::same_file;
+use super::{Chain, Format, gate, parent, witness};
 use crate::block::{BlockDevice, BlockStatus};
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::Identity;
 
 /// Bytes that are compared or copied at a time.
 const CHUNK: u64 = 1 << 20;
@@ -46,9 +48,64 @@ pub fn rebase(
     let mut identity = head.image.identity()?;
     identity.backing = Some(base.backing_for(path)?);
     if let Some(label) = &mut identity.label {
-        label.parent = base.parent();
+        label.parent = Some(base.parent());
     }
     head.image.set_identity(&identity).map_err(|e| e.at_path(path))
+}
+
+/// Records what the layers below the disk at `path` are now: wherever one is not the one that the
+/// layer above it was made on, or stands elsewhere. Returns what was recorded, for people.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] names who holds one of the layers.
+pub fn accept_base(path: &Path) -> Result<Vec<String>> {
+    let options = OpenOptions { accept_base: true, ..OpenOptions::default() };
+    let chain = open(path, &options)?;
+    let layers: Vec<PathBuf> = chain.all_layers().into_iter().map(|layer| layer.path).collect();
+    drop(chain);
+    let mut recorded = Vec::new();
+    // From the base up: to record something in a layer changes that layer's file.
+    for pair in layers.windows(2).rev() {
+        let [child, below] = pair else { continue };
+        recorded.extend(accept(child, below)?);
+    }
+    Ok(recorded)
+}
+
+/// Records in `child` what `below` is, unless it knows.
+fn accept(child: &Path, below: &Path) -> Result<Option<String>> {
+    let look = OpenOptions { unprotected: true, ..OpenOptions::default() };
+    let upper = open_image(child, &look)?;
+    let identity = upper.image.identity()?;
+    if identity.label.is_none() {
+        return Ok(None);
+    }
+    let lower = open_image(below, &OpenOptions { format: declared(&identity)?, ..look })?;
+    let change = parent::change(&identity, &lower, &lower.image.identity()?)?;
+    let named = identity.backing.as_ref().and_then(|b| gate::resolve(child, &b.name).ok());
+    let moved = !named.is_some_and(|named| same_file(&named, below));
+    drop((upper, lower));
+    if change.is_none() && !moved {
+        return Ok(None);
+    }
+    let base = Base::seal_as(below, declared(&identity)?)?;
+    witness::keeping_time(child, || {
+        let open = open_image(child, &unprotected())?;
+        let mut identity = open.image.identity()?;
+        identity.backing = Some(base.backing_for(child)?);
+        if let Some(label) = &mut identity.label {
+            label.parent = Some(base.parent());
+        }
+        open.image.set_identity(&identity).map_err(|e| e.at_path(child))
+    })?;
+    let what = change.map_or("it is where it was found now".to_owned(), |change| change.what);
+    Ok(Some(format!("{}: '{}' is on it as it is now: {what}", below.display(), child.display())))
+}
+
+/// The format that a layer declares for the one below it.
+fn declared(identity: &Identity) -> Result<Option<Format>> {
+    let format = identity.backing.as_ref().and_then(|b| b.format.as_deref());
+    format.map(Format::from_name).transpose()
 }
 
 /// Copies all that the disk at `path` shows of its base into the disk, which then stands alone.

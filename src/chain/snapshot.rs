@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use super::open::{OpenOptions, open, open_image};
 use super::tree::{Family, Member, clones_of, frozen_path};
-use super::{Chain, Layer, heal};
+use super::{Chain, Layer, heal, sealed, witness};
 use crate::addr::GuestOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Backing, Id, Identity, Image, Label, Mapping, Parent, Role};
@@ -138,12 +138,14 @@ pub fn rename_snapshot(path: &Path, old: &str, new: &str) -> Result<()> {
     let family = Family::of(path)?;
     let target = family.snapshot(old)?;
     check_new_name(path, new)?;
-    let layer = open_image(&target.path, &unprotected())?;
-    let mut identity = layer.image.identity()?;
-    if let Some(label) = &mut identity.label {
-        label.name = new.to_owned();
-    }
-    layer.image.set_identity(&identity).map_err(|e| e.at_path(&target.path))
+    witness::keeping_time(&target.path, || {
+        let layer = open_image(&target.path, &unprotected())?;
+        let mut identity = layer.image.identity()?;
+        if let Some(label) = &mut identity.label {
+            label.name = new.to_owned();
+        }
+        layer.image.set_identity(&identity).map_err(|e| e.at_path(&target.path))
+    })
 }
 
 /// The bytes of data that a layer holds itself.
@@ -174,19 +176,12 @@ pub fn open_at(path: &Path, name: &str, options: &OpenOptions) -> Result<Chain> 
 pub(super) fn open_head(path: &Path) -> Result<Layer> {
     heal::heal(path)?;
     let head = open_image(path, &unprotected())?;
-    match head.image.identity()?.label.map(|l| l.role) {
-        None | Some(Role::Head) => Ok(head),
-        Some(Role::Base) => Err(Error::new(
-            ErrorKind::Sealed,
-            "is a base that clones stand on: take snapshots of the clones, or `vdisk unseal` it when \
-             none is left",
-        )
-        .at_path(path)),
-        Some(_) => {
-            let message = "is a frozen layer of a disk; name the disk itself";
-            Err(Error::new(ErrorKind::Sealed, message).at_path(path))
-        }
+    let identity = head.image.identity()?;
+    sealed::refuse(path, &identity)?;
+    if identity.label.is_none() {
+        sealed::refuse_unlabelled(path)?;
     }
+    Ok(head)
 }
 
 fn open_frozen(path: &Path) -> Result<Layer> {
@@ -248,7 +243,7 @@ fn put_head_on(path: &Path, parent: &Layer) -> Result<()> {
     let content = if identity.vouched { label.content } else { Id::nil() };
     let delta = Label {
         disk: label.disk,
-        parent: Some(Parent { layer: label.layer, content }),
+        parent: Some(Parent { layer: label.layer, content, witness: None }),
         ..Label::new()
     };
     let backing = Backing { name, format: Some(parent.format.name().to_owned()) };

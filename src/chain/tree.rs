@@ -34,7 +34,7 @@ impl Member {
 
     /// The id of the layer below, where that has a label.
     pub fn parent(&self) -> Option<Id> {
-        self.label.parent.map(|p| p.layer)
+        self.label.parent.and_then(|p| p.labelled())
     }
 
     fn read(path: &Path) -> Result<Option<Member>> {

@@ -27,6 +27,9 @@ pub struct ReadArgs {
     /// Read the disk as it was at this snapshot.
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
+    /// Read it although a base has changed under it.
+    #[arg(long)]
+    accept_base: bool,
 }
 
 /// Write standard input into a disk.
@@ -40,7 +43,8 @@ pub struct WriteArgs {
 }
 
 pub fn read(args: &ReadArgs) -> Result<u8> {
-    let using = Use { snapshot: args.snapshot.as_deref(), ..Use::reading() };
+    let snapshot = args.snapshot.as_deref();
+    let using = Use { snapshot, accept_base: args.accept_base, ..Use::reading() };
     let disk = disk::open(&args.disk, &using)?;
     check_range(args.offset, args.length, disk.size()).map_err(|e| e.at_path(&args.disk))?;
     let mut out = std::io::stdout().lock();

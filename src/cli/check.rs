@@ -1,7 +1,7 @@
 //! `vdisk check`: is a disk right, and if not, mend it.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args as ClapArgs, ValueEnum};
 use serde::Serialize;
@@ -95,8 +95,10 @@ fn run_layers(args: &Args) -> Result<Vec<Report>> {
     let looking = OpenOptions { unprotected: true, ..OpenOptions::default() };
     let mending = OpenOptions { read_only: false, repair, ..looking.clone() };
     if !args.chain {
-        let options = if repair { &mending } else { &looking };
-        return Ok(vec![check(args, &chain::open_image(&args.disk, options)?)?]);
+        if repair {
+            return Ok(vec![mend(args, &args.disk, &mending)?]);
+        }
+        return Ok(vec![check(args, &chain::open_image(&args.disk, &looking)?)?]);
     }
     let layers = chain::open(&args.disk, &looking)?.all_layers();
     let checked = layers.iter().filter(|l| l.image.details().is_some());
@@ -108,9 +110,14 @@ fn run_layers(args: &Args) -> Result<Vec<Report>> {
     drop(layers);
     let mend = |(path, format): (PathBuf, Format)| {
         let options = OpenOptions { format: Some(format), ..mending.clone() };
-        check(args, &chain::open_image(&path, &options)?)
+        mend(args, &path, &options)
     };
     names.into_iter().map(mend).collect()
+}
+
+/// Mends who owns which cluster. What the guest sees stays, and the clones of a base with it.
+fn mend(args: &Args, disk: &Path, options: &OpenOptions) -> Result<Report> {
+    chain::keeping_time(disk, || check(args, &chain::open_image(disk, options)?))
 }
 
 fn check(args: &Args, layer: &Layer) -> Result<Report> {

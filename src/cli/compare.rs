@@ -37,6 +37,9 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Compare them although a base has changed under one of them.
+    #[arg(long)]
+    accept_base: bool,
 }
 
 #[derive(Serialize)]
@@ -57,8 +60,10 @@ pub fn run(args: &Args) -> Result<u8> {
 }
 
 fn compare(args: &Args) -> Result<u8> {
-    let a = disk::open(&args.a, &Use { format: args.format_a, ..Use::reading() })?;
-    let b = disk::open(&args.b, &Use { format: args.format_b, ..Use::reading() })?;
+    let open = |path, format| {
+        disk::open(path, &Use { format, accept_base: args.accept_base, ..Use::reading() })
+    };
+    let (a, b) = (open(&args.a, args.format_a)?, open(&args.b, args.format_b)?);
     let (size_a, size_b) = (a.size(), b.size());
     let found = if args.strict && size_a != size_b {
         chain::Difference { offset: None, sizes_differ: true }

@@ -41,6 +41,9 @@ pub struct Args {
     /// 32 subclusters for each cluster.
     #[arg(long)]
     extended_l2: bool,
+    /// Copy it although a base has changed under it.
+    #[arg(long)]
+    accept_base: bool,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -57,7 +60,8 @@ pub fn format(name: &str) -> std::result::Result<Format, String> {
 
 pub fn run(args: &Args) -> Result<u8> {
     let target = target(args)?;
-    let source = disk::open(&args.source, &Use { format: args.source_format, ..Use::reading() })?;
+    let (format, accept_base) = (args.source_format, args.accept_base);
+    let source = disk::open(&args.source, &Use { format, accept_base, ..Use::reading() })?;
     let progress = Progress::new("converting", source.size());
     let how = Copying { compress: args.compress, progress: &|done| progress.at(done) };
     chain::convert(&*source, &args.target, &target, &how)?;

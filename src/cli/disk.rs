@@ -19,6 +19,8 @@ pub struct Use<'a> {
     pub snapshot: Option<&'a str>,
     /// The format, where the user says it.
     pub format: Option<Format>,
+    /// Takes bases that have changed as they are now, and only says so.
+    pub accept_base: bool,
 }
 
 impl Use<'_> {
@@ -42,6 +44,7 @@ pub fn open(path: &Path, using: &Use<'_>) -> Result<Arc<Chain>> {
     let options = OpenOptions {
         read_only: !using.write || using.ephemeral,
         format: using.format,
+        accept_base: using.accept_base,
         passphrase: passphrase::given()?,
         ..OpenOptions::default()
     };
@@ -49,5 +52,6 @@ pub fn open(path: &Path, using: &Use<'_>) -> Result<Arc<Chain>> {
         Some(name) => chain::snapshot::open_at(path, name, &options)?,
         None => chain::open(path, &options)?,
     };
+    chain.notes().iter().for_each(|note| eprintln!("vdisk: warning: {note}"));
     Ok(Arc::new(if using.ephemeral { chain::ephemeral(chain, options.cache)? } else { chain }))
 }

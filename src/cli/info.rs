@@ -269,7 +269,7 @@ impl Label {
             content_id: label.content.to_string(),
             content_vouched: identity.vouched,
             role: label.role.name(),
-            parent_layer_id: label.parent.map(|p| p.layer.to_string()),
+            parent_layer_id: label.parent.and_then(|p| p.labelled()).map(|id| id.to_string()),
             snapshot_name: filled(&label.name),
             description: filled(&label.description),
             time_ms: Some(label.time).filter(|t| *t != 0),

@@ -24,6 +24,9 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Read it although a base has changed under it.
+    #[arg(long)]
+    accept_base: bool,
 }
 
 #[derive(Serialize)]
@@ -76,7 +79,7 @@ impl<'a> Line<'a> {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
-    let disk = disk::open(&args.disk, &Use::reading())?;
+    let disk = disk::open(&args.disk, &Use { accept_base: args.accept_base, ..Use::reading() })?;
     let layers = disk.all_layers();
     let header = format!("{:<16}{:<16}{:<12}{:<16}File\n", "Offset", "Length", "Kind", "Mapped to");
     output::text(if args.json { "[" } else { &header })?;

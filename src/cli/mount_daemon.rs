@@ -198,6 +198,7 @@ fn open(args: &Args) -> Result<Arc<dyn BlockDevice>> {
         ephemeral: args.ephemeral,
         snapshot: args.snapshot.as_deref(),
         format: None,
+        ..Use::default()
     };
     Ok(disk::open(&args.disk, &using)?)
 }

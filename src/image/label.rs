@@ -17,12 +17,13 @@
 //! | 96-97, 98-99 | bytes of the name, of the description, which follow |
 //!
 //! Records may stand behind the description: a tag and a length of 2 bytes each, then the bytes.
-//! Unknown tags are passed over. Tag 1 is [`Kept`].
+//! Unknown tags are passed over. Tag 1 is [`Kept`], tag 2 the parent's [`Witness`].
 
 use byteorder::{BigEndian, ByteOrder};
 use uuid::Uuid;
 
 use super::kept::Kept;
+use super::witness::Witness;
 use crate::error::{Error, Result};
 
 /// A random 128-bit id.
@@ -90,10 +91,19 @@ impl Role {
 /// The layer below, as the layer above remembers it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Parent {
-    /// The parent's layer id.
+    /// The parent's layer id; nil where it carries no label.
     pub layer: Id,
     /// The parent's content id when this layer was put on it; nil where nothing vouched for it.
     pub content: Id,
+    /// What tells whether the parent's files changed, where its label does not tell all.
+    pub witness: Option<Witness>,
+}
+
+impl Parent {
+    /// The layer id, where the parent has one.
+    pub fn labelled(&self) -> Option<Id> {
+        Some(self.layer).filter(|id| !id.is_nil())
+    }
 }
 
 /// Who a layer is. See the module for its bytes.
@@ -105,7 +115,7 @@ pub struct Label {
     pub layer: Id,
     /// Its contents; given anew when it is frozen or sealed.
     pub content: Id,
-    /// The labelled layer below.
+    /// The layer below, where there is one that is known again.
     pub parent: Option<Parent>,
     /// What part it plays.
     pub role: Role,
@@ -154,7 +164,7 @@ impl Label {
                 Label::MAX_DESCRIPTION
             )));
         }
-        let nil = Parent { layer: Id::nil(), content: Id::nil() };
+        let nil = Parent { layer: Id::nil(), content: Id::nil(), witness: None };
         let parent = self.parent.unwrap_or(nil);
         let mut bytes = vec![0; FIXED];
         BigEndian::write_u16(&mut bytes[4..], VERSION);
@@ -170,6 +180,9 @@ impl Label {
         bytes.extend_from_slice(self.description.as_bytes());
         if let Some(kept) = &self.kept {
             put_record(&mut bytes, KEPT, &kept.encode());
+        }
+        if let Some(witness) = &parent.witness {
+            put_record(&mut bytes, WITNESS, &witness.encode());
         }
         let crc = crc32fast::hash(&bytes[4..]);
         BigEndian::write_u32(&mut bytes, crc);
@@ -199,12 +212,15 @@ impl Label {
             let bytes = bytes.get(range).ok_or_else(damaged)?;
             String::from_utf8(bytes.to_vec()).map_err(|_| damaged())
         };
-        let parent = Parent { layer: id(56)?, content: id(72)? };
+        let witness = record(bytes.get(end..).unwrap_or_default(), WITNESS);
+        let witness = witness.and_then(Witness::decode);
+        let parent = Parent { layer: id(56)?, content: id(72)?, witness };
+        let known = !parent.layer.is_nil() || witness.is_some();
         Ok(Label {
             disk: id(8)?,
             layer: id(24)?,
             content: id(40)?,
-            parent: (!parent.layer.is_nil()).then_some(parent),
+            parent: known.then_some(parent),
             role: *role.ok_or_else(damaged)?,
             time: BigEndian::read_u64(&bytes[88..]),
             name: text(FIXED..name_end)?,
@@ -216,6 +232,8 @@ impl Label {
 
 /// The tag of [`Label::kept`].
 const KEPT: u16 = 1;
+/// The tag of [`Parent::witness`].
+const WITNESS: u16 = 2;
 
 fn put_record(bytes: &mut Vec<u8>, tag: u16, record: &[u8]) {
     bytes.extend_from_slice(&tag.to_be_bytes());
@@ -250,7 +268,9 @@ mod tests {
     #[test]
     fn a_label_survives_and_damage_is_noticed() {
         let mut label = Label::new();
-        label.parent = Some(Parent { layer: Id::new_v4(), content: Id::nil() });
+        let witness =
+            Some(Witness { len: 9, modified: 8, changed: 7, whole: false, digest: [6; 16] });
+        label.parent = Some(Parent { layer: Id::new_v4(), content: Id::nil(), witness });
         label.role = Role::Snapshot;
         (label.name, label.description) = ("monday".into(), "before the update".into());
         label.kept = Some(Kept {
@@ -271,5 +291,15 @@ mod tests {
         for (number, role) in Role::ALL.into_iter().enumerate() {
             assert_eq!(role as usize, number);
         }
+    }
+
+    #[test]
+    fn a_parent_without_a_label_has_only_a_witness() {
+        let witness =
+            Some(Witness { len: 9, modified: 8, changed: 7, whole: true, digest: [6; 16] });
+        let parent = Some(Parent { layer: Id::nil(), content: Id::nil(), witness });
+        let label = Label { parent, ..Label::new() };
+        let back = Label::decode(&label.encode().unwrap()).unwrap();
+        assert_eq!((back.parent, back.parent.and_then(|p| p.labelled())), (parent, None));
     }
 }

@@ -13,11 +13,13 @@ mod check;
 mod details;
 mod kept;
 mod label;
+mod witness;
 
 pub use check::{Check, Repair};
 pub use details::Details;
 pub use kept::{Kept, Was};
 pub use label::{Id, Label, Parent, Role};
+pub use witness::Witness;
 
 /// What one layer says about a stretch of the guest disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

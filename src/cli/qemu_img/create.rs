@@ -221,6 +221,8 @@ fn emptied(path: &Path) -> Outcome<FileStorage> {
         }
         None => Fail::new(reason(&e)),
     };
+    // QEMU would overwrite it under its clones.
+    vdisk::chain::refuse_sealed(path).map_err(|e| Fail::new(e.to_string()))?;
     let exclusive = vdisk::storage::Access::Write;
     let options = FileOptions { access: Some(exclusive), write: true };
     match FileStorage::open(path, options) {

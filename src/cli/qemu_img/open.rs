@@ -146,6 +146,9 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
     }
     let path = source.path().unwrap_or(file.path()).to_path_buf();
     let failed = |e: Error| Fail::new(reason(&e));
+    if using.write && !using.check {
+        chain::refuse_sealed(&path).map_err(failed)?;
+    }
     let format = match source.format.as_deref() {
         Some(name) => Format::from_name(name).map_err(failed)?,
         None => chain::probe(&*storage).map_err(failed)?,

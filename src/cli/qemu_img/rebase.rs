@@ -106,7 +106,7 @@ fn relabel(path: &Path, identity: &mut Identity) {
         let vouched = below.identity.vouched;
         let parent = below.identity.label?;
         let content = if vouched { parent.content } else { vdisk::image::Id::nil() };
-        Some(Parent { layer: parent.layer, content })
+        Some(Parent { layer: parent.layer, content, witness: None })
     });
 }
 
