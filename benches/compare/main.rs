@@ -3,11 +3,13 @@
 //! Each line is one claim: both sides are measured in turn, several times, and the table shows the
 //! median and the worst of the ratios (1 is parity, more is better for the side named first). Files
 //! are in `$TMPDIR`. It is for people; no test depends on it. `cargo bench --bench compare peers`
-//! prints the table against QEMU alone, `ratios` the rest alone.
+//! prints the table of single disks against QEMU alone, `trees` that of clones, snapshots and deep
+//! chains, `ratios` the rest.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod peers;
+mod trees;
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
@@ -140,6 +142,9 @@ fn main() {
     }
     if asked("peers") {
         peers::table();
+    }
+    if asked("trees") {
+        trees::table();
     }
 }
 

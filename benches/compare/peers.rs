@@ -11,6 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use tempfile::TempDir;
+
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 
@@ -22,7 +24,7 @@ const BLOCK: u64 = 4096;
 /// Accesses in one measurement.
 const ACCESSES: u64 = 100_000;
 /// From one access to the next: coprime to any size of the disk, so that all blocks have their turn.
-const STEP: u64 = BLOCK * 40_503;
+pub const STEP: u64 = BLOCK * 40_503;
 /// The mapped disk that is checked.
 const MAPPED: &str = "100G";
 /// Compression is slow, and its speed does not depend on the disk's size.
@@ -30,17 +32,17 @@ const COMPRESSED_PART: u64 = 8;
 
 /// Both programs under one set of words.
 #[derive(Clone, Copy, PartialEq)]
-enum Side {
+pub enum Side {
     Ours,
     Peer,
 }
 
 impl Side {
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         if self == Side::Ours { "ours" } else { "peer" }
     }
 
-    fn run(self, dir: &Path, words: &[&str]) {
+    pub fn run(self, dir: &Path, words: &[&str]) {
         let mut command = match self {
             Side::Ours => Command::new(env!("CARGO_BIN_EXE_vdisk")),
             Side::Peer => Command::new("qemu-img"),
@@ -52,13 +54,14 @@ impl Side {
         assert!(done.success(), "{} {words:?}", self.name());
     }
 
-    fn timed(self, dir: &Path, words: &[&str]) -> f64 {
+    pub fn timed(self, dir: &Path, words: &[&str]) -> f64 {
         seconds(|| self.run(dir, words))
     }
 }
 
 /// Measures both sides in turn; `job` returns its own seconds, so that it can prepare unmeasured.
-fn row(what: &str, peer: &str, mut job: impl FnMut(Side) -> f64) {
+/// Returns our median.
+pub fn row(what: &str, peer: &str, mut job: impl FnMut(Side) -> f64) -> f64 {
     job(Side::Ours);
     job(Side::Peer);
     let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
@@ -82,6 +85,7 @@ fn row(what: &str, peer: &str, mut job: impl FnMut(Side) -> f64) {
         a * 1e3,
         ratios[0]
     );
+    a
 }
 
 /// Bytes that compress to about a half, different from block to block.
@@ -150,9 +154,13 @@ fn same(dir: &Path, format: &str) {
 }
 
 /// A delta with a cluster in each fourth cluster of `size` bytes.
-fn scattered(dir: &Path, name: &str, base: &str, size: u64) {
+pub fn scattered(dir: &Path, name: &str, base: &str, size: u64) {
     Side::Peer.run(dir, &["create", "-f", "qcow2", "-b", base, "-F", "qcow2", name]);
-    let disk = open(&dir.join(name));
+    write_scattered(&open(&dir.join(name)), size);
+}
+
+/// Writes a cluster in each fourth cluster of `size` bytes.
+pub fn write_scattered(disk: &Chain, size: u64) {
     let mut piece = vec![0; 64 << 10];
     let mut state = 3;
     for at in (0..size).step_by(256 << 10) {
@@ -276,20 +284,25 @@ fn directory() -> PathBuf {
     if tempfile::tempfile_in(&memory).is_ok() { memory } else { std::env::temp_dir() }
 }
 
+/// A directory for a table of disks, and their size; prints the table's head.
+pub fn place() -> (TempDir, u64) {
+    let (size, place) = (size(), directory());
+    println!("\ndisks of {} MiB in {}; {PAIRS} pairs in turn", size >> 20, place.display());
+    println!(
+        "{:<44} {:<16} {:>8} {:>8} {:>7} {:>7}",
+        "job", "peer", "peer ms", "ours ms", "median", "lowest"
+    );
+    (tempfile::tempdir_in(&place).unwrap(), size)
+}
+
 /// Prints the table; without QEMU's tools there is none.
 pub fn table() {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         eprintln!("SKIPPED: the table against QEMU needs qemu-img");
         return;
     }
-    let (size, place) = (size(), directory());
-    let dir = tempfile::tempdir_in(&place).unwrap();
+    let (dir, size) = place();
     let dir = dir.path();
-    println!("\ndisks of {} MiB in {}; {PAIRS} pairs in turn", size >> 20, place.display());
-    println!(
-        "{:<44} {:<16} {:>8} {:>8} {:>7} {:>7}",
-        "job", "peer", "peer ms", "ours ms", "median", "lowest"
-    );
     accesses(dir, size);
     tables(dir);
     deltas(dir, size);
