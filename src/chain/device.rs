@@ -40,7 +40,7 @@ impl Layers {
         Ok(MapExtent { start: at.0, len: extent.len, mapping: extent.mapping, depth })
     }
 
-    fn read(&self, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+    pub(super) fn read(&self, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         let len = total_mut(bufs);
         let mut done = 0;
         while done < len {
@@ -56,7 +56,7 @@ impl Layers {
     }
 
     /// Whether a range is known to read as zeroes without reading it.
-    fn is_zero(&self, from: u64, to: u64) -> Result<bool> {
+    pub(super) fn is_zero(&self, from: u64, to: u64) -> Result<bool> {
         let mut pos = from;
         while pos < to {
             let extent = self.map(GuestOffset(pos), to - pos, false)?;
@@ -70,7 +70,12 @@ impl Layers {
 
     /// Fills what `token` reserved: `bufs` from `pos` on, and around them what the disk shows there
     /// now. `bufs` end within the token.
-    fn fill(&self, token: &dyn Allocation, pos: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+    pub(super) fn fill(
+        &self,
+        token: &dyn Allocation,
+        pos: u64,
+        bufs: &[IoSlice<'_>],
+    ) -> Result<()> {
         let (start, end) = (token.start().0, token.start().0 + token.len());
         let (from, to) = (pos, pos + total(bufs));
         let spare = token.reads_zero();
@@ -118,7 +123,7 @@ impl Chain {
         Ok(len)
     }
 
-    fn write(&self, layers: &Layers, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+    pub(super) fn write(&self, layers: &Layers, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
         let head = &layers.head.image;
         let len = total(bufs);
         let mut done = 0;
@@ -140,7 +145,7 @@ impl Chain {
         Ok(())
     }
 
-    fn write_zero_bytes(&self, layers: &Layers, from: u64, to: u64) -> Result<()> {
+    pub(super) fn write_zero_bytes(&self, layers: &Layers, from: u64, to: u64) -> Result<()> {
         if from >= to || layers.is_zero(from, to)? {
             return Ok(());
         }
@@ -155,7 +160,13 @@ impl Chain {
     }
 
     /// Writes zeroes where the head's format could not say that a range is zero.
-    fn or_with_bytes(&self, layers: &Layers, done: Result<()>, from: u64, to: u64) -> Result<()> {
+    pub(super) fn or_with_bytes(
+        &self,
+        layers: &Layers,
+        done: Result<()>,
+        from: u64,
+        to: u64,
+    ) -> Result<()> {
         match done {
             Err(e) if e.kind() == ErrorKind::Unsupported => self.write_zero_bytes(layers, from, to),
             other => other,
@@ -188,6 +199,7 @@ impl Chain {
     /// # Errors
     /// [`ErrorKind::Unsupported`] for a smaller size where the format cannot shrink.
     pub fn resize(&self, size: u64) -> Result<()> {
+        self.check_not_lost()?;
         let layers = self.layers.write().unwrap_or_else(|e| e.into_inner());
         let old = layers.head.image.size();
         if size < old {
@@ -221,7 +233,7 @@ impl Chain {
 }
 
 /// The largest range of whole units within `from..to`; the disk's end counts as a boundary.
-fn whole_units(unit: Unit, from: u64, to: u64, size: u64) -> Option<(u64, u64)> {
+pub(super) fn whole_units(unit: Unit, from: u64, to: u64, size: u64) -> Option<(u64, u64)> {
     let start = unit.ceil(from);
     let end = if to == size { to } else { unit.floor(to) };
     (start < end).then_some((start, end))
@@ -250,6 +262,7 @@ impl BlockDevice for Chain {
     fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
         let layers = self.layers();
         check_range(offset, total(bufs), layers.head.image.size())?;
+        self.check_not_lost()?;
         let _hold = layers.head.image.hold();
         self.write(&layers, offset, bufs).map_err(|e| e.at_path(&layers.head.path))
     }
@@ -258,6 +271,7 @@ impl BlockDevice for Chain {
         let layers = self.layers();
         let head = &layers.head.image;
         check_range(offset, len, head.size())?;
+        self.check_not_lost()?;
         let _hold = head.hold();
         let end = offset + len;
         let zero = || {
@@ -278,6 +292,7 @@ impl BlockDevice for Chain {
         let layers = self.layers();
         let head = &layers.head.image;
         check_range(offset, len, head.size())?;
+        self.check_not_lost()?;
         let _hold = head.hold();
         // With subclusters only whole clusters are given back: a part keeps its cluster anyway.
         let unit = if head.granularity().bits() == 0 { head.granularity() } else { head.cluster() };
@@ -289,8 +304,11 @@ impl BlockDevice for Chain {
     }
 
     fn flush(&self) -> Result<()> {
-        let layers = self.layers();
-        layers.head.image.flush().map_err(|e| e.at_path(&layers.head.path))
+        // No lock is kept: a sync may last, and a snapshot that is taken meanwhile is not to wait.
+        // What was written before this call is in this head, whatever is put on it.
+        let head = self.settled_head();
+        self.check_not_lost()?;
+        head.image.flush().map_err(|e| e.at_path(&head.path))
     }
 
     fn extents(&self, offset: u64, len: u64, limit: usize) -> Result<Vec<BlockExtent>> {

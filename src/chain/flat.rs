@@ -80,6 +80,16 @@ impl Flat {
         &self.layers
     }
 
+    /// An empty map over other layers that may take as much memory.
+    pub fn over(&self, layers: Vec<Layer>) -> Flat {
+        Flat::new(layers, (self.capacity * size_of::<Run>()) as u64)
+    }
+
+    /// Puts another image of the same file in a layer's place: the map stays right.
+    pub fn replace(&mut self, number: usize, layer: Layer) -> Option<Layer> {
+        self.layers.get_mut(number).map(|old| std::mem::replace(old, layer))
+    }
+
     /// The run that holds the byte at `at`, cut to begin there and to be at most `len` bytes.
     pub fn find(&self, at: GuestOffset, len: u64) -> Result<Run> {
         if self.layers.is_empty() {

@@ -116,16 +116,16 @@ fn look(member: &Member) -> Result<super::Layer> {
 }
 
 /// Bytes of data that two layers, one on the other, hold.
-struct Cost {
+pub(super) struct Cost {
     /// In the upper one.
-    upper: u64,
+    pub upper: u64,
     /// In the lower one, where the upper one says nothing.
-    only_lower: u64,
+    pub only_lower: u64,
     /// In both.
-    both: u64,
+    pub both: u64,
 }
 
-fn cost(upper: &dyn Image, lower: &dyn Image) -> Result<Cost> {
+pub(super) fn cost(upper: &dyn Image, lower: &dyn Image) -> Result<Cost> {
     let is_data = |m| matches!(m, Mapping::Data { .. } | Mapping::Compressed { .. });
     let mut cost = Cost { upper: 0, only_lower: 0, both: 0 };
     let (mut at, end) = (0, upper.size());
@@ -174,7 +174,7 @@ fn mark(layer: &Member, role: Role) -> Result<()> {
 }
 
 /// Copies into `child` what only `layer` holds.
-fn fold_up(child: &Member, layer: &Member, progress: &mut Progress<'_>) -> Result<()> {
+pub(super) fn fold_up(child: &Member, layer: &Member, progress: &mut Progress<'_>) -> Result<()> {
     let options = super::OpenOptions { same_contents: true, ..unprotected() };
     let chain = open(&child.path, &options)?;
     let below = chain.all_layers().get(1).cloned();

@@ -4,18 +4,21 @@
 
 mod adopt;
 mod clone;
+mod compact;
 mod compare;
 mod convert;
 mod create;
 mod data_file;
 mod descent;
 mod device;
+pub mod diff;
 mod flat;
 mod foreign;
 pub mod forest;
 mod gate;
 mod heal;
 mod inflight;
+pub mod live;
 pub mod merge;
 mod open;
 mod parent;
@@ -23,10 +26,12 @@ pub mod rebase;
 mod sealed;
 mod search;
 pub mod snapshot;
+mod swap;
 pub mod tree;
 mod witness;
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use crate::addr::GuestOffset;
@@ -35,6 +40,7 @@ use crate::image::{Image, Mapping};
 use crate::storage::FileStorage;
 
 pub use clone::{Base, unseal};
+pub use compact::Compacted;
 pub use compare::{Difference, compare};
 pub use convert::{Copying, Target, convert, copy_into};
 pub use create::{create, create_raw, create_with_data, ephemeral};
@@ -67,6 +73,11 @@ pub struct Chain {
     layers: RwLock<Layers>,
     inflight: InFlight,
     notes: Vec<String>,
+    /// Held for writing by a change of the tree until the head that it made is to be found on the
+    /// host. A flush, which waits for it, never calls durable what nobody would find.
+    settled: RwLock<()>,
+    /// Whether a change of the tree failed so that what is written now might not be found again.
+    lost: AtomicBool,
 }
 
 struct Layers {
@@ -99,6 +110,12 @@ impl Chain {
     /// changed and was accepted.
     pub fn notes(&self) -> &[String] {
         &self.notes
+        Chain {
+            layers: RwLock::new(layers),
+            inflight: InFlight::default(),
+            settled: RwLock::default(),
+            lost: AtomicBool::new(false),
+        }
     }
 
     fn layers(&self) -> RwLockReadGuard<'_, Layers> {

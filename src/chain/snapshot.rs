@@ -198,7 +198,7 @@ fn head_label(head: &Layer) -> Result<Label> {
     Ok(head.image.identity()?.label.unwrap_or_default())
 }
 
-fn check_new_name(path: &Path, name: &str) -> Result<()> {
+pub(super) fn check_new_name(path: &Path, name: &str) -> Result<()> {
     if name.is_empty() || name.len() > Label::MAX_NAME || name.chars().any(char::is_control) {
         let message = format!(
             "'{}' is no name for a snapshot: 1 to {} bytes, without control characters",
@@ -297,7 +297,7 @@ fn refuse_clones(member: &Member) -> Result<()> {
     Err(Error::new(ErrorKind::Sealed, message).at_path(&member.path))
 }
 
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |d| d.as_millis() as u64)
 }

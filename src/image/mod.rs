@@ -228,6 +228,16 @@ pub trait Image: Send + Sync {
     /// Returns when every change that completed before the call is durable.
     fn flush(&self) -> Result<()>;
 
+    /// Gives the host's space back that nothing refers to. Others may use the layer meanwhile.
+    fn give_back(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Cuts the file after the last byte in use. The caller keeps all others out.
+    fn shorten(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Changes the guest disk's size; new bytes read as zeroes, whatever a lower layer holds.
     fn resize(&self, size: u64) -> Result<()> {
         let _ = size;

@@ -484,6 +484,16 @@ impl image::Image for Image {
         self.release_freed()
     }
 
+    fn give_back(&self) -> Result<()> {
+        self.check_writable()?;
+        self.punch_free()
+    }
+
+    fn shorten(&self) -> Result<()> {
+        self.check_writable()?;
+        self.shorten_file()
+    }
+
     fn resize(&self, size: u64) -> Result<()> {
         self.check_resizable()?;
         // The caller zeroes the rest of the last cluster.

@@ -4,7 +4,7 @@
 //! first cluster; [`entry`] and [`tables`] map guest clusters; [`refcount`] gives out host
 //! clusters; [`write`](mod@write), [`compress`] and [`zero`] change the mapping; [`writeback`] brings changes to
 //! the file in the order that survives a crash; [`snapshot`] freezes and brings back
-//! whole disks, [`amend`] and [`shrink`] change what an image is; [`bitmap`] records writes; [`check`] proves an image right.
+//! whole disks, [`amend`] and [`shrink`] change what an image is; [`compact`] gives back what is free; [`bitmap`] records writes; [`check`] proves an image right.
 //!
 //! # Locks
 //! In this order, each held as briefly as memory work takes: `tracker`, `writeback`, `tables`, `refcounts`,
@@ -15,6 +15,7 @@ mod amend;
 mod bitmap;
 mod cache;
 mod check;
+mod compact;
 mod compress;
 mod create;
 mod crypt;

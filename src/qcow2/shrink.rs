@@ -58,7 +58,7 @@ impl Image {
     }
 
     /// Drops refcount blocks that count nothing, and cuts the file after the last cluster in use.
-    fn shorten_file(&self) -> Result<()> {
+    pub(super) fn shorten_file(&self) -> Result<()> {
         self.settle_changes()?;
         let blocks = lock(&self.refcounts).drop_empty_blocks()?;
         self.write_back()?;

@@ -75,7 +75,15 @@ impl Draft {
     }
 
     /// Gives the file the name of one that is there, which it replaces in one step, durably.
-    pub fn replace(mut self) -> Result<()> {
+    pub fn replace(self) -> Result<()> {
+        let target = self.target.clone();
+        self.take_name()?;
+        sync_directory(&target)
+    }
+
+    /// Gives the durable file the name of one that is there, which it replaces in one step. The
+    /// name is durable when the directory is synced. After a failure the old file has its name.
+    pub fn take_name(mut self) -> Result<()> {
         self.storage.sync()?;
         if self.hidden.is_none() {
             let name = hidden_name(&self.target);
@@ -86,7 +94,7 @@ impl Draft {
             rename(hidden, &self.target)?;
         }
         self.hidden = None;
-        sync_directory(&self.target)
+        Ok(())
     }
 
     fn link(&self, name: &Path) -> Result<()> {

@@ -26,6 +26,8 @@ pub struct FileStorage {
     file: File,
     path: PathBuf,
     device: bool,
+    /// The lock that is held on it.
+    access: Mutex<Option<Access>>,
     /// The stretch of data that was found last: to find its end, the host may have to walk all of
     /// it. What became a hole since is at worst taken for data.
     stretch: Mutex<Range<u64>>,
@@ -82,7 +84,14 @@ impl FileStorage {
         if let Some(access) = options.access {
             lock::acquire(&file, access).map_err(|e| e.at_path(path))?;
         }
-        Ok(FileStorage { file, path: path.to_path_buf(), device, stretch: Mutex::default() })
+        let access = Mutex::new(options.access);
+        Ok(FileStorage {
+            file,
+            path: path.to_path_buf(),
+            device,
+            access,
+            stretch: Mutex::default(),
+        })
     }
 
     /// Makes a file without a name in `dir`; it is gone when it is closed.
@@ -94,6 +103,22 @@ impl FileStorage {
             .open(dir)
             .map_err(|e| Error::io("a temporary file could not be made here", e).at_path(dir))?;
         FileStorage::from_file(file, dir, FileOptions { access: None, write: true })
+    }
+
+    /// Changes the lock that is held on the file, without a moment in which somebody could come
+    /// between. After a failure it is what it was.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] names the process that holds a conflicting lock.
+    pub fn relock(&self, access: Access) -> Result<()> {
+        let mut held = self.access.lock().unwrap_or_else(|e| e.into_inner());
+        let done = match *held {
+            Some(now) => lock::change(&self.file, now, access),
+            None => lock::acquire(&self.file, access),
+        };
+        done.map_err(|e| e.at_path(&self.path))?;
+        *held = Some(access);
+        Ok(())
     }
 
     /// The name it was opened by.

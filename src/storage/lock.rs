@@ -70,6 +70,25 @@ pub(super) fn acquire(file: &File, access: Access) -> Result<()> {
     }
 }
 
+/// Goes over from one access to another, without a moment in which a third could come between. After
+/// a failure the lock is what it was.
+///
+/// # Errors
+/// As [`acquire`].
+pub(super) fn change(file: &File, from: Access, to: Access) -> Result<()> {
+    let done = acquire(file, to);
+    let (keep, drop) = if done.is_ok() { (to, from) } else { (from, to) };
+    let release =
+        [(USED, drop.used() & !keep.used()), (UNSHARED, drop.unshared() & !keep.unshared())];
+    for (base, bits) in release {
+        for byte in bytes(base, bits) {
+            // What stays locked only keeps others out.
+            let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, byte)));
+        }
+    }
+    done
+}
+
 /// How long a conflict may last before it counts. A process that has just closed a file holds it
 /// for a moment longer where another of its threads is starting a program: between fork and exec
 /// the child has all open files.
@@ -214,5 +233,25 @@ mod tests {
         let (a, b) = (open(), open());
         acquire(&a, Access::Read).unwrap();
         acquire(&b, Access::Read).unwrap();
+    }
+
+    #[test]
+    fn a_lock_changes_to_what_others_suffer_and_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let open = || {
+            File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap()
+        };
+        let (a, b) = (open(), open());
+        acquire(&a, Access::Write).unwrap();
+        change(&a, Access::Write, Access::Read).unwrap();
+        acquire(&b, Access::Read).unwrap();
+        let refused = change(&a, Access::Read, Access::Write).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InUse);
+        // The failure has left nothing that would keep readers out.
+        acquire(&open(), Access::Read).unwrap();
+        drop(b);
+        change(&a, Access::Read, Access::Write).unwrap();
+        assert_eq!(acquire(&open(), Access::Read).unwrap_err().kind(), ErrorKind::InUse);
     }
 }

@@ -18,6 +18,8 @@ mod dice;
 mod family;
 mod hostile;
 mod internal;
+mod live;
+mod live_faults;
 mod model;
 mod processes;
 mod property;

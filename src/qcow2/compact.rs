@@ -1,0 +1,51 @@
+//! Giving back to the host what the file holds in free clusters.
+
+use super::image::{Image, lock, read};
+use crate::addr::HostOffset;
+use crate::error::Result;
+
+/// Clusters that are looked at under one lock: as many as keep writers waiting for a moment only.
+const BATCH: u64 = 1024;
+
+impl Image {
+    /// Punches holes where clusters are free and the host stores something. While a batch is looked
+    /// at, nobody can be given its clusters; whoever had them before is done with them, since only
+    /// then did they become free.
+    pub(super) fn punch_free(&self) -> Result<()> {
+        let cluster = self.shape.cluster;
+        let clusters = cluster.count(self.storage.len()?);
+        for first in (0..clusters).step_by(BATCH as usize) {
+            self.punch_batch(first, (first + BATCH).min(clusters))?;
+        }
+        Ok(())
+    }
+
+    fn punch_batch(&self, first: u64, end: u64) -> Result<()> {
+        let mut refcounts = lock(&self.refcounts);
+        let mut at = first;
+        while at < end {
+            if !refcounts.has_block(at) || refcounts.get(at)? != 0 {
+                at += 1;
+                continue;
+            }
+            let start = at;
+            while at < end && refcounts.has_block(at) && refcounts.get(at)? == 0 {
+                at += 1;
+            }
+            self.punch_if_stored(start, at)?;
+        }
+        Ok(())
+    }
+
+    /// Punches the clusters from `start` to `end`, which are free, if anything is stored there.
+    fn punch_if_stored(&self, start: u64, end: u64) -> Result<()> {
+        let bits = self.shape.cluster.bits();
+        let (from, len) = (start << bits, (end - start) << bits);
+        // Metadata that is not counted: the refcounts are wrong, and check says so.
+        if read(&self.territory).check(self.shape.cluster, HostOffset(from), len).is_err() {
+            return Ok(());
+        }
+        let stored = self.storage.next_data(from)?.is_some_and(|(data, _)| data < from + len);
+        if stored { self.storage.punch_hole(from, len) } else { Ok(()) }
+    }
+}

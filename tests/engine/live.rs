@@ -1,0 +1,329 @@
+//! Snapshots, merges, deletions, compactions and new sizes of a disk that threads write meanwhile:
+//! every snapshot shows what each thread had written at one moment, and the disk all of it.
+
+use std::collections::BTreeMap;
+use std::io::IoSlice;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use vdisk::ErrorKind;
+use vdisk::addr::Unit;
+use vdisk::block::BlockDevice;
+use vdisk::chain::live::Live;
+use vdisk::chain::tree::Family;
+use vdisk::chain::{self, Chain, OpenOptions, snapshot};
+use vdisk::qcow2::CreateOptions;
+
+use crate::dice::{Budget, Confess, Dice, seed};
+use crate::model::{first_difference, pattern, read};
+use crate::processes::{have_qemu, undisturbed};
+use crate::property::{check_layer, open_patiently};
+
+const THREADS: usize = 4;
+
+/// What a thread did to one of its stripes: what it held afterwards.
+struct Step {
+    stripe: usize,
+    bytes: Vec<u8>,
+}
+
+/// One thread's stripes of the disk, and all that it ever did to them.
+struct Worker {
+    stripes: Vec<(u64, Vec<u8>)>,
+    first: Vec<Vec<u8>>,
+    steps: Vec<Step>,
+    dice: Dice,
+}
+
+impl Worker {
+    fn step(&mut self, disk: &Chain) {
+        let number = self.dice.below(self.stripes.len() as u64) as usize;
+        let (at, bytes) = &mut self.stripes[number];
+        let len = bytes.len() as u64;
+        let from = self.dice.below(len);
+        let part = self.dice.below(len - from + 1);
+        let range = from as usize..(from + part) as usize;
+        match self.dice.below(16) {
+            0..9 => {
+                let data = pattern(*at + from, part, self.dice.next());
+                disk.write_at(*at + from, &[IoSlice::new(&data)]).unwrap();
+                bytes[range].copy_from_slice(&data);
+            }
+            9..11 => {
+                disk.write_zeroes(*at + from, part, self.dice.once_in(2)).unwrap();
+                bytes[range].fill(0);
+            }
+            11..13 => {
+                disk.discard(*at + from, part).unwrap();
+                let now = read(disk, *at + from, part).unwrap();
+                let fair = bytes[range.clone()].iter().zip(&now).all(|(a, b)| a == b || *b == 0);
+                assert!(fair, "a discard at {at} shows other bytes");
+                bytes[range].copy_from_slice(&now);
+            }
+            13 if self.dice.once_in(3) => disk.flush().unwrap(),
+            _ => {
+                let got = read(disk, *at, len).unwrap();
+                if let Some(i) = first_difference(&got, bytes) {
+                    panic!("byte {} reads {:#04x}, not {:#04x}", *at + i as u64, got[i], bytes[i]);
+                }
+            }
+        }
+        self.steps.push(Step { stripe: number, bytes: self.stripes[number].1.clone() });
+    }
+
+    /// Whether `disk` shows this thread's stripes as they were after some number of steps.
+    fn was_once(&self, disk: &Chain, between: (u64, u64)) -> bool {
+        let got: Vec<Vec<u8>> = self
+            .stripes
+            .iter()
+            .map(|(at, bytes)| read(disk, *at, bytes.len() as u64).unwrap())
+            .collect();
+        let mut state = self.first.clone();
+        let last = (between.1 + 1).min(self.steps.len() as u64);
+        for done in 0..=last {
+            if done > 0 {
+                let step = &self.steps[done as usize - 1];
+                state[step.stripe].clone_from(&step.bytes);
+            }
+            if done >= between.0 && state == got {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// When a snapshot was taken: for each thread how many steps it had done before and after.
+#[derive(Clone)]
+struct Moment {
+    between: Vec<(u64, u64)>,
+    size: u64,
+}
+
+struct Disk {
+    path: PathBuf,
+    live: Arc<Live>,
+    moments: BTreeMap<String, Moment>,
+    taken: u64,
+    longest: Duration,
+}
+
+impl Disk {
+    fn counts(counters: &[AtomicU64]) -> Vec<u64> {
+        counters.iter().map(|c| c.load(Ordering::SeqCst)).collect()
+    }
+
+    fn take(&mut self, counters: &[AtomicU64]) {
+        self.taken += 1;
+        let name = format!("live {}", self.taken);
+        let before = Disk::counts(counters);
+        let size = self.live.info().size;
+        self.longest = self.longest.max(self.live.snapshot(&name, "", None).unwrap());
+        let after = Disk::counts(counters);
+        self.moments
+            .insert(name, Moment { between: before.into_iter().zip(after).collect(), size });
+    }
+
+    fn some_name(&self, dice: &mut Dice) -> Option<String> {
+        let number = dice.below(self.moments.len().max(1) as u64) as usize;
+        self.moments.keys().nth(number).cloned()
+    }
+
+    fn merge(&mut self, name: &str, dice: &mut Dice) {
+        let stop_at = dice.once_in(3).then(|| dice.below(4));
+        let mut told = 0;
+        let done = self.live.merge(name, None, &mut |_, _| {
+            told += 1;
+            stop_at.is_none_or(|at| told <= at)
+        });
+        match done {
+            Ok(()) => drop(self.moments.remove(name)),
+            Err(e) if e.kind() == ErrorKind::Interrupted && stop_at.is_some() => {
+                // Downwards it is no restore point any more; upwards it stands.
+                let family = Family::of(&self.path).unwrap();
+                if family.snapshot(name).is_err() {
+                    self.live.merge(name, None, &mut |_, _| true).unwrap();
+                    self.moments.remove(name);
+                }
+            }
+            // Nothing stands on it.
+            Err(e) if e.kind() == ErrorKind::Invalid => {}
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    fn change(&mut self, dice: &mut Dice, counters: &[AtomicU64]) {
+        let name = self.some_name(dice);
+        match (dice.below(20), name) {
+            (0..7, _) | (_, None) => self.take(counters),
+            (7..13, Some(name)) => self.merge(&name, dice),
+            (13..15, Some(name)) => match self.live.delete(&name, false) {
+                Ok(()) => drop(self.moments.remove(&name)),
+                Err(e) => assert!(matches!(e.kind(), ErrorKind::InUse | ErrorKind::Sealed), "{e}"),
+            },
+            (15..17, _) => {
+                self.live.compact(&mut |_, _| true).unwrap();
+            }
+            (17, _) => {
+                let size = self.live.info().size;
+                self.live.resize(size + dice.below(70_000)).unwrap();
+                let smaller = self.live.resize(size - 1).unwrap_err();
+                assert_eq!(smaller.kind(), ErrorKind::InUse);
+            }
+            (_, Some(name)) => {
+                self.live.diff(&name, None).unwrap();
+                assert_eq!(self.live.revert(&name).kind(), ErrorKind::InUse);
+            }
+        }
+    }
+
+    fn check(&self, name: &str, workers: &[Worker]) {
+        let moment = &self.moments[name];
+        let disk = snapshot::open_at(&self.path, name, &OpenOptions::default()).unwrap();
+        assert_eq!(disk.size(), moment.size, "'{name}'");
+        for (worker, between) in workers.iter().zip(&moment.between) {
+            assert!(worker.was_once(&disk, *between), "'{name}' is no moment of the disk");
+        }
+    }
+}
+
+/// The files of a disk's frozen layers.
+fn frozen(path: &Path) -> Vec<PathBuf> {
+    let family = Family::read(path).unwrap();
+    family.into_iter().flat_map(|f| f.layers).map(|layer| layer.path).collect()
+}
+
+/// A disk with a few snapshots and branches, taken while it was idle; returns its contents.
+fn make(path: &Path, dice: &mut Dice, size: u64, bits: u32) -> (Vec<u8>, Vec<String>) {
+    let extended_l2 = bits >= 14 && dice.once_in(2);
+    let cluster = Unit::from_bits(bits);
+    let options = CreateOptions { cluster, extended_l2, ..CreateOptions::new(size) };
+    chain::create(path, &options).unwrap();
+    let mut model = crate::model::Model::new(size);
+    let mut names = Vec::new();
+    for number in 0..dice.below(4) {
+        let disk = open_patiently(path, &OpenOptions::writable()).unwrap();
+        for _ in 0..4 {
+            let op = crate::model::random_op(dice, size, 1 << bits);
+            model.apply(&disk, &op).unwrap();
+        }
+        drop(disk);
+        let name = format!("idle {number}");
+        snapshot::create(path, &name, "").unwrap();
+        if dice.once_in(3) {
+            let disk = open_patiently(path, &OpenOptions::writable()).unwrap();
+            let data = pattern(0, size / 2, dice.next());
+            disk.write_at(0, &[IoSlice::new(&data)]).unwrap();
+            drop(disk);
+            snapshot::revert(path, &name, Some(&format!("beside {number}"))).unwrap();
+        }
+        names.push(name);
+    }
+    (model.bytes, names)
+}
+
+fn workers(dice: &mut Dice, contents: &[u8], bits: u32) -> Vec<Worker> {
+    let size = contents.len() as u64;
+    // Stripes that are no whole clusters: neighbours meet in nearly every cluster.
+    let stripe = dice.pick(&[512, 1 << bits, (1 << bits) * 3 / 2, 7777]).min(size / 16);
+    let mut stripes: Vec<Vec<(u64, Vec<u8>)>> = vec![Vec::new(); THREADS];
+    for (number, at) in (0..size).step_by(stripe as usize).enumerate() {
+        let bytes = contents[at as usize..(at + stripe).min(size) as usize].to_vec();
+        stripes[number % THREADS].push((at, bytes));
+    }
+    stripes
+        .into_iter()
+        .map(|stripes| Worker {
+            first: stripes.iter().map(|(_, bytes)| bytes.clone()).collect(),
+            stripes,
+            steps: Vec::new(),
+            dice: Dice::new(dice.next()),
+        })
+        .collect()
+}
+
+fn round(dice: &mut Dice, with_qemu: bool) -> Duration {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    let bits = dice.pick(&[9, 12, 12, 14, 16]);
+    let size = (dice.below(32) + 24) << bits.max(11);
+    let (contents, _) = undisturbed(|| make(&path, dice, size, bits));
+    let mut workers = workers(dice, &contents, bits);
+    let cache = if dice.once_in(3) { 0 } else { 1 << 20 };
+    let open = OpenOptions { cache, ..OpenOptions::writable() };
+    let disk = Arc::new(open_patiently(&path, &open).unwrap());
+    let live = Arc::new(Live::new(disk.clone(), &path).unwrap());
+    let mut family = Disk {
+        path: path.clone(),
+        live,
+        moments: BTreeMap::new(),
+        taken: 0,
+        longest: Duration::ZERO,
+    };
+    let counters: Vec<AtomicU64> = (0..THREADS).map(|_| AtomicU64::new(0)).collect();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let running: Vec<_> = workers
+            .iter_mut()
+            .zip(&counters)
+            .map(|(worker, counter)| {
+                let (disk, done) = (&disk, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) && worker.steps.len() < 4000 {
+                        worker.step(disk);
+                        counter.fetch_add(1, Ordering::SeqCst);
+                    }
+                })
+            })
+            .collect();
+        let changes = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for _ in 0..12 + dice.below(20) {
+                undisturbed(|| family.change(dice, &counters));
+                for layer in frozen(&path) {
+                    check_layer(&layer, false).unwrap();
+                }
+            }
+        }));
+        done.store(true, Ordering::Relaxed);
+        let ends: Vec<_> = running.into_iter().map(|r| r.join()).collect();
+        assert!(changes.is_ok() && ends.iter().all(Result::is_ok), "bits {bits} cache {cache}");
+    });
+    let end = counters.iter().map(|c| (c.load(Ordering::SeqCst), c.load(Ordering::SeqCst)));
+    let end: Vec<_> = end.collect();
+    let head = |disk: &Chain| {
+        for (worker, between) in workers.iter().zip(&end) {
+            assert!(worker.was_once(disk, *between), "the disk is not what was written last");
+        }
+    };
+    head(&disk);
+    undisturbed(|| family.moments.keys().for_each(|name| family.check(name, &workers)));
+    let Disk { path, moments, longest, live, .. } = family;
+    drop((disk, live));
+    head(&open_patiently(&path, &OpenOptions::writable()).unwrap());
+    let disk = Arc::new(open_patiently(&path, &OpenOptions::writable()).unwrap());
+    let live = Arc::new(Live::new(disk, &path).unwrap());
+    let family = Disk { path: path.clone(), live, moments, taken: 0, longest };
+    undisturbed(|| family.moments.keys().for_each(|name| family.check(name, &workers)));
+    drop(family);
+    for entry in std::fs::read_dir(dir.path()).unwrap() {
+        check_layer(&entry.unwrap().path(), with_qemu).unwrap();
+    }
+    longest
+}
+
+#[test]
+fn a_disk_whose_tree_changes_under_its_writers_keeps_every_moment() {
+    let with_qemu = have_qemu();
+    let seed = seed();
+    let budget = Budget::new(10);
+    let (mut done, mut longest) = (0, Duration::ZERO);
+    while budget.goes_on(done) {
+        let seed = seed.wrapping_add(done);
+        let _confess = Confess(seed);
+        longest = longest.max(round(&mut Dice::new(seed), with_qemu));
+        done += 1;
+    }
+    eprintln!("{done} rounds, longest pause {longest:?}, VDISK_SEED={seed:#x}");
+}
