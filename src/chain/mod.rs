@@ -103,19 +103,19 @@ impl Chain {
     /// `memory` bounds the flattened map, in bytes. Opening by name is [`open`]'s work.
     pub fn new(head: Layer, lower: Vec<Layer>, memory: u64) -> Chain {
         let layers = Layers { head, lower: Flat::new(lower, memory) };
-        Chain { layers: RwLock::new(layers), inflight: InFlight::default(), notes: Vec::new() }
+        Chain {
+            layers: RwLock::new(layers),
+            inflight: InFlight::default(),
+            notes: Vec::new(),
+            settled: RwLock::default(),
+            lost: AtomicBool::new(false),
+        }
     }
 
     /// What the user should know of how it was opened: that a base was found elsewhere, or has
     /// changed and was accepted.
     pub fn notes(&self) -> &[String] {
         &self.notes
-        Chain {
-            layers: RwLock::new(layers),
-            inflight: InFlight::default(),
-            settled: RwLock::default(),
-            lost: AtomicBool::new(false),
-        }
     }
 
     fn layers(&self) -> RwLockReadGuard<'_, Layers> {

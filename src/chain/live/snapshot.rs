@@ -119,7 +119,7 @@ impl Live {
         let content = if vouches { label.content } else { Id::nil() };
         let delta = Label {
             disk: label.disk,
-            parent: Some(Parent { layer: label.layer, content }),
+            parent: Some(Parent { layer: label.layer, content, witness: None }),
             ..Label::new()
         };
         let file_name = frozen.file_name().unwrap_or_default().to_string_lossy().into_owned();
