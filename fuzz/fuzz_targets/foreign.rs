@@ -8,14 +8,14 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vdisk::addr::GuestOffset;
-use vdisk::formats::{vdi::Vdi, vhd::Vhd, vhdx::Vhdx, vmdk::Plan};
+use vdisk::formats::{vdi::Vdi, vhd::{SizeBy, Vhd}, vhdx::Vhdx, vmdk::Plan};
 use vdisk::image::{Image, Mapping};
 use vdisk::storage::{MemoryStorage, Storage};
 
 fuzz_target!(|bytes: &[u8]| {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new(bytes.to_vec()));
     let _ = Vdi::open(storage.clone()).map(|image| walk(&image));
-    let _ = Vhd::open(storage.clone()).map(|image| walk(&image));
+    let _ = Vhd::open(storage.clone(), SizeBy::Creator).map(|image| walk(&image));
     let _ = Vhdx::open(storage.clone()).map(|image| walk(&image));
     let Ok(plan) = Plan::read(storage.clone()) else { return };
     // Every file that a descriptor names is the image itself.

@@ -29,7 +29,7 @@ pub(super) fn open(
     }
     let image: Result<Arc<dyn Image>> = match format {
         Format::Vmdk => return open_vmdk(path, file, options),
-        Format::Vpc => vhd::Vhd::open(file).map(|image| Arc::new(image) as _),
+        Format::Vpc => vhd::Vhd::open(file, vhd::SizeBy::Creator).map(|image| Arc::new(image) as _),
         Format::Vhdx => vhdx::Vhdx::open(file).map(|image| Arc::new(image) as _),
         Format::Vdi => vdi::Vdi::open(file).map(|image| Arc::new(image) as _),
         Format::Qcow2 | Format::Raw => {

@@ -41,6 +41,10 @@ impl image::Image for Image {
         Unit::from_bits(16)
     }
 
+    fn block_size(&self) -> Option<u64> {
+        None
+    }
+
     fn granularity(&self) -> Unit {
         Unit::from_bits(0)
     }

@@ -108,6 +108,12 @@ pub trait Image: Send + Sync {
     /// The unit of allocation; concurrent writers of one cluster must be serialised by the caller.
     fn cluster(&self) -> Unit;
 
+    /// Bytes of the disk that the format gives a place in the file at once; `None` where all of it
+    /// has one from the beginning.
+    fn block_size(&self) -> Option<u64> {
+        Some(self.cluster().bytes())
+    }
+
     /// The unit of copy-on-write: a subcluster where the format has them, else the cluster.
     fn granularity(&self) -> Unit {
         self.cluster()

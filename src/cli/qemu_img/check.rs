@@ -6,7 +6,8 @@ use serde_json::{Map, Value, json};
 use vdisk::image::{Check, Repair};
 use vdisk::qcow2::Image;
 
-use super::args::{self, value};
+use super::args::{self, Given, value};
+use super::check_foreign;
 use super::fail::{Fail, Outcome, reason};
 use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET, SHARED};
 use super::json;
@@ -36,6 +37,13 @@ pub fn run(args: &[String]) -> Outcome {
         }
     };
     let source = given.source(given.only_name()?)?;
+    let quiet = given.has("q") || output == Output::Json;
+    if let Some((format, check)) = check_foreign::check(&source, repair, given.has("U"))? {
+        if check.corruptions_fixed > 0 && !quiet {
+            print!("{}", repaired(&check));
+        }
+        return Ok(tell(&check, &given, format, output));
+    }
     let using = Use {
         write: repair != Repair::None,
         shared: given.has("U"),
@@ -46,22 +54,27 @@ pub fn run(args: &[String]) -> Outcome {
     let Some(image) = &opened.qcow2 else {
         return Err(Fail::new("This image format does not support checks").with_code(NO_CHECK));
     };
-    let quiet = given.has("q") || output == Output::Json;
     // What is printed follows what is said on stderr meanwhile.
     let mut said = String::new();
     let check = check(image, repair, quiet, &mut said)?;
     print!("{said}");
+    Ok(tell(&check, &given, "qcow2", output))
+}
+
+/// Reports, and says the exit status.
+fn tell(check: &Check, given: &Given, format: &str, output: Output) -> u8 {
+    let name = given.names.first().map_or("", String::as_str);
     match output {
-        Output::Json => println!("{}", json::pretty(&to_json(&check, &source.given))),
+        Output::Json => println!("{}", json::pretty(&to_json(check, name, format))),
         Output::Human if given.has("q") => {}
-        Output::Human => print!("{}", text(&check)),
+        Output::Human => print!("{}", text(check)),
     }
-    Ok(match check {
+    match check {
         Check { errors: 1.., .. } => 1,
         Check { corruptions: 1.., .. } => CORRUPT,
         Check { leaks: 1.., .. } => LEAKS,
         _ => 0,
-    })
+    }
 }
 
 /// Checks, mends, and checks again what was mended.
@@ -84,16 +97,20 @@ fn check(image: &Image, repair: Repair, quiet: bool, said: &mut String) -> Outco
         return Ok(first);
     }
     if !quiet {
-        let _ = write!(
-            said,
-            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} \
-             corruptions\n\nDouble checking the fixed image now...\n",
-            first.leaks_fixed, first.corruptions_fixed
-        );
+        said.push_str(&repaired(&first));
     }
     let second = once(Repair::None)?;
     let Check { leaks_fixed, corruptions_fixed, .. } = first;
     Ok(Check { leaks_fixed, corruptions_fixed, ..second })
+}
+
+/// What is said after a repair.
+fn repaired(check: &Check) -> String {
+    format!(
+        "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} \
+         corruptions\n\nDouble checking the fixed image now...\n",
+        check.leaks_fixed, check.corruptions_fixed
+    )
 }
 
 fn text(check: &Check) -> String {
@@ -138,10 +155,10 @@ fn text(check: &Check) -> String {
     out
 }
 
-fn to_json(check: &Check, name: &str) -> Value {
+fn to_json(check: &Check, name: &str, format: &str) -> Value {
     let mut map = Map::new();
     map.insert("filename".to_owned(), json!(name));
-    map.insert("format".to_owned(), json!("qcow2"));
+    map.insert("format".to_owned(), json!(format));
     map.insert("check-errors".to_owned(), json!(check.errors));
     let counts = [
         ("image-end-offset", check.image_end_offset),

@@ -9,6 +9,7 @@ use vdisk::storage::{FileOptions, FileStorage, Storage};
 use vdisk::{Error, ErrorKind};
 
 use super::args::{self, Given, flag, value};
+use super::create_foreign;
 use super::create_options::{self as options, Chosen};
 use super::fail::{Fail, Outcome, os_text, reason};
 use super::format::{FORMAT, OBJECT, QUIET};
@@ -189,15 +190,21 @@ pub fn make(path: &Path, format: &str, chosen: &Chosen, aes: bool) -> Outcome<()
         .checked_next_multiple_of(SECTOR)
         .filter(|s| *s <= i64::MAX as u64)
         .ok_or_else(|| Fail::new("Image size is too large"))?;
+    let of_file = if format == "qcow2" { Preallocation::Off } else { file_preallocation(chosen)? };
     let file = Arc::new(emptied(path)?);
+    if of_file == Preallocation::Metadata {
+        return Err(Fail::new("Unsupported preallocation mode: metadata"));
+    }
     let made = match format {
         "qcow2" => options::qcow2(chosen, size)
             .and_then(|o| with_data_file(o, chosen))
             .and_then(|o| make_qcow2(file.clone(), &o, aes)),
-        _ => make_raw(&file, size, chosen),
+        "vdi" => create_foreign::vdi(&file, size, chosen),
+        "vpc" => create_foreign::vpc(&file, size, chosen),
+        _ => make_raw(&file, size, of_file),
     };
     made.inspect_err(|_| {
-        if path.is_file() {
+        if format == "qcow2" && path.is_file() {
             // What stands there is no image; the failure that is reported is the first one.
             let _ = std::fs::remove_file(path);
         }
@@ -245,13 +252,26 @@ fn make_qcow2(file: Arc<FileStorage>, options: &CreateOptions, aes: bool) -> Out
     made.map_err(|e| Fail::new(reason(&e)))
 }
 
-fn make_raw(file: &FileStorage, size: u64, chosen: &Chosen) -> Outcome<()> {
-    let how = options::preallocation(chosen.text("preallocation"))?;
+/// The mode in which the file below a format is made.
+fn file_preallocation(chosen: &Chosen) -> Outcome<Preallocation> {
+    let text = chosen.text("preallocation");
+    options::preallocation(text)
+        .map_err(|_| Fail::new(format!("invalid parameter value: {}", text.unwrap_or_default())))
+}
+
+fn make_raw(file: &FileStorage, size: u64, how: Preallocation) -> Outcome<()> {
     let made = file.set_len(size).and_then(|()| match how {
-        Preallocation::Off => Ok(()),
+        Preallocation::Off | Preallocation::Metadata => raw_beginning(file, size),
         Preallocation::Falloc => file.write_zeroes(0, size),
         Preallocation::Full => file.write_zero_bytes(0, size).and_then(|()| file.sync()),
-        Preallocation::Metadata => Err(Error::invalid("Unsupported preallocation mode 'metadata'")),
     });
     made.map_err(|e| Fail::new(reason(&e)))
+}
+
+/// Writes the first block of a new raw file of `size` bytes: what asks a file for the alignment that
+/// its host wants cannot tell it from a hole.
+pub fn raw_beginning(file: &FileStorage, size: u64) -> vdisk::Result<()> {
+    const BLOCK: u64 = 4096;
+    let len = if size < BLOCK { SECTOR } else { BLOCK };
+    if size == 0 { Ok(()) } else { file.write_zero_bytes(0, len) }
 }

@@ -7,6 +7,7 @@ use vdisk::addr::Unit;
 use vdisk::image::Backing;
 use vdisk::qcow2::{Compression, CreateOptions, Preallocation};
 
+use super::create_foreign;
 use super::fail::{Fail, Outcome};
 use super::opts::{List, escaped};
 use super::size::{self, Bad};
@@ -30,11 +31,11 @@ pub struct Known {
     pub default: Option<&'static str>,
 }
 
-const fn known(name: &'static str, kind: Kind, help: &'static str) -> Known {
+pub const fn known(name: &'static str, kind: Kind, help: &'static str) -> Known {
     Known { name, kind, help, default: None }
 }
 
-const fn with_default(
+pub const fn with_default(
     name: &'static str,
     kind: Kind,
     help: &'static str,
@@ -43,7 +44,7 @@ const fn with_default(
     Known { name, kind, help, default: Some(value) }
 }
 
-const SIZE: Known = known("size", Kind::Size, "Virtual disk size");
+pub const SIZE: Known = known("size", Kind::Size, "Virtual disk size");
 
 /// In the order in which the values are listed.
 const QCOW2: &[Known] = &[
@@ -119,10 +120,8 @@ const NOT_MADE: &[&str] = &[
     "parallels",
     "qcow",
     "qed",
-    "vdi",
     "vhdx",
     "vmdk",
-    "vpc",
     "vvfat",
 ];
 
@@ -134,6 +133,8 @@ pub fn of_format(format: &str) -> Outcome<&'static [Known]> {
     match format {
         "qcow2" => Ok(QCOW2),
         "raw" => Ok(RAW),
+        "vdi" => Ok(create_foreign::VDI),
+        "vpc" => Ok(create_foreign::VPC),
         other if NOT_MADE.contains(&other) => {
             Err(Fail::new(format!("Format driver '{other}' does not support image creation")))
         }

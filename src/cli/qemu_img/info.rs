@@ -103,14 +103,12 @@ impl Info {
         let allocated = if plain { Some(file.allocated().map_err(failed)?) } else { None };
         let header = opened.qcow2.as_ref().map(|q| q.header());
         let snapshots = opened.qcow2.as_ref().map(|q| q.snapshots()).transpose().map_err(failed)?;
-        let is_foreign = !matches!(layer.format.name(), "qcow2" | "raw");
-        let unit = layer.image.cluster().bytes();
         Ok(Info {
             shown: opened.shown.clone(),
             format: layer.format.name(),
             size: layer.image.size(),
             allocated,
-            cluster: (header.is_some() || is_foreign).then_some(unit),
+            cluster: layer.image.block_size(),
             encrypted: header.as_ref().is_some_and(|h| h.crypt_method != 0),
             dirty: header.as_ref().is_some_and(qcow2::Header::is_dirty),
             backing: layer.image.backing(),

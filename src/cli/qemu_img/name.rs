@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use vdisk::formats::vhd::SizeBy;
+
 use super::fail::{Fail, Outcome};
 use super::opts::List;
 
@@ -61,6 +63,8 @@ pub struct Source {
     pub format: Option<String>,
     /// What stands below it.
     pub below: Below,
+    /// Which of its recorded sizes a VHD image has.
+    pub vhd_size: SizeBy,
     /// First byte and length of a raw image inside its file.
     pub window: (u64, Option<u64>),
     /// Faults of the image itself.
@@ -111,7 +115,8 @@ impl Source {
                 protocol: protocol(text)?,
                 format: format.map(str::to_owned),
                 below: Below::Recorded,
-                window: (0, None),
+                vhd_size: SizeBy::Creator,
+            window: (0, None),
                 above: None,
                 rest: List::default(),
             }
@@ -222,6 +227,7 @@ impl Tree {
             protocol: Protocol::Null(0),
             format: driver.clone(),
             below: Below::Recorded,
+            vhd_size: SizeBy::Creator,
             window: (0, None),
             above: None,
             rest: all,
@@ -264,6 +270,7 @@ impl Tree {
             file.protocol()?
         };
         source.below = self.backing(text)?;
+        source.vhd_size = self.vhd_size()?;
         source.window = (self.number("offset")?.unwrap_or(0), self.number("size")?);
         Ok(source)
     }
@@ -277,6 +284,15 @@ impl Tree {
             Some(_) => Below::Nothing,
             None => Below::Recorded,
         })
+    }
+
+    fn vhd_size(&mut self) -> Outcome<SizeBy> {
+        match self.take("force_size_calc").as_deref() {
+            None => Ok(SizeBy::Creator),
+            Some("chs") => Ok(SizeBy::Geometry),
+            Some("current_size") => Ok(SizeBy::Recorded),
+            Some(mode) => Err(Fail::new(format!("Invalid size calculation mode: '{mode}'"))),
+        }
     }
 
     fn number(&mut self, key: &str) -> Outcome<Option<u64>> {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vdisk::chain::{self, Chain, Descent, Format, Layer, OpenOptions};
-use vdisk::formats::raw;
+use vdisk::formats::{raw, vhd};
 use vdisk::image::Image;
 use vdisk::qcow2::{self, Preallocation};
 use vdisk::storage::{Access, FileOptions, FileStorage, Storage};
@@ -184,6 +184,9 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
             let image = raw::Image::open(Arc::new(window), !using.write).map_err(failed)?;
             (Arc::new(image), None)
         }
+        Format::Vpc if !using.write => {
+            (Arc::new(vhd::Vhd::open(storage, source.vhd_size).map_err(failed)?), None)
+        }
         _ => {
             let options = OpenOptions { format: Some(format), ..using.options() };
             let layer = chain::open_file(&path, file.clone(), &options).map_err(failed)?;
@@ -234,6 +237,21 @@ fn warn_of_guess(source: &Source) {
          be restricted.\n         Specify the 'raw' format explicitly to remove the restrictions.",
         source.given
     );
+}
+
+/// The bytes of the image's file.
+pub fn bytes(source: &Source, using: Use) -> Outcome<Arc<dyn Storage>> {
+    let opened = storage(&source.protocol, using);
+    let (storage, _) =
+        opened.map_err(|e| e.prefix(format!("Could not open '{}': ", source.given)))?;
+    Ok(storage)
+}
+
+/// The format that the image's first bytes show.
+pub fn probe(source: &Source, using: Use) -> Outcome<Format> {
+    let bytes = bytes(source, using)?;
+    chain::probe(&*bytes)
+        .map_err(|e| Fail::new(format!("Could not open '{}': {}", source.given, reason(&e))))
 }
 
 /// The bytes of a source, and the file at the bottom of it.

@@ -1,7 +1,7 @@
 //! Which layer of a chain holds a stretch of the disk, and how: block status in QEMU's terms.
 
 use vdisk::addr::GuestOffset;
-use vdisk::chain::Layer;
+use vdisk::chain::{Format, Layer};
 use vdisk::image::Mapping;
 
 use super::fail::{Fail, Outcome, reason};
@@ -44,6 +44,8 @@ pub fn at(layers: &[Layer], at: u64, len: u64) -> Outcome<Status> {
         len = extent.len;
         let mut status = Status { allocated: true, ..nothing(len, depth) };
         match extent.mapping {
+            // Formats that know no backing file say of everything what it is.
+            Mapping::Unallocated if alone(layer) => {}
             Mapping::Unallocated => continue,
             Mapping::Data { host, .. } => {
                 (status.data, status.zero, status.host) = (true, false, Some(host.0));
@@ -60,4 +62,8 @@ pub fn at(layers: &[Layer], at: u64, len: u64) -> Outcome<Status> {
 
 fn nothing(len: u64, depth: usize) -> Status {
     Status { len, data: false, zero: true, compressed: false, allocated: false, host: None, depth }
+}
+
+fn alone(layer: &Layer) -> bool {
+    matches!(layer.format, Format::Vpc | Format::Vdi) && layer.image.backing().is_none()
 }

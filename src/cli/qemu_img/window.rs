@@ -68,9 +68,11 @@ impl Storage for Window {
 
     fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
         let found = self.inner.next_data(self.offset + offset)?;
-        let len = self.len()?;
+        let (len, whole) = (self.len()?, self.inner.len()?);
         let inside = |at: u64| at.saturating_sub(self.offset).min(len);
-        Ok(found.map(|(a, b)| (inside(a), inside(b))).filter(|(a, _)| *a < len))
+        // Data that reach the end fill the last sector.
+        let end = |at: u64| inside(if at == whole { at.next_multiple_of(SECTOR) } else { at });
+        Ok(found.map(|(a, b)| (inside(a), end(b))).filter(|(a, _)| *a < len))
     }
 
     fn allocated(&self) -> Result<u64> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::probe;
 use super::vdi::Vdi;
-use super::vhd::Vhd;
+use super::vhd::{SizeBy, Vhd};
 use super::vhdx::Vhdx;
 use super::vmdk::Plan;
 use crate::addr::GuestOffset;
@@ -69,7 +69,7 @@ fn open(format: &str, bytes: Vec<u8>, files: &[Arc<dyn Storage>]) -> Result<Box<
     let storage = storage(bytes);
     Ok(match format {
         "vdi" => Box::new(Vdi::open(storage)?),
-        "vpc" => Box::new(Vhd::open(storage)?),
+        "vpc" => Box::new(Vhd::open(storage, SizeBy::Creator)?),
         "vhdx" => Box::new(Vhdx::open(storage)?),
         "vmdk" => Box::new(Plan::read(storage)?.open(files)?),
         other => unreachable!("{other}"),

@@ -15,9 +15,11 @@ pub const HEADER: u64 = 1024;
 /// The unit of the block allocation table and of the bitmaps.
 pub const SECTOR: Unit = Unit::from_bits(9);
 /// 2040 GiB in sectors: the largest disk that the format's users make.
-const MAX_SECTORS: u64 = 0xff00_0000;
+pub const MAX_SECTORS: u64 = 0xff00_0000;
 /// The largest geometry. It says nothing about the size of the disk.
-const MAX_GEOMETRY: u64 = 65535 * 16 * 255;
+pub const MAX_GEOMETRY: u64 = 65535 * 16 * 255;
+/// More entries than a table's 32 bits of bytes have room for.
+const MAX_ENTRIES: u32 = i32::MAX as u32 / 4;
 /// A longer parent name is damage, not a path.
 const MAX_NAME: u32 = 64 * 1024;
 
@@ -30,6 +32,18 @@ pub enum Kind {
     Dynamic,
     /// Blocks and, per sector, whether this file or its parent holds it.
     Differencing,
+}
+
+/// Which of the sizes in a footer the guest's disk has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SizeBy {
+    /// The one that the program counts which made the image.
+    #[default]
+    Creator,
+    /// That of the geometry.
+    Geometry,
+    /// The recorded one.
+    Recorded,
 }
 
 /// The hard disk footer.
@@ -47,7 +61,7 @@ pub struct Footer {
 
 impl Footer {
     /// Parses the footer that stood at file offset `base`.
-    pub fn parse(bytes: &[u8], base: u64) -> Result<Footer> {
+    pub fn parse(bytes: &[u8], base: u64, by: SizeBy) -> Result<Footer> {
         let fields = Fields::new(bytes, base);
         if fields.bytes(0, 8)? != b"conectix" {
             return Err(Error::corrupt("not a VHD image: there is no footer").at_offset(base));
@@ -67,7 +81,7 @@ impl Footer {
                 );
             }
         };
-        let size = size(&fields)?;
+        let size = size(&fields, by)?;
         Ok(Footer { kind, size, header: fields.be64(16)?, id: fields.array(68)? })
     }
 }
@@ -75,14 +89,16 @@ impl Footer {
 /// The guest's size in bytes. Virtual PC and older QEMU show a guest the geometry, and the size
 /// they record is larger; Hyper-V and all later programs mean the size they record. The largest
 /// geometry stands for any larger disk.
-fn size(fields: &Fields<'_>) -> Result<u64> {
+fn size(fields: &Fields<'_>, by: SizeBy) -> Result<u64> {
     let [_, _, heads, sectors] = fields.array(56)?;
     let geometry = u64::from(fields.be16(56)?) * u64::from(heads) * u64::from(sectors);
     let creator: [u8; 4] = fields.array(28)?;
     let recorded = match &creator {
+        _ if by == SizeBy::Recorded || geometry == MAX_GEOMETRY => true,
+        _ if by == SizeBy::Geometry => false,
         b"win " | b"qem2" | b"d2v " | b"tap\0" | b"CTXS" => true,
         [b'w', b'a', 0, 0] => true,
-        _ => geometry == MAX_GEOMETRY,
+        _ => false,
     };
     let total = if recorded { SECTOR.index(fields.be64(48)?) } else { geometry };
     if total > MAX_SECTORS {
@@ -125,19 +141,25 @@ impl Header {
     /// Reads the header that `footer` points to, and what it says about a parent.
     pub fn read(storage: &Arc<dyn Storage>, footer: &Footer) -> Result<Header> {
         let base = footer.header;
-        let bytes = fields::read(storage, base, HEADER, "the dynamic disk header")?;
+        // A file may end within it, as long as what is left out is zero.
+        let have = storage.len()?.saturating_sub(base).min(HEADER);
+        let mut bytes = fields::read(storage, base, have, "the dynamic disk header")?;
+        bytes.resize(HEADER as usize, 0);
         let fields = Fields::new(&bytes, base);
         if fields.bytes(0, 8)? != b"cxsparse" {
             return Err(Error::corrupt("there is no dynamic disk header here").at_offset(base));
         }
-        check_sum(&fields, HEADER as usize, 36, base)?;
-        let block = Unit::from_bytes(fields.be32(32)?.into())
+        let bytes = fields.be32(32)?;
+        let block = Unit::from_bytes(bytes.into())
             .filter(|block| block.bytes() >= SECTOR.bytes())
             .ok_or_else(|| {
-                Error::corrupt("the block size is not a power of two of at least a sector")
-                    .at_offset(base + 32)
+                Error::corrupt(format!("Invalid block size {bytes}")).at_offset(base + 32)
             })?;
         let entries = fields.be32(28)?;
+        if entries > MAX_ENTRIES {
+            return Err(Error::corrupt(format!("Max Table Entries too large ({entries})"))
+                .at_offset(base + 28));
+        }
         if block.count(footer.size) > entries.into() {
             return Err(Error::corrupt(format!(
                 "{entries} blocks of {} bytes cannot hold a disk of {} bytes",
@@ -146,6 +168,7 @@ impl Header {
             ))
             .at_offset(base + 28));
         }
+        check_sum(&fields, HEADER as usize, 36, base)?;
         let table = fields.be64(16)?;
         let needed = block.count(footer.size) * 4;
         fields::within(table, needed, storage.len()?, "the block allocation table")?;
@@ -219,7 +242,7 @@ mod tests {
     #[test]
     fn the_creator_decides_which_size_counts() {
         let size = |creator, chs, recorded| {
-            Footer::parse(&footer(creator, chs, recorded), 0).map(|f| f.size / 512)
+            Footer::parse(&footer(creator, chs, recorded), 0, SizeBy::Creator).map(|f| f.size / 512)
         };
         assert_eq!(size(b"vpc ", [0, 10, 4, 17], 1 << 20).unwrap(), 680);
         assert_eq!(size(b"qemu", [0, 10, 4, 17], 1 << 20).unwrap(), 680);
@@ -228,13 +251,18 @@ mod tests {
         assert_eq!(size(b"wa\0\0", [0, 10, 4, 17], 1 << 20).unwrap(), 2048);
         assert_eq!(size(b"vpc ", [255, 255, 16, 255], 1 << 40).unwrap(), 1 << 31);
         assert!(size(b"win ", [0; 4], 1 << 50).is_err());
+        let forced = |creator, by| {
+            Footer::parse(&footer(creator, [0, 10, 4, 17], 1 << 20), 0, by).map(|f| f.size / 512)
+        };
+        assert_eq!(forced(b"vpc ", SizeBy::Recorded).unwrap(), 2048);
+        assert_eq!(forced(b"win ", SizeBy::Geometry).unwrap(), 680);
     }
 
     #[test]
     fn a_changed_footer_is_noticed() {
         let mut bytes = footer(b"win ", [0; 4], 512);
         bytes[100] ^= 1;
-        assert_eq!(Footer::parse(&bytes, 512).unwrap_err().offset(), Some(512 + 64));
-        assert!(Footer::parse(&bytes[..100], 0).is_err());
+        assert_eq!(Footer::parse(&bytes, 512, SizeBy::Creator).unwrap_err().offset(), Some(512 + 64));
+        assert!(Footer::parse(&bytes[..100], 0, SizeBy::Creator).is_err());
     }
 }

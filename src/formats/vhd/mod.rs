@@ -16,7 +16,11 @@ use crate::error::{Error, Result};
 use crate::image::{Backing, Extent, Image, Mapping};
 use crate::storage::Storage;
 
+mod create;
 mod footer;
+
+pub use create::{CreateOptions, create};
+pub use footer::SizeBy;
 
 /// An entry of the block allocation table for a block without data.
 const FREE: u32 = u32::MAX;
@@ -32,9 +36,9 @@ pub struct Vhd {
 
 impl Vhd {
     /// Reads and checks the footer and, if the disk is not fixed, the header. The tables are read
-    /// as they are needed.
-    pub fn open(storage: Arc<dyn Storage>) -> Result<Vhd> {
-        let footer = find_footer(&storage)?;
+    /// as they are needed. `size` says which of two sizes the disk has.
+    pub fn open(storage: Arc<dyn Storage>, size: SizeBy) -> Result<Vhd> {
+        let footer = find_footer(&storage, size)?;
         let file = storage.len()?;
         let header = match footer.kind {
             Kind::Fixed if footer.size > file - FOOTER => {
@@ -85,16 +89,16 @@ impl Vhd {
 ///
 /// The end decides: no guest can write there, while the first sector of a fixed disk is the
 /// guest's, who could put the header of a differencing disk there and name any file as its parent.
-fn find_footer(storage: &Arc<dyn Storage>) -> Result<Footer> {
+fn find_footer(storage: &Arc<dyn Storage>, size: SizeBy) -> Result<Footer> {
     let file = storage.len()?;
     let at = file.saturating_sub(FOOTER);
     let tail = fields::read(storage, at, FOOTER, "the VHD footer")?;
-    let last = Footer::parse(&tail, at);
+    let last = Footer::parse(&tail, at, size);
     if last.is_ok() {
         return last;
     }
     let head = fields::read(storage, 0, FOOTER, "the VHD header")?;
-    match Footer::parse(&head, 0) {
+    match Footer::parse(&head, 0, size) {
         Ok(footer) if footer.kind != Kind::Fixed => Ok(footer),
         _ => last,
     }
@@ -111,6 +115,10 @@ impl Image for Vhd {
 
     fn cluster(&self) -> Unit {
         runs::CLUSTER
+    }
+
+    fn block_size(&self) -> Option<u64> {
+        self.header.as_ref().map(|header| header.block.bytes())
     }
 
     fn backing(&self) -> Option<Backing> {

@@ -58,6 +58,35 @@ impl Header {
         Ok(header)
     }
 
+    /// Takes the log out of force, in both headers, one after the other.
+    pub(super) fn drop_log(storage: &Arc<dyn Storage>) -> Result<()> {
+        let [first, second] = HEADERS.map(|at| Header::read_one(storage, at));
+        // The one in force is written last: the other takes over before that.
+        let sequence = |h: &Result<Header>| h.as_ref().map_or(0, |h| h.sequence);
+        let (newest, order) = if second.is_ok() && sequence(&second) > sequence(&first) {
+            (1, [0, 1])
+        } else {
+            (0, [1, 0])
+        };
+        let mut bytes = fields::read(storage, HEADERS[newest], HEADER, "a VHDX header")?;
+        let mut number = sequence(&first).max(sequence(&second));
+        let mut put = |at: usize, what: &[u8]| bytes[at..at + what.len()].copy_from_slice(what);
+        put(16, uuid::Uuid::new_v4().as_bytes());
+        put(48, &[0; 16]);
+        for place in order {
+            number = number.checked_add(1).ok_or_else(|| {
+                Error::corrupt("the header's sequence number is at its end")
+                    .at_offset(HEADERS[newest])
+            })?;
+            bytes[8..16].copy_from_slice(&number.to_le_bytes());
+            let sum = sum(&bytes).to_le_bytes();
+            bytes[4..8].copy_from_slice(&sum);
+            storage.write_all_at(HEADERS[place], &bytes)?;
+            storage.sync()?;
+        }
+        Ok(())
+    }
+
     fn read_one(storage: &Arc<dyn Storage>, at: u64) -> Result<Header> {
         let bytes = fields::read(storage, at, HEADER, "a VHDX header")?;
         check_sum(&bytes, b"head", at)?;
@@ -85,13 +114,17 @@ pub(super) fn check_sum(bytes: &[u8], signature: &[u8; 4], at: u64) -> Result<()
         let name = String::from_utf8_lossy(signature);
         return Err(Error::corrupt(format!("the signature '{name}' is missing")).at_offset(at));
     }
-    let crc = crc32c::crc32c(fields.bytes(0, 4)?);
-    let crc = crc32c::crc32c_append(crc, &[0; 4]);
-    let crc = crc32c::crc32c_append(crc, bytes.get(8..).unwrap_or_default());
-    if crc == fields.le32(4)? {
+    if sum(bytes) == fields.le32(4)? {
         return Ok(());
     }
     Err(Error::corrupt("the VHDX structure's checksum is wrong").at_offset(at + 4))
+}
+
+/// The CRC-32C of a structure, whose own four bytes count as zeroes.
+fn sum(bytes: &[u8]) -> u32 {
+    let crc = crc32c::crc32c(bytes.get(..4).unwrap_or_default());
+    let crc = crc32c::crc32c_append(crc, &[0; 4]);
+    crc32c::crc32c_append(crc, bytes.get(8..).unwrap_or_default())
 }
 
 /// A stretch of the file: offset and length in bytes.

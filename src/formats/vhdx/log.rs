@@ -24,33 +24,35 @@ pub(super) fn replay(storage: Arc<dyn Storage>, header: &Header) -> Result<Arc<d
     if header.log_id == Guid(0) {
         return Ok(storage);
     }
-    let (base, len) = header.log;
-    if len > MAX_LOG {
-        return Err(Error::unsupported(format!("a log of {len} bytes")).at_offset(base));
-    }
-    let bytes = fields::read(&storage, base, len, "the log")?;
-    let mut log = Log { bytes, base, id: header.log_id, checked: 0, known: HashMap::new() };
-    let sequence = log.active()?;
-    let file = storage.len()?;
+    let (log, sequence) = Log::read(&storage, header)?;
     let mut overlay = Overlay::new(storage)?;
     for entry in &sequence {
         log.apply(entry, &mut overlay)?;
     }
     if let Some(head) = sequence.last() {
-        if file < head.flushed {
-            return Err(Error::corrupt(format!(
-                "the file was cut off: {file} bytes, and its log vouches for {}",
-                head.flushed
-            ))
-            .at_offset(base + head.at));
-        }
-        if head.last > i64::MAX as u64 {
-            return Err(Error::corrupt("the log gives the file an impossible length")
-                .at_offset(base + head.at));
-        }
         overlay.extend(head.last);
     }
     Ok(Arc::new(overlay))
+}
+
+/// Gives the log effect in the file itself. The log stays in force: what is written here is written
+/// again where this ends too early.
+pub(super) fn write(storage: &Arc<dyn Storage>, header: &Header) -> Result<()> {
+    let (log, sequence) = Log::read(storage, header)?;
+    for entry in &sequence {
+        for update in log.updates(entry, &log.ring(entry.at, entry.len))? {
+            match update {
+                Update::Zero { target, len } => storage.write_zeroes(target, len)?,
+                Update::Data { target, bytes } => storage.write_all_at(target, &bytes)?,
+            }
+        }
+    }
+    if let Some(head) = sequence.last()
+        && storage.len()? < head.last
+    {
+        storage.set_len(head.last)?;
+    }
+    storage.sync()
 }
 
 /// A ring of entries.
@@ -80,6 +82,32 @@ struct Entry {
 }
 
 impl Log {
+    /// The log, and its entries that must take effect, oldest first.
+    fn read(storage: &Arc<dyn Storage>, header: &Header) -> Result<(Log, Vec<Entry>)> {
+        let (base, len) = header.log;
+        if len > MAX_LOG {
+            return Err(Error::unsupported(format!("a log of {len} bytes")).at_offset(base));
+        }
+        let bytes = fields::read(storage, base, len, "the log")?;
+        let mut log = Log { bytes, base, id: header.log_id, checked: 0, known: HashMap::new() };
+        let sequence = log.active()?;
+        let file = storage.len()?;
+        if let Some(head) = sequence.last() {
+            if file < head.flushed {
+                return Err(Error::corrupt(format!(
+                    "the file was cut off: {file} bytes, and its log vouches for {}",
+                    head.flushed
+                ))
+                .at_offset(base + head.at));
+            }
+            if head.last > i64::MAX as u64 {
+                return Err(Error::corrupt("the log gives the file an impossible length")
+                    .at_offset(base + head.at));
+            }
+        }
+        Ok((log, sequence))
+    }
+
     fn len(&self) -> u64 {
         self.bytes.len() as u64
     }

@@ -117,6 +117,18 @@ impl Vhdx {
     }
 }
 
+/// Gives the log of the image in `storage` effect for good; `false` where there is nothing to do.
+/// A crash leaves the log in force or its work done.
+pub fn replay_log(storage: Arc<dyn Storage>) -> Result<bool> {
+    let header = Header::read(&storage)?;
+    if header.log_id == Guid(0) {
+        return Ok(false);
+    }
+    log::write(&storage, &header)?;
+    Header::drop_log(&storage)?;
+    Ok(true)
+}
+
 impl Image for Vhdx {
     fn size(&self) -> u64 {
         self.metadata.size
@@ -124,6 +136,10 @@ impl Image for Vhdx {
 
     fn cluster(&self) -> Unit {
         runs::CLUSTER
+    }
+
+    fn block_size(&self) -> Option<u64> {
+        Some(self.metadata.block.bytes())
     }
 
     fn backing(&self) -> Option<Backing> {

@@ -14,9 +14,19 @@ use crate::error::{Error, Result};
 use crate::image::{Extent, Image, Mapping};
 use crate::storage::Storage;
 
+mod create;
+
+pub use create::create;
+
 /// Bytes of the header that hold fields.
 const HEADER: u64 = 512;
 const SECTOR: Unit = Unit::from_bits(9);
+/// The usual block, and the only one that new images have.
+const BLOCK: Unit = Unit::from_bits(20);
+/// How many blocks the map may name.
+const MAX_BLOCKS: u32 = 0x1fff_ff80;
+/// The largest disk in bytes.
+const MAX_SIZE: u64 = MAX_BLOCKS as u64 * BLOCK.bytes();
 /// No block of data: nothing was ever written.
 const FREE: u32 = u32::MAX;
 /// No block of data: the guest gave it back, it reads as zeroes.
@@ -38,10 +48,11 @@ struct Header {
 }
 
 impl Vdi {
-    /// Reads and checks the header. The map is read as it is needed.
+    /// Reads and checks the header. The map is read as it is needed: where the file ends before it,
+    /// its entries cannot be read, but all others can.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Vdi> {
         let head = fields::read(&storage, 0, HEADER, "the VDI header")?;
-        let header = Header::parse(&head, storage.len()?)?;
+        let header = Header::parse(&head)?;
         let pages = Pages::new(Arc::clone(&storage), Pages::DEFAULT)?;
         Ok(Vdi { storage, pages, header })
     }
@@ -73,51 +84,67 @@ impl Vdi {
 }
 
 impl Header {
-    fn parse(head: &[u8], file: u64) -> Result<Header> {
+    fn parse(head: &[u8]) -> Result<Header> {
         let fields = Fields::new(head, 0);
+        let unsupported = |what: String, at: u64| {
+            Err(Error::unsupported(format!("unsupported VDI image ({what})")).at_offset(at))
+        };
         if !probe::vdi(head) {
-            return Err(Error::corrupt("not a VDI image: the signature is missing").at_offset(0x40));
+            return Err(Error::corrupt(format!(
+                "Image not in VDI format (bad signature {:08x})",
+                fields.le32(0x40)?
+            ))
+            .at_offset(0x40));
+        }
+        let recorded = fields.le64(0x170)?;
+        if recorded > MAX_SIZE {
+            return Err(too_large(recorded).at_offset(0x170));
         }
         let version = fields.le32(0x44)?;
         if version >> 16 != 1 {
             let (major, minor) = (version >> 16, version & 0xffff);
-            return Err(Error::unsupported(format!("VDI version {major}.{minor}")).at_offset(0x44));
+            return unsupported(format!("version {major}.{minor}"), 0x44);
         }
-        check_kind(&fields)?;
         let (map, data) = (u64::from(fields.le32(0x154)?), u64::from(fields.le32(0x158)?));
-        if !SECTOR.aligned(map) || !SECTOR.aligned(data) || map < HEADER || data < HEADER {
-            return Err(Error::corrupt(format!(
-                "the block map at {map:#x} and the data at {data:#x} must be sectors behind the header"
-            ))
-            .at_offset(0x154));
+        if !SECTOR.aligned(map) || map < HEADER {
+            return unsupported(format!("unaligned block map offset {map:#x}"), 0x154);
+        }
+        if !SECTOR.aligned(data) || data < HEADER {
+            return unsupported(format!("unaligned data offset {data:#x}"), 0x158);
         }
         let sector = fields.le32(0x168)?;
         if u64::from(sector) != SECTOR.bytes() {
-            return Err(
-                Error::unsupported(format!("VDI sectors of {sector} bytes")).at_offset(0x168)
-            );
+            return unsupported(format!("sector size {sector} is not {}", SECTOR.bytes()), 0x168);
         }
-        let block = Unit::from_bytes(fields.le32(0x178)?.into())
-            .filter(|block| block.bytes() >= SECTOR.bytes())
-            .ok_or_else(|| {
-                Error::corrupt("the block size is not a power of two").at_offset(0x178)
-            })?;
+        let bytes = fields.le32(0x178)?;
+        let block = Unit::from_bytes(bytes.into()).filter(|b| b.bytes() >= SECTOR.bytes());
+        let Some(block) = block else {
+            return unsupported(format!("block size {bytes} is not {}", BLOCK.bytes()), 0x178);
+        };
         if fields.le32(0x17c)? != 0 {
             return Err(Error::unsupported("VDI blocks with extra data").at_offset(0x17c));
         }
         // VirtualBox has made disks that end inside a sector; a guest sees whole ones.
-        let size = SECTOR.ceil(fields.le64(0x170)?);
-        let blocks = u64::from(fields.le32(0x180)?);
-        if block.count(size) > blocks {
-            return Err(Error::corrupt(format!(
-                "{blocks} blocks of {} bytes cannot hold a disk of {size} bytes",
-                block.bytes()
-            ))
-            .at_offset(0x180));
+        let size = SECTOR.ceil(recorded);
+        let blocks = fields.le32(0x180)?;
+        if block.count(size) > blocks.into() {
+            let room = u64::from(blocks) * block.bytes();
+            let what = format!("disk size {recorded}, image bitmap has room for {room}");
+            return unsupported(what, 0x180);
         }
-        fields::within(map, blocks * 4, file, "the block map")?;
+        check_kind(&fields)?;
+        if blocks > MAX_BLOCKS {
+            return unsupported(format!("too many blocks {blocks}, max is {MAX_BLOCKS}"), 0x180);
+        }
         Ok(Header { size, block, map, data })
     }
+}
+
+/// A disk of more bytes than there can be blocks for.
+fn too_large(size: u64) -> Error {
+    Error::unsupported(format!(
+        "Unsupported VDI image size (size is {size:#x}, max supported is {MAX_SIZE:#x})"
+    ))
 }
 
 fn check_kind(fields: &Fields<'_>) -> Result<()> {
@@ -160,6 +187,10 @@ impl Image for Vdi {
         runs::CLUSTER
     }
 
+    fn block_size(&self) -> Option<u64> {
+        Some(self.header.block.bytes())
+    }
+
     fn read_only(&self) -> bool {
         true
     }
@@ -199,14 +230,13 @@ mod tests {
     }
 
     #[test]
-    fn a_header_is_checked_against_the_file() {
-        let parsed = Header::parse(&head(), 4096).unwrap();
+    fn a_header_is_checked_field_by_field() {
+        let parsed = Header::parse(&head()).unwrap();
         assert_eq!(parsed.size, 3_000_320);
-        assert_eq!(Header::parse(&head(), 512).unwrap_err().offset(), Some(512));
         for (at, value) in [(0x4c, 3u32), (0x178, 3), (0x180, 2), (0x154, 7), (0x44, 0x20000)] {
             let mut bad = head();
             bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
-            assert_eq!(Header::parse(&bad, 4096).unwrap_err().offset(), Some(at as u64));
+            assert_eq!(Header::parse(&bad).unwrap_err().offset(), Some(at as u64));
         }
     }
 
@@ -216,7 +246,7 @@ mod tests {
         diff[0x4c] = 4;
         diff[0x1b8..0x1c8]
             .copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]);
-        let error = Header::parse(&diff, 4096).unwrap_err();
+        let error = Header::parse(&diff).unwrap_err();
         assert!(error.message().contains("04030201-0605-0807-090a-0b0c0d0e0f10"), "{error}");
     }
 }

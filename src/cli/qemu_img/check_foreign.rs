@@ -1,0 +1,58 @@
+//! Checking images of other programs' formats: whether every block that their tables name is there.
+//! The one thing that is mended is a VHDX whose log was left to be replayed.
+
+use vdisk::addr::GuestOffset;
+use vdisk::chain::Format;
+use vdisk::formats::vhdx;
+use vdisk::image::{Check, Image, Repair};
+
+use super::fail::{Fail, Outcome, reason};
+use super::name::Source;
+use super::open::{self, Use};
+
+/// How many damaged places are told; the others are counted.
+const TOLD: u64 = 100;
+/// The step over a place that cannot be read.
+const SECTOR: u64 = 512;
+
+/// Checks the image, and says its format; `None` where its format is another room's, or has nothing to check.
+pub fn check(source: &Source, repair: Repair, shared: bool) -> Outcome<Option<(&'static str, Check)>> {
+    let format = match source.format.as_deref() {
+        Some(name) => Format::from_name(name).map_err(|e| Fail::new(reason(&e)))?,
+        None => open::probe(source, Use::reading(shared))?,
+    };
+    if !matches!(format, Format::Vhdx | Format::Vdi | Format::Vmdk) {
+        return Ok(None);
+    }
+    let mut fixed = 0;
+    if format == Format::Vhdx && repair != Repair::None {
+        let storage = open::bytes(source, Use::writing())?;
+        let replayed = vhdx::replay_log(storage).map_err(|e| {
+            Fail::new(format!("Could not open '{}': {}", source.given, reason(&e)))
+        })?;
+        fixed += u64::from(replayed);
+    }
+    let opened = open::layer(source, Use { check: true, ..Use::reading(shared) })?;
+    let found = Check { corruptions_fixed: fixed, ..walk(&*opened.layer.image) };
+    Ok(Some((format.name(), found)))
+}
+
+/// Looks at every part of the disk.
+fn walk(image: &dyn Image) -> Check {
+    let mut check = Check::default();
+    let step = image.block_size().unwrap_or(SECTOR).max(SECTOR);
+    let (mut at, size) = (0, image.size());
+    while at < size {
+        match image.map(GuestOffset(at), size - at) {
+            Ok(extent) => at += extent.len,
+            Err(e) => {
+                check.corruptions += 1;
+                if check.corruptions <= TOLD {
+                    eprintln!("ERROR: {} (guest offset {at})", e.message());
+                }
+                at = (at / step + 1) * step;
+            }
+        }
+    }
+    check
+}
