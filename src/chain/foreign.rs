@@ -28,7 +28,7 @@ pub(super) fn open(
         return Err(Error::new(ErrorKind::ReadOnly, message).at_path(path));
     }
     let image: Result<Arc<dyn Image>> = match format {
-        Format::Vmdk => return open_vmdk(path, file, options),
+        Format::Vmdk => return Ok(Arc::new(open_vmdk(path, file, options)?)),
         Format::Vpc => vhd::Vhd::open(file, vhd::SizeBy::Creator).map(|image| Arc::new(image) as _),
         Format::Vhdx => vhdx::Vhdx::open(file).map(|image| Arc::new(image) as _),
         Format::Vdi => vdi::Vdi::open(file).map(|image| Arc::new(image) as _),
@@ -39,12 +39,17 @@ pub(super) fn open(
     image.map_err(|e| e.at_path(path))
 }
 
-fn open_vmdk(path: &Path, file: Arc<FileStorage>, options: FileOptions) -> Result<Arc<dyn Image>> {
-    let plan = vmdk::Plan::read(file).map_err(|e| e.at_path(path))?;
+/// Opens the VMDK in `storage`, whose name is `path`, with the files that it names, which stand in
+/// its directory.
+pub fn open_vmdk(
+    path: &Path,
+    storage: Arc<dyn Storage>,
+    options: FileOptions,
+) -> Result<vmdk::Vmdk> {
+    let plan = vmdk::Plan::read(storage).map_err(|e| e.at_path(path))?;
     let files = files_of(&plan, path, options)?;
     let files: Vec<Arc<dyn Storage>> = files.into_iter().map(|file| file as _).collect();
-    let image = plan.open(&files).map_err(|e| e.at_path(path))?;
-    Ok(Arc::new(image))
+    plan.open(&files).map_err(|e| e.at_path(path))
 }
 
 /// The files besides its own in which a VMDK keeps its data.

@@ -46,6 +46,7 @@ pub use convert::{Copying, Target, convert, copy_into};
 pub use create::{create, create_raw, create_with_data, ephemeral};
 pub use data_file::open_data_file;
 pub use descent::Descent;
+pub use foreign::open_vmdk;
 pub use gate::{Format, MAX_DEPTH, resolve};
 pub use open::{OpenOptions, Peek, open, open_file, open_image, peek, probe};
 pub use sealed::refuse_sealed;

@@ -70,6 +70,9 @@ fn continues(first: Mapping, len: u64, next: Mapping) -> bool {
 pub(super) fn shift(extent: Extent, base: u64) -> Extent {
     match extent.mapping {
         Mapping::Data { host, .. } => Extent { mapping: data(host.0 + base), ..extent },
+        Mapping::Zero { host: Some(host) } => {
+            Extent { mapping: Mapping::Zero { host: Some(HostOffset(host.0 + base)) }, ..extent }
+        }
         _ => extent,
     }
 }
@@ -79,6 +82,22 @@ pub(super) fn unshift(extent: Extent, base: u64) -> Result<Extent> {
     let Mapping::Data { host, .. } = extent.mapping else { return Ok(extent) };
     let host = host.0.checked_sub(base).ok_or_else(|| Error::invalid("not this image's extent"))?;
     Ok(Extent { mapping: data(host), ..extent })
+}
+
+/// The first part of plain data that the host stores, or holds as a hole.
+pub(super) fn narrow(storage: &Arc<dyn Storage>, extent: Extent) -> Result<Extent> {
+    let Mapping::Data { host, .. } = extent.mapping else { return Ok(extent) };
+    let end = host.0.saturating_add(extent.len);
+    let zero = |to: u64| Extent {
+        len: to.min(end) - host.0,
+        mapping: Mapping::Zero { host: Some(host) },
+        ..extent
+    };
+    Ok(match storage.next_data(host.0)? {
+        None => zero(end),
+        Some((data, _)) if data > host.0 => zero(data),
+        Some((_, hole)) => Extent { len: hole.clamp(host.0 + 1, end) - host.0, ..extent },
+    })
 }
 
 /// How far `at` lies inside an extent; an error unless `len` bytes from there do too.

@@ -158,6 +158,13 @@ pub trait Image: Send + Sync {
         Ok(extent)
     }
 
+    /// For a layer in several files: which of them `host` stands in, as the layer names it, and
+    /// where in it. `None` for the layer's own file.
+    fn place(&self, host: HostOffset) -> Option<(&str, HostOffset)> {
+        let _ = host;
+        None
+    }
+
     /// Reads bytes from `at` of an extent that [`map`](Image::map) returned and that is not
     /// [`Mapping::Unallocated`]; `bufs` end within it. Takes no metadata lock.
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()>;

@@ -183,6 +183,7 @@ fn check_goes_down_the_chain() {
     let table = u64::from_be_bytes(leaky[48..56].try_into().unwrap()) as usize;
     let block = u64::from_be_bytes(leaky[table..table + 8].try_into().unwrap()) as usize;
     leaky[block + 2 * 100 + 1] = 1;
+    leaky.resize(101 << 16, 0);
     work.put("mid.qcow2", &leaky);
     work.vdisk("check top.qcow2").succeeds();
     let layers = json(&work.vdisk("check --chain --json top.qcow2").ends(3).out());

@@ -16,7 +16,11 @@ const TOLD: u64 = 100;
 const SECTOR: u64 = 512;
 
 /// Checks the image, and says its format; `None` where its format is another room's, or has nothing to check.
-pub fn check(source: &Source, repair: Repair, shared: bool) -> Outcome<Option<(&'static str, Check)>> {
+pub fn check(
+    source: &Source,
+    repair: Repair,
+    shared: bool,
+) -> Outcome<Option<(&'static str, Check)>> {
     let format = match source.format.as_deref() {
         Some(name) => Format::from_name(name).map_err(|e| Fail::new(reason(&e)))?,
         None => open::probe(source, Use::reading(shared))?,
@@ -27,9 +31,8 @@ pub fn check(source: &Source, repair: Repair, shared: bool) -> Outcome<Option<(&
     let mut fixed = 0;
     if format == Format::Vhdx && repair != Repair::None {
         let storage = open::bytes(source, Use::writing())?;
-        let replayed = vhdx::replay_log(storage).map_err(|e| {
-            Fail::new(format!("Could not open '{}': {}", source.given, reason(&e)))
-        })?;
+        let replayed = vhdx::replay_log(storage)
+            .map_err(|e| Fail::new(format!("Could not open '{}': {}", source.given, reason(&e))))?;
         fixed += u64::from(replayed);
     }
     let opened = open::layer(source, Use { check: true, ..Use::reading(shared) })?;

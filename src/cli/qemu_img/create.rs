@@ -191,6 +191,10 @@ pub fn make(path: &Path, format: &str, chosen: &Chosen, aes: bool) -> Outcome<()
         .filter(|s| *s <= i64::MAX as u64)
         .ok_or_else(|| Fail::new("Image size is too large"))?;
     let of_file = if format == "qcow2" { Preallocation::Off } else { file_preallocation(chosen)? };
+    let vmdk = match format {
+        "vmdk" => Some(create_foreign::vmdk_options(path, size, chosen)?),
+        _ => None,
+    };
     let file = Arc::new(emptied(path)?);
     if of_file == Preallocation::Metadata {
         return Err(Fail::new("Unsupported preallocation mode: metadata"));
@@ -199,6 +203,7 @@ pub fn make(path: &Path, format: &str, chosen: &Chosen, aes: bool) -> Outcome<()
         "qcow2" => options::qcow2(chosen, size)
             .and_then(|o| with_data_file(o, chosen))
             .and_then(|o| make_qcow2(file.clone(), &o, aes)),
+        "vmdk" => vmdk.map_or(Ok(()), |o| create_foreign::vmdk(&file, path, &o)),
         "vdi" => create_foreign::vdi(&file, size, chosen),
         "vpc" => create_foreign::vpc(&file, size, chosen),
         _ => make_raw(&file, size, of_file),
@@ -230,15 +235,17 @@ fn emptied(path: &Path) -> Outcome<FileStorage> {
     };
     // QEMU would overwrite it under its clones.
     vdisk::chain::refuse_sealed(path).map_err(|e| Fail::new(e.to_string()))?;
+    emptied_file(path).map_err(failed)
+}
+
+/// The same, for whoever has words of their own.
+pub fn emptied_file(path: &Path) -> vdisk::Result<FileStorage> {
     let exclusive = vdisk::storage::Access::Write;
     let options = FileOptions { access: Some(exclusive), write: true };
     match FileStorage::open(path, options) {
-        Ok(file) => {
-            file.set_len(0).map_err(failed)?;
-            Ok(file)
-        }
-        Err(e) if e.kind() == ErrorKind::NotFound => FileStorage::create(path).map_err(failed),
-        Err(e) => Err(failed(e)),
+        Ok(file) => file.set_len(0).map(|()| file),
+        Err(e) if e.kind() == ErrorKind::NotFound => FileStorage::create(path),
+        Err(e) => Err(e),
     }
 }
 

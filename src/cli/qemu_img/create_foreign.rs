@@ -1,12 +1,18 @@
 //! New images of other programs' formats: their options, and the empty image. What stands in them is
 //! written by others; here they are only read.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use vdisk::Error;
-use vdisk::formats::{vdi, vhd};
-use vdisk::storage::FileStorage;
+use vdisk::chain::Format;
+use vdisk::formats::{vdi, vhd, vmdk};
+use vdisk::storage::{FileStorage, Storage};
 
 use super::create_options::{Chosen, Kind, Known, SIZE, known, with_default};
 use super::fail::{Fail, Outcome, reason};
+use super::name::Source;
+use super::open::{self, Use, full_backing_name};
 
 /// What a VDI image is made with.
 pub const VDI: &[Known] =
@@ -27,6 +33,35 @@ pub const VPC: &[Known] = &[
          CHS-based calculation",
     ),
 ];
+
+/// What a VMDK image is made with.
+pub const VMDK: &[Known] = &[
+    SIZE,
+    known(
+        "adapter_type",
+        Kind::Text,
+        "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX",
+    ),
+    known("backing_file", Kind::Text, "File name of a base image"),
+    known("backing_fmt", Kind::Text, "Must be 'vmdk' if present"),
+    with_default("compat6", Kind::Switch, "VMDK version 6 image", "off"),
+    with_default("hwversion", Kind::Text, "VMDK hardware version", NO_VERSION),
+    known(
+        "subformat",
+        Kind::Text,
+        "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | \
+         twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ",
+    ),
+    known("toolsversion", Kind::Text, "VMware guest tools version"),
+    known(
+        "zeroed_grain",
+        Kind::Switch,
+        "Enable efficient zero writes using the zeroed-grain GTE feature",
+    ),
+];
+
+/// The hardware version that stands for the usual one.
+const NO_VERSION: &str = "undefined";
 
 /// Makes a VDI image of `size` bytes in an empty file.
 pub fn vdi(file: &FileStorage, size: u64, chosen: &Chosen) -> Outcome<()> {
@@ -51,4 +86,61 @@ pub fn vpc(file: &FileStorage, size: u64, chosen: &Chosen) -> Outcome<()> {
 
 fn failed(error: Error) -> Fail {
     Fail::new(reason(&error))
+}
+
+/// What the options of a VMDK image mean; `path` is the image's.
+pub fn vmdk_options(path: &Path, size: u64, chosen: &Chosen) -> Outcome<vmdk::CreateOptions> {
+    let bad = |value: &str| Fail::new(format!("invalid parameter value: {value}"));
+    let adapter = chosen.text("adapter_type").unwrap_or("ide");
+    if !matches!(adapter, "ide" | "lsilogic" | "buslogic" | "legacyESX") {
+        return Err(bad(adapter));
+    }
+    let subformat = match chosen.text("subformat") {
+        None => vmdk::Subformat::MonolithicSparse,
+        Some(name) => {
+            let mut all = vmdk::Subformat::ALL.into_iter();
+            all.find(|s| s.name() == name).ok_or_else(|| bad(name))?
+        }
+    };
+    let version = chosen.text("hwversion").filter(|v| *v != NO_VERSION);
+    let hardware = match (version, chosen.switch("compat6") == Some(true)) {
+        (Some(_), true) => {
+            return Err(Fail::new("compat6 cannot be enabled with hwversion set"));
+        }
+        (Some(version), false) => version,
+        (None, true) => "6",
+        (None, false) => "4",
+    };
+    let parent = chosen.text("backing_file").map(|name| parent(path, name, chosen)).transpose()?;
+    Ok(vmdk::CreateOptions {
+        size,
+        subformat,
+        zeroed_grain: chosen.switch("zeroed_grain") == Some(true),
+        parent,
+        adapter: adapter.to_owned(),
+        hardware: hardware.to_owned(),
+        tools: chosen.text("toolsversion").unwrap_or("2147483647").to_owned(),
+    })
+}
+
+/// The name and content id of the image below.
+fn parent(path: &Path, name: &str, chosen: &Chosen) -> Outcome<(String, u32)> {
+    let full = full_backing_name(&path.display().to_string(), name);
+    let source = Source::named(&full, chosen.text("backing_fmt"))?;
+    let opened = open::layer(&source, Use::reading(false))?;
+    if opened.layer.format != Format::Vmdk {
+        return Err(Fail::new("backing_file must be a vmdk image"));
+    }
+    let id = opened.layer.image.fingerprint().and_then(|id| u32::from_str_radix(&id, 16).ok());
+    let id = id.ok_or_else(|| Fail::new("the backing file has no content id"))?;
+    Ok((name.to_owned(), id))
+}
+
+/// Makes a VMDK image in an empty file, and the files beside it.
+pub fn vmdk(file: &FileStorage, path: &Path, options: &vmdk::CreateOptions) -> Outcome<()> {
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut beside = |extent: &str| -> vdisk::Result<Arc<dyn Storage>> {
+        Ok(Arc::new(super::create::emptied_file(&path.with_file_name(extent))?))
+    };
+    vmdk::create(file, &name, options, &mut beside).map_err(failed)
 }

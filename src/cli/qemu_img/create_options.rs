@@ -112,18 +112,8 @@ const FILE: &[Known] = &[
 ];
 
 /// Formats that other programs make and this one does not.
-const NOT_MADE: &[&str] = &[
-    "bochs",
-    "cloop",
-    "dmg",
-    "luks",
-    "parallels",
-    "qcow",
-    "qed",
-    "vhdx",
-    "vmdk",
-    "vvfat",
-];
+const NOT_MADE: &[&str] =
+    &["bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qed", "vhdx", "vvfat"];
 
 /// The format's own options.
 ///
@@ -134,6 +124,7 @@ pub fn of_format(format: &str) -> Outcome<&'static [Known]> {
         "qcow2" => Ok(QCOW2),
         "raw" => Ok(RAW),
         "vdi" => Ok(create_foreign::VDI),
+        "vmdk" => Ok(create_foreign::VMDK),
         "vpc" => Ok(create_foreign::VPC),
         other if NOT_MADE.contains(&other) => {
             Err(Fail::new(format!("Format driver '{other}' does not support image creation")))

@@ -12,11 +12,15 @@ use vdisk::storage::Storage;
 use super::args::{self, long};
 use super::fail::{Fail, Outcome, reason};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
+use super::info_foreign;
 use super::json;
 use super::name::{Below, Protocol, Source};
 use super::open::{self, Opened, Use, full_backing_name};
 use super::size::human;
 use super::snapshot;
+
+/// Files count as whole sectors.
+pub const SECTOR: u64 = 512;
 
 pub fn run(args: &[String]) -> Outcome {
     let chain = long("backing-chain");
@@ -72,10 +76,10 @@ fn collect(source: Source, using: Use, whole: bool) -> Outcome<Vec<Info>> {
 }
 
 /// The file that holds an image.
-struct FileInfo {
-    name: String,
-    length: u64,
-    allocated: Option<u64>,
+pub struct FileInfo {
+    pub name: String,
+    pub length: u64,
+    pub allocated: Option<u64>,
 }
 
 /// What there is to say about one image.
@@ -93,6 +97,8 @@ struct Info {
     snapshots: Vec<Snapshot>,
     specific: Option<Value>,
     file: FileInfo,
+    /// Further files, with the names of their nodes.
+    beside: Vec<(String, FileInfo)>,
 }
 
 impl Info {
@@ -103,6 +109,18 @@ impl Info {
         let allocated = if plain { Some(file.allocated().map_err(failed)?) } else { None };
         let header = opened.qcow2.as_ref().map(|q| q.header());
         let snapshots = opened.qcow2.as_ref().map(|q| q.snapshots()).transpose().map_err(failed)?;
+        let beside = match &opened.vmdk {
+            Some(image) => info_foreign::children(image, &opened.shown)?,
+            None => Vec::new(),
+        };
+        let specific = match (&opened.qcow2, &opened.vmdk) {
+            (Some(image), _) => Some(specific(image)?),
+            (None, Some(image)) => Some(info_foreign::vmdk(image, &opened.shown)),
+            (None, None) => None,
+        };
+        let own = allocated;
+        let more: u64 = beside.iter().filter_map(|(_, file)| file.allocated).sum();
+        let allocated = allocated.map(|own| own.saturating_add(more));
         Ok(Info {
             shown: opened.shown.clone(),
             format: layer.format.name(),
@@ -114,12 +132,13 @@ impl Info {
             backing: layer.image.backing(),
             has_directory: !matches!(source.protocol, Protocol::Quorum(_)),
             snapshots: snapshots.unwrap_or_default(),
-            specific: opened.qcow2.as_ref().map(|q| specific(q)).transpose()?,
+            specific,
             file: FileInfo {
                 name: layer.path.display().to_string(),
-                length: file.len().map_err(failed)?,
-                allocated,
+                length: file.len().map_err(failed)?.next_multiple_of(SECTOR),
+                allocated: own,
             },
+            beside,
         })
     }
 
@@ -157,16 +176,24 @@ impl Info {
             out.push_str("Format specific information:\n");
             dump(specific, 1, &mut out);
         }
-        let _ = write!(
-            out,
-            "Child node '/file':\n    filename: {}\n    protocol type: file\n    file length: {} ({} \
-             bytes)\n    disk size: {}\n",
-            self.file.name,
-            human(self.file.length),
-            self.file.length,
-            disk(self.file.allocated)
-        );
+        for (node, file) in self.children() {
+            let _ = write!(
+                out,
+                "Child node '/{node}':\n    filename: {}\n    protocol type: file\n    file length: {} \
+                 ({} bytes)\n    disk size: {}\n",
+                file.name,
+                human(file.length),
+                file.length,
+                disk(file.allocated)
+            );
+        }
         out
+    }
+
+    /// All files, with the names of their nodes.
+    fn children(&self) -> impl Iterator<Item = (&str, &FileInfo)> {
+        let beside = self.beside.iter().map(|(node, file)| (node.as_str(), file));
+        beside.chain([("file", &self.file)])
     }
 
     fn backing_text(&self, out: &mut String) {
@@ -186,23 +213,25 @@ impl Info {
     }
 
     fn json(&self) -> Value {
-        let file = json!({
-            "name": "file",
-            "info": {
-                "children": [],
-                "virtual-size": self.file.length,
-                "filename": self.file.name,
-                "format": "file",
-                "actual-size": self.file.allocated,
-                "format-specific": { "type": "file", "data": {} },
-                "dirty-flag": false,
-            }
-        });
+        let child = |(node, file): (&str, &FileInfo)| {
+            json!({
+                "name": node,
+                "info": {
+                    "children": [],
+                    "virtual-size": file.length,
+                    "filename": file.name,
+                    "format": "file",
+                    "actual-size": file.allocated,
+                    "format-specific": { "type": "file", "data": {} },
+                    "dirty-flag": false,
+                }
+            })
+        };
         let mut map = Map::new();
         let mut put = |key: &str, value: Value| {
             map.insert(key.to_owned(), value);
         };
-        put("children", json!([file]));
+        put("children", self.children().map(child).collect());
         put("virtual-size", json!(self.size));
         put("filename", json!(self.shown));
         put("format", json!(self.format));

@@ -1,5 +1,8 @@
 //! `qemu-img map`: which file holds which part of a disk.
 
+use vdisk::addr::HostOffset;
+use vdisk::chain::{Format, Layer};
+
 use super::args::{self, long_value};
 use super::fail::{Fail, Outcome};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
@@ -20,11 +23,11 @@ pub fn run(args: &[String]) -> Outcome {
     let size = chain.head().image.size();
     let start = start.unwrap_or(0).min(size);
     let end = most.map_or(size, |m| start.saturating_add(m).min(size));
-    let mut report = Report { output, names: layers.iter().map(|l| l.path.clone()).collect() };
+    let mut report = Report { output, layers: layers.clone() };
     report.begin();
     let (mut at, mut current): (u64, Option<(u64, Status)>) = (start, None);
     while at < end {
-        let next = status::at(&layers, at, end - at)?;
+        let next = shown(&layers, status::at(&layers, at, end - at)?);
         match &mut current {
             Some((_, before)) if continues(before, &next) => before.len += next.len,
             _ => {
@@ -42,6 +45,15 @@ pub fn run(args: &[String]) -> Outcome {
     Ok(0)
 }
 
+/// What is told of a stretch: of VHDX images nobody says where their data stand, or which are zero.
+fn shown(layers: &[Layer], status: Status) -> Status {
+    let of = layers.get(status.depth);
+    if !of.is_some_and(|l| l.format == Format::Vhdx && l.image.backing().is_none()) {
+        return status;
+    }
+    Status { data: true, zero: false, allocated: true, host: None, ..status }
+}
+
 fn continues(before: &Status, next: &Status) -> bool {
     let follows = match (before.host, next.host) {
         (None, None) => true,
@@ -53,8 +65,8 @@ fn continues(before: &Status, next: &Status) -> bool {
 
 struct Report {
     output: Output,
-    /// The layers' files, from the head down.
-    names: Vec<std::path::PathBuf>,
+    /// The layers, from the head down.
+    layers: Vec<Layer>,
 }
 
 impl Report {
@@ -69,7 +81,8 @@ impl Report {
         match self.output {
             Output::Human => self.line(start, status),
             Output::Json => {
-                let offset = status.host.map(|h| format!(", \"offset\": {h}")).unwrap_or_default();
+                let host = status.host.map(|h| self.place(status.depth, h).1);
+                let offset = host.map(|h| format!(", \"offset\": {h}")).unwrap_or_default();
                 print!(
                     "{{ \"start\": {start}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \
                      \"data\": {}, \"compressed\": {}{offset}}}{}",
@@ -94,15 +107,19 @@ impl Report {
             return Err(Fail::new("File contains external, encrypted or compressed clusters."));
         };
         let hex = |n: u64| if n == 0 { "0".to_owned() } else { format!("{n:#x}") };
-        let name = self.names.get(status.depth).map(|p| p.display().to_string());
-        println!(
-            "{:<16}{:<16}{:<16}{}",
-            hex(start),
-            hex(status.len),
-            hex(host),
-            name.unwrap_or_default()
-        );
+        let (name, host) = self.place(status.depth, host);
+        println!("{:<16}{:<16}{:<16}{}", hex(start), hex(status.len), hex(host), name);
         Ok(())
+    }
+
+    /// The file of a layer that holds what the layer has at `host`, and where in it.
+    fn place(&self, depth: usize, host: u64) -> (String, u64) {
+        let Some(layer) = self.layers.get(depth) else { return (String::new(), host) };
+        let own = layer.path.display().to_string();
+        match layer.image.place(HostOffset(host)) {
+            Some((name, at)) => (open::full_backing_name(&own, name), at.0),
+            None => (own, host),
+        }
     }
 
     fn end(&self) {

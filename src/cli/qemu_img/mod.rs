@@ -22,6 +22,7 @@ mod fail;
 mod faults;
 mod format;
 mod info;
+mod info_foreign;
 mod json;
 mod map;
 mod measure;

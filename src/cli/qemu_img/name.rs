@@ -63,6 +63,8 @@ pub struct Source {
     pub format: Option<String>,
     /// What stands below it.
     pub below: Below,
+    /// The host's page cache is passed by, which takes whole sectors.
+    pub direct: bool,
     /// Which of its recorded sizes a VHD image has.
     pub vhd_size: SizeBy,
     /// First byte and length of a raw image inside its file.
@@ -116,7 +118,8 @@ impl Source {
                 format: format.map(str::to_owned),
                 below: Below::Recorded,
                 vhd_size: SizeBy::Creator,
-            window: (0, None),
+                direct: false,
+                window: (0, None),
                 above: None,
                 rest: List::default(),
             }
@@ -228,6 +231,7 @@ impl Tree {
             format: driver.clone(),
             below: Below::Recorded,
             vhd_size: SizeBy::Creator,
+            direct: false,
             window: (0, None),
             above: None,
             rest: all,
@@ -259,6 +263,8 @@ impl Tree {
             return Err(Fail::new(format!("Unknown driver '{name}'")));
         }
         let mut file = self.below("file");
+        let direct = [self.take("cache.direct"), file.take("cache.direct")];
+        source.direct = direct.iter().flatten().any(|on| on == "on" || on == "true");
         source.protocol = if let Some(node) = self.take("file") {
             return Err(Fail::new(format!("Cannot find device='' nor node-name='{node}'")));
         } else if file.0.is_empty() {

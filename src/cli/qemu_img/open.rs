@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vdisk::chain::{self, Chain, Descent, Format, Layer, OpenOptions};
-use vdisk::formats::{raw, vhd};
+use vdisk::formats::{raw, vhd, vmdk};
 use vdisk::image::Image;
 use vdisk::qcow2::{self, Preallocation};
 use vdisk::storage::{Access, FileOptions, FileStorage, Storage};
@@ -67,6 +67,8 @@ pub struct Opened {
     pub layer: Layer,
     /// The same as a qcow2 image, where it is one.
     pub qcow2: Option<Arc<qcow2::Image>>,
+    /// The same as a VMDK image, where it is one.
+    pub vmdk: Option<Arc<vmdk::Vmdk>>,
     /// The name by which it is shown.
     pub shown: String,
 }
@@ -153,6 +155,7 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
         Some(name) => Format::from_name(name).map_err(failed)?,
         None => chain::probe(&*storage).map_err(failed)?,
     };
+    let mut vmdk = None;
     let (image, qcow2): (Arc<dyn Image>, _) = match format {
         Format::Qcow2 => {
             let options = using.options();
@@ -181,8 +184,14 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
         Format::Raw => {
             let (offset, len) = source.window;
             let window = Window::new(storage, offset, len).map_err(failed)?;
+            let window = window.by_sectors(source.direct);
             let image = raw::Image::open(Arc::new(window), !using.write).map_err(failed)?;
             (Arc::new(image), None)
+        }
+        Format::Vmdk if !using.write => {
+            let image = open_vmdk(source, &path, storage, using)?;
+            vmdk = Some(image.clone());
+            (image, None)
         }
         Format::Vpc if !using.write => {
             (Arc::new(vhd::Vhd::open(storage, source.vhd_size).map_err(failed)?), None)
@@ -198,7 +207,27 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
     }
     let image = with_faults(source, image)?;
     let layer = Layer { path, format, image, file };
-    Ok(Opened { layer, qcow2, shown: source.shown() })
+    Ok(Opened { layer, qcow2, vmdk, shown: source.shown() })
+}
+
+/// Opens a VMDK image, in as many files as it consists of.
+fn open_vmdk(
+    source: &Source,
+    path: &Path,
+    storage: Arc<dyn Storage>,
+    using: Use,
+) -> Outcome<Arc<vmdk::Vmdk>> {
+    let failed = |e: Error| Fail::new(open_reason(&e, e.path().unwrap_or(path)));
+    let plan = vmdk::Plan::read(storage.clone()).map_err(failed)?;
+    if matches!(source.protocol, Protocol::Quorum(_)) && !plan.files().is_empty() {
+        let shown = source.shown();
+        return Err(Fail::new(format!(
+            "Cannot use relative paths with VMDK descriptor file '{shown}': Cannot generate a base \
+             directory for quorum nodes"
+        )));
+    }
+    let options = FileOptions { access: Some(using.access()), write: false };
+    chain::open_vmdk(path, storage, options).map(Arc::new).map_err(failed)
 }
 
 /// Why the table of snapshots cannot be used, and what helps.

@@ -37,10 +37,8 @@ pub fn at(layers: &[Layer], at: u64, len: u64) -> Outcome<Status> {
         }
         let failed = |e: vdisk::Error| Fail::new(reason(&e));
         let extent = layer.image.map(GuestOffset(at), len.min(size - at)).map_err(failed)?;
-        let extent = match extent.mapping {
-            Mapping::Data { .. } => layer.image.narrow(extent).map_err(failed)?,
-            _ => extent,
-        };
+        let stored = matches!(extent.mapping, Mapping::Data { .. });
+        let extent = if stored { layer.image.narrow(extent).map_err(failed)? } else { extent };
         len = extent.len;
         let mut status = Status { allocated: true, ..nothing(len, depth) };
         match extent.mapping {
@@ -53,7 +51,12 @@ pub fn at(layers: &[Layer], at: u64, len: u64) -> Outcome<Status> {
             Mapping::Compressed { .. } => {
                 (status.data, status.zero, status.compressed) = (true, false, true);
             }
-            Mapping::Zero { host } => status.host = host.map(|h| h.0),
+            Mapping::Zero { host } => {
+                status.host = host.map(|h| h.0);
+                // A hole in what such formats hold is their data all the same.
+                status.data =
+                    stored && matches!(layer.format, Format::Vpc | Format::Vdi | Format::Vmdk);
+            }
         }
         return Ok(status);
     }

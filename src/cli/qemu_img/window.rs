@@ -16,6 +16,8 @@ pub struct Window {
     inner: Arc<dyn Storage>,
     offset: u64,
     len: AtomicU64,
+    /// Data that reach the end of the file fill their last sector.
+    sectors: bool,
 }
 
 impl Window {
@@ -23,7 +25,13 @@ impl Window {
     pub fn new(inner: Arc<dyn Storage>, offset: u64, len: Option<u64>) -> Result<Window> {
         let whole = inner.len()?.saturating_sub(offset);
         let len = len.unwrap_or(whole.next_multiple_of(SECTOR));
-        Ok(Window { inner, offset, len: AtomicU64::new(len) })
+        Ok(Window { inner, offset, len: AtomicU64::new(len), sectors: false })
+    }
+
+    /// The same, as one sees it who reads whole sectors only.
+    #[must_use]
+    pub fn by_sectors(self, sectors: bool) -> Window {
+        Window { sectors, ..self }
     }
 }
 
@@ -70,8 +78,10 @@ impl Storage for Window {
         let found = self.inner.next_data(self.offset + offset)?;
         let (len, whole) = (self.len()?, self.inner.len()?);
         let inside = |at: u64| at.saturating_sub(self.offset).min(len);
-        // Data that reach the end fill the last sector.
-        let end = |at: u64| inside(if at == whole { at.next_multiple_of(SECTOR) } else { at });
+        let end = |at: u64| {
+            let fills = self.sectors && at == whole;
+            inside(if fills { at.next_multiple_of(SECTOR) } else { at })
+        };
         Ok(found.map(|(a, b)| (inside(a), end(b))).filter(|(a, _)| *a < len))
     }
 

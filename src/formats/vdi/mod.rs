@@ -45,6 +45,8 @@ struct Header {
     block: Unit,
     map: u64,
     data: u64,
+    /// All blocks have a place from the beginning.
+    fixed: bool,
 }
 
 impl Vdi {
@@ -58,7 +60,7 @@ impl Vdi {
     }
 
     fn piece(&self, map: &mut Cursor<'_>, at: u64) -> Result<runs::Piece> {
-        let Header { size, block, map: table, data } = self.header;
+        let Header { size, block, map: table, data, .. } = self.header;
         let within = block.within(at);
         let len = (block.bytes() - within).min(size - at);
         let entry = table + block.index(at) * 4;
@@ -136,7 +138,7 @@ impl Header {
         if blocks > MAX_BLOCKS {
             return unsupported(format!("too many blocks {blocks}, max is {MAX_BLOCKS}"), 0x180);
         }
-        Ok(Header { size, block, map, data })
+        Ok(Header { size, block, map, data, fixed: fields.le32(0x4c)? == 2 })
     }
 }
 
@@ -199,6 +201,10 @@ impl Image for Vdi {
         let len = runs::clip(at, len, self.header.size)?;
         let mut map = self.pages.cursor();
         runs::longest(at, len, |pos| self.piece(&mut map, pos))
+    }
+
+    fn narrow(&self, extent: Extent) -> Result<Extent> {
+        if self.header.fixed { runs::narrow(&self.storage, extent) } else { Ok(extent) }
     }
 
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {

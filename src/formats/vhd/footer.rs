@@ -262,7 +262,10 @@ mod tests {
     fn a_changed_footer_is_noticed() {
         let mut bytes = footer(b"win ", [0; 4], 512);
         bytes[100] ^= 1;
-        assert_eq!(Footer::parse(&bytes, 512, SizeBy::Creator).unwrap_err().offset(), Some(512 + 64));
+        assert_eq!(
+            Footer::parse(&bytes, 512, SizeBy::Creator).unwrap_err().offset(),
+            Some(512 + 64)
+        );
         assert!(Footer::parse(&bytes[..100], 0, SizeBy::Creator).is_err());
     }
 }

@@ -150,6 +150,11 @@ impl Image for Vhd {
         runs::longest(at, len, |pos| self.piece(&mut table, pos))
     }
 
+    fn narrow(&self, extent: Extent) -> Result<Extent> {
+        // A block's holes are the host's own business.
+        if self.header.is_some() { Ok(extent) } else { runs::narrow(&self.storage, extent) }
+    }
+
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         runs::read(&self.storage, extent, at, bufs)
     }

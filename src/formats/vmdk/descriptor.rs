@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::addr::Unit;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::formats::fields;
 use crate::storage::Storage;
 
@@ -83,10 +83,11 @@ impl Descriptor {
                 continue;
             }
             descriptor.line(line).map_err(|error| {
-                Error::new(
-                    error.kind(),
-                    format!("line {} of the VMDK descriptor: {}", number + 1, error.message()),
-                )
+                if error.kind() == ErrorKind::Corrupt && line.starts_with("RW ") {
+                    return Error::corrupt(format!("Invalid extent line: {line}"));
+                }
+                let what = format!("line {} of the VMDK descriptor: ", number + 1);
+                Error::new(error.kind(), what + error.message())
             })?;
         }
         if descriptor.create_type.is_empty() {
@@ -136,6 +137,8 @@ impl Descriptor {
         let (kind, rest) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
         let kind = match kind {
             "ZERO" => Kind::Zero,
+            // These begin at the beginning of their file.
+            "VMFS" if !quoted(rest).ok_or_else(bad)?.1.is_empty() => return Err(bad()),
             "FLAT" | "VMFS" => {
                 let (name, offset) = quoted(rest).ok_or_else(bad)?;
                 let offset = if offset.is_empty() { 0 } else { bytes(offset)? };
@@ -214,7 +217,7 @@ mod tests {
     fn a_bad_line_is_named() {
         for bad in ["RW x FLAT \"a\" 0", "RW 1 FLAT a 0", "RW 36028797018963968 ZERO", "RW 1"] {
             let error = Descriptor::parse(&format!("{TEXT}{bad}\n")).unwrap_err();
-            assert!(error.message().contains("line 13"), "{bad}: {error}");
+            assert!(error.message().contains(bad), "{bad}: {error}");
         }
         let error = Descriptor::parse(&format!("{TEXT}RW 1 SESPARSE \"x\"")).unwrap_err();
         assert_eq!(error.kind(), crate::ErrorKind::Unsupported);

@@ -11,14 +11,17 @@ pub use self::descriptor::Descriptor;
 use self::descriptor::Kind;
 use self::sparse::{Header, Sparse};
 use super::{fields, probe, runs};
-use crate::addr::{GuestOffset, Unit};
+use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::block;
 use crate::error::{Error, Result};
 use crate::image::{Backing, Extent, Image, Mapping};
 use crate::storage::Storage;
 
+mod create;
 mod descriptor;
 mod sparse;
+
+pub use create::{CreateOptions, Subformat, create};
 
 /// What lies between two files in the order of host offsets, at least.
 const GAP: Unit = Unit::from_bits(16);
@@ -52,6 +55,21 @@ struct Unpacked {
     bytes: Arc<[u8]>,
 }
 
+/// What there is to say about an extent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExtentInfo {
+    /// Bytes of the guest's disk.
+    pub len: u64,
+    /// Which of the descriptor's files holds it; `None` for the image's own, or for zeroes.
+    pub file: Option<usize>,
+    /// The bytes stand in the file as they are.
+    pub flat: bool,
+    /// Bytes of a grain of a sparse one.
+    pub grain: Option<u64>,
+    /// Its grains are compressed.
+    pub compressed: bool,
+}
+
 /// A stretch of the guest disk.
 struct Part {
     start: u64,
@@ -59,6 +77,8 @@ struct Part {
     bytes: Bytes,
     /// What the file's host offsets begin with: see [`Vmdk`].
     base: u64,
+    /// Which of the descriptor's files it stands in.
+    file: Option<usize>,
 }
 
 enum Bytes {
@@ -108,7 +128,7 @@ impl Plan {
         if let Some(header) = self.own {
             let len = header.capacity;
             let bytes = Bytes::Sparse(Box::new(Sparse::open(self.storage, header, PAGES)?));
-            let parts = vec![Part { start: 0, len, bytes, base: 0 }];
+            let parts = vec![Part { start: 0, len, bytes, base: 0, file: None }];
             return Ok(Vmdk::new(parts, len, self.descriptor));
         }
         let pages = PAGES / self.descriptor.extents.len().max(1);
@@ -118,7 +138,7 @@ impl Plan {
             let bytes = open_extent(line.kind, line.len, files, pages)?;
             let file = line.kind.file();
             let base = file.and_then(|file| bases.get(file)).copied().unwrap_or(0);
-            parts.push(Part { start: size, len: line.len, bytes, base });
+            parts.push(Part { start: size, len: line.len, bytes, base, file });
             size = size
                 .checked_add(line.len)
                 .filter(|&size| i64::try_from(size).is_ok())
@@ -183,6 +203,23 @@ impl Vmdk {
         &self.descriptor
     }
 
+    /// The extents, in the order of the disk.
+    pub fn extents(&self) -> impl Iterator<Item = ExtentInfo> {
+        self.parts.iter().map(|part| {
+            let sparse = match &part.bytes {
+                Bytes::Sparse(sparse) => Some(&sparse.header),
+                _ => None,
+            };
+            ExtentInfo {
+                len: part.len,
+                file: part.file,
+                flat: matches!(part.bytes, Bytes::Flat { .. }),
+                grain: sparse.map(|header| header.grain.bytes()),
+                compressed: sparse.is_some_and(Header::compressed),
+            }
+        })
+    }
+
     fn grain(&self, part: u64, sparse: &Sparse, host: u64) -> Result<Arc<[u8]>> {
         let held = self.unpacked.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match held {
@@ -211,6 +248,19 @@ impl Image for Vmdk {
 
     fn cluster(&self) -> Unit {
         runs::CLUSTER
+    }
+
+    /// The grains', where all extents have the same.
+    fn block_size(&self) -> Option<u64> {
+        let mut grains = self.extents().map(|extent| extent.grain);
+        let first = grains.next()??;
+        grains.all(|grain| grain == Some(first)).then_some(first)
+    }
+
+    fn place(&self, host: HostOffset) -> Option<(&str, HostOffset)> {
+        let part = self.parts.iter().rfind(|part| part.file.is_some() && part.base <= host.0)?;
+        let name = self.descriptor.files.get(part.file?)?;
+        Some((name, HostOffset(host.0 - part.base)))
     }
 
     fn backing(&self) -> Option<Backing> {
@@ -249,6 +299,12 @@ impl Image for Vmdk {
                 Ok(runs::shift(extent, part.base))
             }
         }
+    }
+
+    fn narrow(&self, extent: Extent) -> Result<Extent> {
+        let part = self.part(extent.start.0)?;
+        let Bytes::Flat { storage, .. } = &part.bytes else { return Ok(extent) };
+        Ok(runs::shift(runs::narrow(storage, runs::unshift(extent, part.base)?)?, part.base))
     }
 
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {

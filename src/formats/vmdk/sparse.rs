@@ -19,12 +19,14 @@ const HEADER: u64 = 512;
 /// The directory's place stands in a second header, before the end of the file.
 const AT_END: u64 = u64::MAX;
 /// A grain table entry of 1 means zeroes.
-const FLAG_ZERO_GRAIN: u32 = 1 << 2;
+pub(super) const FLAG_ZERO_GRAIN: u32 = 1 << 2;
 const FLAG_COMPRESSED: u32 = 1 << 16;
 /// A marker with the length stands before each compressed grain.
 const FLAG_MARKERS: u32 = 1 << 17;
 /// The most entries a grain table has.
 const MAX_ENTRIES: u32 = 512;
+/// The most grain tables: more than any program makes.
+const MAX_TABLES: u64 = 32 << 20;
 /// Larger grains are damage: 1 GiB.
 const MAX_GRAIN: u64 = 1 << 30;
 /// A compressed grain is unpacked in memory; every program makes them of 64 KiB.
@@ -93,14 +95,9 @@ impl Header {
                 Error::corrupt("a number of sectors past 64 bits").at_offset(base + at as u64)
             })
         };
+        let entries = fields.le32(44)?;
+        let grain = Header::shape(&fields, base, entries)?;
         let capacity = sectors(12)?;
-        let grain = Unit::from_bytes(sectors(20)?)
-            .filter(|grain| (SECTOR.bytes()..=MAX_GRAIN).contains(&grain.bytes()))
-            .or_else(|| (capacity == 0).then_some(SECTOR))
-            .ok_or_else(|| {
-                Error::corrupt("the grain size is not a power of two of sectors, or too large")
-                    .at_offset(base + 20)
-            })?;
         let flags = fields.le32(8)?;
         let method = fields.le16(77)?;
         let flags = match (flags & FLAG_COMPRESSED != 0, method) {
@@ -112,12 +109,6 @@ impl Header {
                     .at_offset(base + 77));
             }
         };
-        let entries = fields.le32(44)?;
-        if capacity != 0 && !(1..=MAX_ENTRIES).contains(&entries) {
-            return Err(
-                Error::corrupt(format!("grain tables of {entries} entries")).at_offset(base + 44)
-            );
-        }
         let directory = match fields.le64(56)? {
             AT_END => AT_END,
             _ => sectors(56)?,
@@ -134,7 +125,34 @@ impl Header {
         })
     }
 
-    fn compressed(&self) -> bool {
+    /// The grain, once it and the size of all tables are known to be ones that there are.
+    fn shape(fields: &Fields<'_>, base: u64, entries: u32) -> Result<Unit> {
+        let bad = |what: &str, at: u64| Err(Error::corrupt(what).at_offset(base + at));
+        let (capacity, sectors) = (fields.le64(12)?, fields.le64(20)?);
+        let grain = SECTOR
+            .start(sectors)
+            .and_then(Unit::from_bytes)
+            .filter(|grain| (SECTOR.bytes()..=MAX_GRAIN).contains(&grain.bytes()));
+        if capacity == 0 {
+            return Ok(grain.unwrap_or(SECTOR));
+        }
+        if entries > MAX_ENTRIES {
+            return bad("L2 table size too big", 44);
+        }
+        if entries == 0 {
+            return bad("L1 entry size is invalid", 44);
+        }
+        let Some(grain) = grain else {
+            return bad("Invalid granularity, image may be corrupt", 20);
+        };
+        let tables = capacity.div_ceil(SECTOR.index(grain.bytes())).div_ceil(entries.into());
+        if tables > MAX_TABLES {
+            return bad("L1 size too big", 12);
+        }
+        Ok(grain)
+    }
+
+    pub(super) fn compressed(&self) -> bool {
         self.flags & FLAG_COMPRESSED != 0
     }
 }
@@ -152,14 +170,14 @@ impl Sparse {
     pub(super) fn open(storage: Arc<dyn Storage>, header: Header, pages: usize) -> Result<Sparse> {
         let file = storage.len()?;
         let tables = header.grain.count(header.capacity).div_ceil(u64::from(header.entries.max(1)));
-        fields::within(header.directory, tables.saturating_mul(4), file, "the grain directory")?;
         if header.overhead > file {
             return Err(Error::corrupt(format!(
-                "the file is cut off: {file} bytes, the tables alone take {}",
+                "File truncated, expecting at least {} bytes",
                 header.overhead
             ))
             .at_offset(64));
         }
+        fields::within(header.directory, tables.saturating_mul(4), file, "the grain directory")?;
         if header.compressed() && header.grain.bytes() > MAX_COMPRESSED_GRAIN {
             return Err(Error::unsupported(format!(
                 "compressed grains of {} bytes",
