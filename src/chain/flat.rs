@@ -19,6 +19,9 @@ const PAGE_CLUSTERS_BITS: u32 = 9;
 /// Pages map no less than this, as a power of two of bytes.
 const PAGE_MIN_BITS: u32 = 18;
 
+/// What a page takes besides its runs, in runs: places in two collections, and the allocator's.
+const PAGE_COST: usize = 4;
+
 /// The layers below the head as one map.
 pub(super) struct Flat {
     /// From the layer below the head down to the base.
@@ -34,6 +37,7 @@ struct Pages {
     by_index: HashMap<u64, Kept>,
     /// Page numbers in the order in which they are considered for eviction.
     turn: VecDeque<u64>,
+    /// Runs that are kept, with what their pages take.
     runs: usize,
 }
 
@@ -195,17 +199,18 @@ impl Pages {
         if self.by_index.contains_key(&index) {
             return;
         }
-        while self.runs + page.len() > capacity {
+        let cost = |page: &[Run]| page.len() + PAGE_COST;
+        while self.runs + cost(&page) > capacity {
             let Some(victim) = self.turn.pop_front() else { break };
             let Some(kept) = self.by_index.get_mut(&victim) else { continue };
             if std::mem::take(kept.used.get_mut()) {
                 self.turn.push_back(victim);
             } else {
-                self.runs -= kept.page.len();
+                self.runs -= cost(&kept.page);
                 self.by_index.remove(&victim);
             }
         }
-        self.runs += page.len();
+        self.runs += cost(&page);
         self.turn.push_back(index);
         self.by_index.insert(index, Kept { page, used: AtomicBool::new(false) });
     }

@@ -138,22 +138,21 @@ impl Header {
     /// Reads and checks the header of `storage`.
     pub fn read(storage: &dyn Storage) -> Result<Header> {
         let len = storage.len()?;
-        let mut fixed = [0; V3_LEN];
-        let have = len.min(V3_LEN as u64) as usize;
-        storage.read_exact_at(0, &mut fixed[..have])?;
-        if have < V2_LEN || BigEndian::read_u32(&fixed) != MAGIC {
+        let mut bytes = vec![0; len.min(USUAL) as usize];
+        storage.read_exact_at(0, &mut bytes)?;
+        if bytes.len() < V2_LEN || BigEndian::read_u32(&bytes) != MAGIC {
             return Err(Error::corrupt("Image is not in qcow2 format"));
         }
-        let bits = BigEndian::read_u32(&fixed[20..]);
+        let bits = BigEndian::read_u32(&bytes[20..]);
         if !(9..=21).contains(&bits) {
             return Err(
                 Error::unsupported(format!("Unsupported cluster size: 2^{bits}")).at_offset(20)
             );
         }
         let cluster = len.min(1 << bits);
-        let mut bytes = vec![0; cluster.min(USUAL) as usize];
-        storage.read_exact_at(0, &mut bytes)?;
-        if cluster > USUAL && !ends_within(&bytes) {
+        if cluster < USUAL {
+            bytes.truncate(cluster as usize);
+        } else if cluster > USUAL && !ends_within(&bytes) {
             bytes.resize(cluster as usize, 0);
             storage.read_exact_at(0, &mut bytes)?;
         }

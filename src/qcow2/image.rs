@@ -146,7 +146,10 @@ impl Image {
         }
         let slice = header.cluster.bytes().min(SLICE);
         let capacity = (options.cache / slice) as usize;
-        let refcounts = Refcounts::open(storage.clone(), &header, capacity)?;
+        let refcounts = match options.read_only {
+            true => Refcounts::unread(storage.clone(), &header, capacity),
+            false => Refcounts::open(storage.clone(), &header, capacity)?,
+        };
         let crypt = Crypt::open(&*storage, &header, options.passphrase.as_ref())?;
         let data = Data::open(&storage, options.data_file, &header, crypt)?;
         let image = Image {

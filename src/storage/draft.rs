@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
-use nix::unistd::linkat;
+use nix::unistd::{linkat, syncfs};
 
 use super::{Access, FileOptions, FileStorage, Storage};
 use crate::error::{Error, Result};
@@ -64,14 +64,18 @@ impl Draft {
     ///
     /// # Errors
     /// [`ErrorKind::Exists`](crate::ErrorKind::Exists) where something has the name: it stays.
-    pub fn publish(mut self) -> Result<()> {
+    pub fn publish(self) -> Result<()> {
         self.storage.sync()?;
         let target = self.target.clone();
-        self.link(&target)?;
-        if let Some(hidden) = self.hidden.take() {
-            remove(&hidden)?;
-        }
+        self.name()?;
         sync_directory(&target)
+    }
+
+    /// Gives the file its name; what it holds is durable, the name is not yet.
+    fn name(mut self) -> Result<()> {
+        let target = self.target.clone();
+        self.link(&target)?;
+        self.hidden.take().map_or(Ok(()), |hidden| remove(&hidden))
     }
 
     /// Gives the file the name of one that is there, which it replaces in one step, durably.
@@ -103,6 +107,31 @@ impl Draft {
         linkat(AT_FDCWD, from, AT_FDCWD, name, AtFlags::AT_SYMLINK_FOLLOW)
             .map_err(|e| Error::io("could not be created", e.into()).at_path(name))
     }
+}
+
+/// Gives many files their names, which nothing has yet, durably: with one barrier for all where
+/// they are many. Where one fails, those before it have their names.
+pub fn publish_all(drafts: Vec<Draft>) -> Result<()> {
+    let many = drafts.len() > 8;
+    let mut synced: Vec<u64> = Vec::new();
+    let mut directories: Vec<PathBuf> = Vec::new();
+    for draft in &drafts {
+        let file = draft.storage.file();
+        let device = draft.storage.identity()?.0;
+        if !many {
+            draft.storage.sync()?;
+        } else if !synced.contains(&device) {
+            syncfs(file)
+                .map_err(|e| Error::io("could not be synced", e.into()).at_path(&draft.target))?;
+            synced.push(device);
+        }
+        if !directories.iter().any(|known| directory(known) == directory(&draft.target)) {
+            directories.push(draft.target.clone());
+        }
+    }
+    let named = drafts.into_iter().try_for_each(Draft::name);
+    let synced = directories.iter().try_for_each(|path| sync_directory(path));
+    named.and(synced)
 }
 
 /// The bytes of a file that nobody will look for after a crash: syncing them does nothing.

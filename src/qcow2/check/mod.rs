@@ -13,7 +13,8 @@ mod snapshots;
 mod walk;
 
 use super::header::incompatible;
-use super::image::Image;
+use super::image::{Image, lock};
+use super::refcount::Refcounts;
 use super::snapshot::Table;
 use crate::error::Result;
 pub use crate::image::{Check, Repair};
@@ -29,6 +30,10 @@ impl Image {
             self.write_back()?;
             self.release_freed()?;
             self.write_back()?;
+        } else {
+            let capacity = lock(&self.refcounts).capacity();
+            let read = Refcounts::open(self.storage.clone(), &self.header(), capacity)?;
+            *lock(&self.refcounts) = read;
         }
         let mut check = Check::default();
         let snapshots = self.check_snapshot_table(&mut check, repair)?;
