@@ -100,7 +100,9 @@ impl Descent {
     /// Opens the layer at `path`, below the lowest one.
     fn enter(&mut self, path: &Path, format: Option<Format>) -> Result<(Layer, Identity)> {
         self.gate.pass(path)?;
-        let options = OpenOptions { read_only: true, format, ..self.options.clone() };
+        // Hundreds of layers share what one may have.
+        let cache = self.options.cache.saturating_mul(4) / (self.depth() as u64).max(4);
+        let options = OpenOptions { read_only: true, format, cache, ..self.options.clone() };
         let layer = open_image(path, &options)?;
         let identity = identity(&layer)?;
         Ok((layer, identity))

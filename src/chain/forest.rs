@@ -1,13 +1,14 @@
 //! Which file stands on which, over whole directories: bases, clones and snapshots as trees.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::gate;
+use super::exclusive::Holding;
 use super::open::{Peek, peek};
 use super::tree::names_beside;
+use super::{gate, scan};
 use crate::error::Result;
 use crate::image::{Id, Label, Role};
 use crate::storage::draft::directory;
@@ -21,6 +22,9 @@ pub struct Node {
     pub peek: Option<Peek>,
     /// Bytes that it takes on the host; `None` where it is missing.
     pub allocated: Option<u64>,
+    /// Bytes of data that nothing on it shows, and that would be gone with it; `None` where that
+    /// is not known, or was not asked for with [`measure`].
+    pub exclusive: Option<u64>,
     /// What stands on it.
     pub children: Vec<Node>,
 }
@@ -38,10 +42,14 @@ impl Node {
 
     /// The node of the file at `path`: this one, or one on it.
     pub fn find(&self, path: &Path) -> Option<&Node> {
-        if key(&self.path) == key(path) {
+        self.find_key(&key(path))
+    }
+
+    fn find_key(&self, wanted: &Key) -> Option<&Node> {
+        if key(&self.path) == *wanted {
             return Some(self);
         }
-        self.children.iter().find_map(|child| child.find(path))
+        self.children.iter().find_map(|child| child.find_key(wanted))
     }
 
     /// Whether it, or something on it, is a layer of the disk with that id.
@@ -52,8 +60,36 @@ impl Node {
 
     /// Whether it, or something on it, is the file at `path`.
     pub fn holds(&self, path: &Path) -> bool {
-        key(&self.path) == key(path) || self.children.iter().any(|c| c.holds(path))
+        self.find(path).is_some()
     }
+
+    /// It, and all that stands on it.
+    fn all<'a>(&'a self, into: &mut Vec<&'a Node>) {
+        into.push(self);
+        self.children.iter().for_each(|child| child.all(into));
+    }
+}
+
+/// Finds out the [`Node::exclusive`] bytes of all nodes of the trees.
+pub fn measure(trees: &mut [Node]) {
+    let mut nodes = Vec::new();
+    trees.iter().for_each(|tree| tree.all(&mut nodes));
+    let held = scan::each(&nodes, |node| {
+        let there = node.allocated.is_some();
+        there.then(|| Holding::of(&node.path).ok().flatten()).flatten()
+    });
+    let paths = nodes.iter().map(|node| node.path.clone());
+    let held: HashMap<PathBuf, Holding> =
+        paths.zip(held).filter_map(|(path, held)| Some((path, held?))).collect();
+    trees.iter_mut().for_each(|tree| take(tree, &held));
+}
+
+fn take(node: &mut Node, held: &HashMap<PathBuf, Holding>) {
+    node.children.iter_mut().for_each(|child| take(child, held));
+    // A child that could not be looked into may show anything of it.
+    let children: Option<Vec<&Holding>> = node.children.iter().map(|c| held.get(&c.path)).collect();
+    let own = held.get(&node.path);
+    node.exclusive = own.zip(children).map(|(own, on)| own.exclusive(on.into_iter()));
 }
 
 /// Device and inode number; the path itself for a file that is missing.
@@ -74,15 +110,25 @@ fn key(path: &Path) -> Key {
 pub fn forest(directories: &[PathBuf]) -> Result<Vec<Node>> {
     let mut files = BTreeMap::new();
     for dir in directories {
-        for path in names_beside(&dir.join("x"), |name| !name.starts_with('.'))? {
-            if path.is_file() {
-                note(&path, &mut files);
-            }
+        let mut paths = names_beside(&dir.join("x"), |name| !name.starts_with('.'))?;
+        paths.retain(|path| path.is_file());
+        let seen = scan::each(&paths, |path| File::see(path));
+        for (key, file) in seen {
+            files.entry(key).or_insert(file);
         }
     }
-    let roots: Vec<Key> =
-        files.iter().filter(|(_, f)| f.parent.is_none()).map(|(k, _)| k.clone()).collect();
-    let mut nodes: Vec<Node> = roots.iter().map(|key| grow(key, &files, 0)).collect();
+    // What they stand on may be anywhere.
+    let below: Vec<PathBuf> = files.values().filter_map(|f| f.below.clone()).collect();
+    below.iter().for_each(|path| note(path, &mut files));
+    let mut on: BTreeMap<&Key, Vec<&Key>> = BTreeMap::new();
+    let mut roots = Vec::new();
+    for (key, file) in &files {
+        match &file.parent {
+            Some(parent) => on.entry(parent).or_default().push(key),
+            None => roots.push(key),
+        }
+    }
+    let mut nodes: Vec<Node> = roots.iter().map(|key| grow(key, &files, &on, 0)).collect();
     // A plain file on which nothing stands is no disk of ours.
     nodes.retain(|n| n.peek.is_some() || !n.children.is_empty());
     sort(&mut nodes);
@@ -116,24 +162,33 @@ struct File {
     path: PathBuf,
     peek: Option<Peek>,
     allocated: Option<u64>,
+    /// The file that it names as its base.
+    below: Option<PathBuf>,
     parent: Option<Key>,
+}
+
+impl File {
+    fn see(path: &Path) -> (Key, File) {
+        // What cannot be read is shown as a file that says nothing.
+        let peek = peek(path).ok().flatten();
+        let backing = peek.as_ref().and_then(|p| p.identity.backing.as_ref());
+        let below = backing.and_then(|b| gate::resolve(path, &b.name).ok());
+        let allocated = fs::metadata(path).ok().map(|m| m.blocks() * 512);
+        let parent = below.as_deref().map(self::key);
+        (key(path), File { path: path.to_path_buf(), peek, allocated, below, parent })
+    }
 }
 
 /// Notes a file and, below it, the files that it stands on.
 fn note(path: &Path, files: &mut BTreeMap<Key, File>) {
     let mut path = path.to_path_buf();
     for _ in 0..gate::MAX_DEPTH {
-        let key = key(&path);
-        if files.contains_key(&key) {
+        if files.contains_key(&key(&path)) {
             return;
         }
-        // What cannot be read is shown as a file that says nothing.
-        let peek = peek(&path).ok().flatten();
-        let backing = peek.as_ref().and_then(|p| p.identity.backing.as_ref());
-        let below = backing.and_then(|b| gate::resolve(&path, &b.name).ok());
-        let allocated = fs::metadata(&path).ok().map(|m| m.blocks() * 512);
-        let parent = below.as_deref().map(self::key);
-        files.insert(key, File { path, peek, allocated, parent });
+        let (key, file) = File::see(&path);
+        let below = file.below.clone();
+        files.insert(key, file);
         match below {
             Some(below) => path = below,
             None => return,
@@ -141,15 +196,24 @@ fn note(path: &Path, files: &mut BTreeMap<Key, File>) {
     }
 }
 
-fn grow(key: &Key, files: &BTreeMap<Key, File>, depth: usize) -> Node {
+fn grow(
+    key: &Key,
+    files: &BTreeMap<Key, File>,
+    on: &BTreeMap<&Key, Vec<&Key>>,
+    depth: usize,
+) -> Node {
+    let (exclusive, mut children) = (None, Vec::new());
     let Some(file) = files.get(key) else {
-        return Node { path: PathBuf::new(), peek: None, allocated: None, children: Vec::new() };
+        return Node { path: PathBuf::new(), peek: None, allocated: None, exclusive, children };
     };
-    let on =
-        files.iter().filter(|(_, f)| depth < gate::MAX_DEPTH && f.parent.as_ref() == Some(key));
-    let mut children: Vec<Node> = on.map(|(k, _)| grow(k, files, depth + 1)).collect();
+    if depth < gate::MAX_DEPTH {
+        let keys = on.get(key).into_iter().flatten();
+        children = keys.map(|key| grow(key, files, on, depth + 1)).collect();
+    }
     sort(&mut children);
-    Node { path: file.path.clone(), peek: file.peek.clone(), allocated: file.allocated, children }
+    let File { path, peek, allocated, .. } = file;
+    let (path, peek, allocated) = (path.clone(), peek.clone(), *allocated);
+    Node { path, peek, allocated, exclusive, children }
 }
 
 /// Snapshots in the order of their times, then disks by name.

@@ -36,7 +36,8 @@ pub struct OpenOptions {
     pub probe_backing: bool,
     /// What opens the layers that are encrypted. Without it their tables can be read.
     pub passphrase: Option<Passphrase>,
-    /// Bytes of metadata to keep in memory, for the whole chain.
+    /// Bytes of metadata to keep in memory, about, for the whole chain: a quarter for the head's
+    /// tables, a quarter for its refcounts, the rest for the map over the layers below.
     pub cache: u64,
 }
 
@@ -52,12 +53,15 @@ impl Default for OpenOptions {
             repair: false,
             probe_backing: false,
             passphrase: None,
-            cache: 32 << 20,
+            cache: OpenOptions::CACHE,
         }
     }
 }
 
 impl OpenOptions {
+    /// The default of [`OpenOptions::cache`].
+    pub const CACHE: u64 = 32 << 20;
+
     /// For writing, with the defaults otherwise.
     pub fn writable() -> OpenOptions {
         OpenOptions { read_only: false, ..OpenOptions::default() }
@@ -97,7 +101,8 @@ pub fn open_file(path: &Path, file: Arc<FileStorage>, options: &OpenOptions) -> 
         Some(format) => format,
         None => probe(&*file)?,
     };
-    let cache = if options.read_only { 256 << 10 } else { options.cache / 4 };
+    // What is only read is mapped once, into the chain's flattened map.
+    let cache = if options.read_only { options.cache / 128 } else { options.cache / 4 };
     let image: Arc<dyn Image> = match format {
         Format::Raw => Arc::new(raw::Image::open(file.clone(), options.read_only)?),
         Format::Qcow2 => {
@@ -113,10 +118,20 @@ pub fn open_file(path: &Path, file: Arc<FileStorage>, options: &OpenOptions) -> 
 /// of date by the time it is used. `None` where the file is no qcow2 image.
 pub fn peek(path: &Path) -> Result<Option<Peek>> {
     let file = FileStorage::open(path, FileOptions { access: None, write: false })?;
-    if probe(&file)? != Format::Qcow2 {
-        return Ok(None);
-    }
-    let header = qcow2::Header::read(&file).map_err(|e| e.at_path(path))?;
+    let mut magic = [0; 4];
+    // Most files beside a disk are qcow2: those are read once.
+    let short = file.len()? < magic.len() as u64;
+    let header = match short {
+        true => return Ok(None),
+        false => qcow2::Header::read(&file),
+    };
+    let header = match header {
+        Ok(header) => header,
+        Err(e) => {
+            file.read_exact_at(0, &mut magic)?;
+            return if qcow2::probe(&magic) { Err(e.at_path(path)) } else { Ok(None) };
+        }
+    };
     let identity = header.identity().map_err(|e| e.at_path(path))?;
     Ok(Some(Peek { identity, size: header.size, allocated: file.allocated()? }))
 }

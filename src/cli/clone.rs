@@ -39,6 +39,10 @@ pub fn run(args: &Args) -> Result<u8> {
         (Some(count), Some(pattern)) => numbered(pattern, count)?,
         _ => args.clones.clone(),
     };
+    let mut seen = std::collections::HashSet::new();
+    if let Some(twice) = names.iter().find(|n| !seen.insert(*n)) {
+        return Err(Error::invalid("is named twice").at_path(twice));
+    }
     if let Some(taken) = names.iter().find(|n| n.symlink_metadata().is_ok()) {
         let exists = std::io::ErrorKind::AlreadyExists.into();
         return Err(Error::io("could not be created, and no clone was made", exists).at_path(taken));
@@ -47,7 +51,8 @@ pub fn run(args: &Args) -> Result<u8> {
         return names.iter().try_for_each(|name| convert::flatten(&args.base, name)).map(|()| 0);
     }
     let base = Base::seal(&args.base)?;
-    names.iter().try_for_each(|name| base.clone_to(name))?;
+    let stop = super::stop::on_signals()?;
+    base.clone_all(&names, &mut |_| !stop.asked())?;
     Ok(0)
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vdisk::chain::{self, Chain, Format, OpenOptions};
 use vdisk::{Error, ErrorKind, Result};
 
-use super::passphrase;
+use super::{memory, passphrase};
 
 /// What a command does with a disk.
 #[derive(Debug, Clone, Default)]
@@ -46,6 +46,7 @@ pub fn open(path: &Path, using: &Use<'_>) -> Result<Arc<Chain>> {
         format: using.format,
         accept_base: using.accept_base,
         passphrase: passphrase::given()?,
+        cache: memory::given()?,
         ..OpenOptions::default()
     };
     let chain = match using.snapshot {

@@ -8,10 +8,11 @@ use vdisk::Result;
 use vdisk::addr::HostOffset;
 use vdisk::block::BlockDevice;
 use vdisk::chain::{Chain, Layer, MapExtent};
-use vdisk::image::Mapping;
+use vdisk::image::{Mapping, Role};
 
 use super::disk::{self, Use};
 use super::output;
+use super::picture::map::Grid;
 
 /// Lines that are printed at a time.
 const BATCH: usize = 1 << 16;
@@ -24,6 +25,9 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// As an SVG picture: the layer that each part of the disk comes from.
+    #[arg(long, conflicts_with = "json")]
+    svg: bool,
     /// Read it although a base has changed under it.
     #[arg(long)]
     accept_base: bool,
@@ -81,6 +85,9 @@ impl<'a> Line<'a> {
 pub fn run(args: &Args) -> Result<u8> {
     let disk = disk::open(&args.disk, &Use { accept_base: args.accept_base, ..Use::reading() })?;
     let layers = disk.all_layers();
+    if args.svg {
+        return picture(&disk, &layers, &args.disk);
+    }
     let header = format!("{:<16}{:<16}{:<12}{:<16}File\n", "Offset", "Length", "Kind", "Mapped to");
     output::text(if args.json { "[" } else { &header })?;
     let mut first = true;
@@ -107,6 +114,34 @@ pub fn run(args: &Args) -> Result<u8> {
         output::text(if first { "]\n" } else { "\n]\n" })?;
     }
     Ok(0)
+}
+
+fn picture(disk: &Chain, layers: &[Layer], path: &Path) -> Result<u8> {
+    let mut grid = Grid::new(disk.size(), layers.len());
+    let mut walk = Walk { disk, pos: 0, ahead: None };
+    while let Some(extent) = walk.next()? {
+        match extent.mapping {
+            Mapping::Data { .. } | Mapping::Compressed { .. } => {
+                grid.add(extent.start, extent.len, Some(extent.depth));
+            }
+            Mapping::Zero { .. } => grid.add(extent.start, extent.len, None),
+            Mapping::Unallocated => {}
+        }
+    }
+    let names: Vec<String> = layers.iter().map(named).collect();
+    let title = path.file_name().unwrap_or_default().to_string_lossy();
+    output::text(&grid.svg(&title, &names))?;
+    Ok(0)
+}
+
+/// A layer's file and, where it is a snapshot, that one's name.
+fn named(layer: &Layer) -> String {
+    let file = layer.path.file_name().unwrap_or_default().to_string_lossy();
+    let label = layer.image.identity().ok().and_then(|identity| identity.label);
+    match label.filter(|label| label.role == Role::Snapshot) {
+        Some(label) => format!("{} ({file})", label.name),
+        None => file.into_owned(),
+    }
 }
 
 /// Walks over a disk, joining what belongs together.

@@ -13,12 +13,14 @@ mod create;
 mod disk;
 mod info;
 mod map;
+mod memory;
 mod mount;
 mod mount_control;
 mod mount_daemon;
 mod mount_snapshots;
 mod output;
 mod passphrase;
+mod picture;
 mod qemu_img;
 mod rebase;
 mod resize;
@@ -42,6 +44,9 @@ struct Cli {
     /// File whose bytes are the passphrase of encrypted disks.
     #[arg(long, global = true, value_name = "FILE")]
     passphrase_file: Option<PathBuf>,
+    /// Memory for a disk's tables, 32M by default; also from VDISK_CACHE_SIZE.
+    #[arg(long, global = true, value_name = "SIZE", value_parser = size::parse)]
+    cache_size: Option<u64>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -102,6 +107,7 @@ pub fn run() -> ExitCode {
         }
     };
     passphrase::keep(cli.passphrase_file);
+    memory::keep(cli.cache_size);
     let result = match &cli.verb {
         Verb::Boot(args) => boot::run(args),
         Verb::Create(args) => create::run(args),

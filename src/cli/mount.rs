@@ -12,7 +12,7 @@ use vdisk::mount::table;
 use vdisk::{Error, ErrorKind, Result};
 
 use super::mount_daemon::READY;
-use super::passphrase;
+use super::{memory, passphrase};
 
 /// Mount the file system in DISK at DIR, or with --raw DISK itself as DIR/disk.raw
 #[derive(clap::Args, Clone)]
@@ -70,6 +70,7 @@ pub fn run(args: &Args) -> Result<u8> {
         .arg0(program)
         .arg("mount-daemon")
         .args(passphrase::words())
+        .args(memory::words())
         .args(args.words())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -25,6 +25,8 @@ mod inspect;
 mod interop;
 mod mount;
 mod mount_raw;
+mod pictures;
+mod scale;
 mod snapshots;
 mod usage;
 mod wrong_use;
