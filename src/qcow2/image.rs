@@ -2,7 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::bitmap::Tracker;
 use super::cache::SLICE;
@@ -82,6 +82,8 @@ pub struct Image {
     /// Whether the header still vouches for the label's content id.
     pub(super) vouched: AtomicBool,
     pub(super) inflated: Mutex<Inflated>,
+    /// Whether clusters are known to be mapped to holes of the file, once somebody asked.
+    pub(super) preallocated: OnceLock<bool>,
     /// Where metadata stands; empty where the image is open for reading only.
     pub(super) territory: Arc<RwLock<Territory>>,
     /// The bitmaps that record writes; locked before all others.
@@ -167,6 +169,7 @@ impl Image {
             vouched: AtomicBool::new(header.autoclear & autoclear::CONTENT_ID != 0),
             data,
             inflated: Mutex::new(Inflated::new(header.compression)),
+            preallocated: OnceLock::new(),
             mended: Vec::new(),
             tracker: Mutex::default(),
             tracking: AtomicBool::new(false),
@@ -413,6 +416,10 @@ impl image::Image for Image {
             None => Ok((tables.unmapped(at, len), Mapping::Unallocated)),
         })?;
         Ok(Extent { start: at, len, mapping })
+    }
+
+    fn narrow(&self, extent: Extent) -> Result<Extent> {
+        self.narrow_extent(extent)
     }
 
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::header::Compression;
 use super::image::{Image, lock};
-use crate::addr::GuestOffset;
+use crate::addr::{GuestOffset, HostOffset};
 use crate::block::fill_zero;
 use crate::error::{Error, Result};
 use crate::image::{Extent, Mapping};
@@ -45,6 +45,46 @@ impl Inflated {
 }
 
 impl Image {
+    /// See [`crate::image::Image::narrow`]. Only where much is mapped that was never written: else
+    /// to ask the host is work without use.
+    pub(super) fn narrow_extent(&self, extent: Extent) -> Result<Extent> {
+        let Mapping::Data { host, .. } = extent.mapping else { return Ok(extent) };
+        if self.data.is_encrypted() || !*self.preallocated.get_or_init(|| self.is_preallocated()) {
+            return Ok(extent);
+        }
+        let zero = |len: u64| {
+            let mapping = Mapping::Zero { host: Some(HostOffset(host.0)) };
+            Extent { len: len.min(extent.len), mapping, ..extent }
+        };
+        Ok(match self.data.storage().next_data(host.0)? {
+            None => zero(extent.len),
+            Some((data, _)) if data > host.0 => zero(data - host.0),
+            Some((_, hole)) => {
+                let len = hole.saturating_sub(host.0).max(1).min(extent.len);
+                Extent { len, ..extent }
+            }
+        })
+    }
+
+    /// Whether clearly more clusters are in use than the host stores.
+    fn is_preallocated(&self) -> bool {
+        let cluster = self.shape.cluster;
+        let (Ok(len), Ok(stored)) = (self.storage.len(), self.storage.allocated()) else {
+            return false;
+        };
+        let stored = stored >> cluster.bits();
+        let many = (stored.saturating_mul(10) / 9).max(stored + 2);
+        let (mut used, mut counts) = (0, [0; 512]);
+        for first in (0..cluster.count(len)).step_by(counts.len()) {
+            lock(&self.refcounts).get_all(first, &mut counts);
+            used += counts.iter().filter(|count| **count != 0).count() as u64;
+            if used >= many {
+                return true;
+            }
+        }
+        false
+    }
+
     pub(super) fn read_extent(
         &self,
         extent: &Extent,

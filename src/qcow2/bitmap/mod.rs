@@ -47,7 +47,7 @@ pub(super) struct Tracker {
 /// A bitmap with its bits.
 struct Bitmap {
     entry: Entry,
-    /// `None`: the file's, which nobody has looked at.
+    /// `None`: as the file has them.
     bits: Option<Bits>,
 }
 
@@ -257,13 +257,21 @@ impl Image {
         let header = self.header();
         let old = directory::read(&*self.storage, &header)?;
         for Bitmap { entry, bits } in &mut bitmaps {
-            if let Some(bits) = bits {
-                let table = self.write_bits(bits)?;
-                let bytes: Vec<u8> = table.iter().flat_map(|raw| raw.to_be_bytes()).collect();
-                entry.table_offset = self.write_new(&bytes)?.0;
-                entry.table_size = table.len() as u32;
-                entry.flags &= !IN_USE;
-            }
+            // All of them move, as QEMU does it: what was written together stands together.
+            let bits = match bits.take() {
+                Some(bits) => bits,
+                None if entry.is(IN_USE) => continue,
+                None => match Bits::read(&*self.storage, entry, self.shape.cluster, self.size()) {
+                    Ok(bits) => bits,
+                    // What cannot be read stays where it is.
+                    Err(_) => continue,
+                },
+            };
+            let table = self.write_bits(&bits)?;
+            let bytes: Vec<u8> = table.iter().flat_map(|raw| raw.to_be_bytes()).collect();
+            entry.table_offset = self.write_new(&bytes)?.0;
+            entry.table_size = table.len() as u32;
+            entry.flags &= !IN_USE;
         }
         let entries: Vec<Entry> = bitmaps.into_iter().map(|b| b.entry).collect();
         let bytes = directory::encode(&entries);
@@ -293,7 +301,7 @@ impl Image {
                     let have = self.storage.len()?.saturating_sub(*offset);
                     let have = have.min(bytes.len() as u64) as usize;
                     self.storage.read_exact_at(*offset, &mut bytes[..have])?;
-                    self.write_new(&bytes)?.0
+                    if bytes.iter().all(|b| *b == 0) { 0 } else { self.write_new(&bytes)?.0 }
                 }
                 other => table_entry(other),
             });

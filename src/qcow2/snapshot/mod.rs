@@ -261,9 +261,7 @@ impl Image {
         }
         let cluster = self.shape.cluster;
         let run = lock(&self.refcounts).allocate(cluster.count(bytes.len() as u64))?;
-        let mut whole = bytes.to_vec();
-        whole.resize((run.clusters << cluster.bits()) as usize, 0);
-        self.storage.write_all_at(run.host.0, &whole)?;
+        self.storage.write_all_at(run.host.0, bytes)?;
         Ok(run.host)
     }
 
