@@ -74,12 +74,14 @@ impl image::Image for Image {
 
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         let _ = extent;
+        self.storage.about_to("read_aio");
         self.storage.read_at(at.0, bufs)
     }
 
     fn overwrite(&self, extent: &Extent, at: GuestOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
         let _ = extent;
         self.check_writable()?;
+        self.storage.about_to("write_aio");
         self.storage.write_at(at.0, bufs)
     }
 

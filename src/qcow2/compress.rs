@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::io::IoSlice;
 
 use flate2::{Compress, FlushCompress, Status};
+use nix::libc::ENOTSUP;
 
 use super::header::Compression;
 use super::image::{Image, Lost, lock};
@@ -33,7 +34,7 @@ impl Image {
         self.ensure_table(at)?;
         let len = packed.len() as u64;
         let room = self.make_room(len)?;
-        if let Err(error) = self.data.write_stored(room, &[IoSlice::new(&packed)]) {
+        if let Err(error) = self.data.write_compressed(room, &[IoSlice::new(&packed)]) {
             self.give_up(room, len);
             return Err(error);
         }
@@ -52,7 +53,7 @@ impl Image {
         }
         if self.data.is_external() {
             let message = "an image with an external data file holds no compressed clusters";
-            return Err(Error::unsupported(message));
+            return Err(Error::unsupported(message).with_os_error(ENOTSUP));
         }
         Ok(())
     }
@@ -78,7 +79,8 @@ impl Image {
             // Lengths are counted in sectors, and other programs read whole ones: the file must not
             // end inside the last. Under the lock, because the next bytes may go up to that end.
             let last = run.host.0 + self.shape.cluster.bytes() - 1;
-            if let Err(error) = self.data.write_stored(HostOffset(last), &[IoSlice::new(&[0])]) {
+            if let Err(error) = self.data.write_compressed(HostOffset(last), &[IoSlice::new(&[0])])
+            {
                 drop(refcounts);
                 self.give_up(room, len);
                 return Err(error);

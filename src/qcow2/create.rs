@@ -14,6 +14,7 @@ use super::extension::{CRYPTO_HEADER, DATA_FILE, Extension, feature_names};
 use super::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
 use super::image::{Freed, Image, Lost, OpenOptions, lock, write};
 use super::refcount_bits::set_in;
+use super::step;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, Result};
 use crate::image::{Allocation, Backing, Image as _, Mapping};
@@ -278,16 +279,14 @@ impl Image {
         Ok(())
     }
 
-    /// Makes the disk `size` bytes long; never shorter. The new bytes are unallocated, or zeroes in
-    /// a data file that is read without the tables.
+    /// Makes the disk `size` bytes long; never shorter. The new bytes are unallocated, or what a
+    /// data file that is read without the tables holds there.
     pub(super) fn grow(&self, size: u64) -> Result<()> {
         let old = self.size();
         if self.data.is_external() {
-            let (file, len) = (self.data.storage(), self.data.storage().len()?);
-            if self.data.is_raw() && len > old && old > 0 {
-                file.punch_hole(old, len.min(size) - old)?;
-            }
-            if len < size {
+            // What a longer file holds there is seen by who reads it without the tables.
+            let file = self.data.storage();
+            if file.len()? < size {
                 file.set_len(size)?;
             }
         }
@@ -318,6 +317,7 @@ impl Image {
     /// Moves the L1 table to a place with room for `entries`.
     fn move_l1(&self, old: &Header, entries: u64, size: u64) -> Result<()> {
         let cluster = self.shape.cluster;
+        self.storage.about_to(step::L1_GROW[0]);
         let run = lock(&self.refcounts).allocate(cluster.count(entries * 8))?;
         // The clusters may have been used before: the old table's entries go over zeroes.
         if !run.zeroed {
@@ -333,8 +333,10 @@ impl Image {
         };
         let bytes = tables.grown_l1(entries as usize);
         self.metadata(|| {
+            self.storage.about_to(step::L1_GROW[1]);
             self.storage.write_all_at(run.host.0, &bytes)?;
             self.storage.sync()?;
+            self.storage.about_to(step::L1_GROW[2]);
             self.update_header(|h| {
                 h.l1_offset = run.host.0;
                 h.l1_size = entries as u32;

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::crypt::Crypt;
 use super::header::Header;
+use super::step;
 use crate::addr::{GuestOffset, HostOffset};
 use crate::block::{fill_zero, total, total_mut, window_mut};
 use crate::error::{Error, Result};
@@ -65,6 +66,13 @@ impl Data {
     /// Whether the data file shows the disk without the tables.
     pub fn is_raw(&self) -> bool {
         self.placing == Placing::External { raw: true }
+    }
+
+    /// Whether an external data file goes on showing the disk without the tables.
+    pub fn set_raw(&mut self, raw: bool) {
+        if self.is_external() {
+            self.placing = Placing::External { raw };
+        }
     }
 
     pub fn is_encrypted(&self) -> bool {
@@ -134,6 +142,7 @@ impl Data {
     /// Reads bytes as they are stored. The file may end inside the last cluster: what is missing is
     /// zero.
     pub(super) fn read_stored(&self, host: HostOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        self.storage.about_to(step::READ);
         let end = host.checked_add(total_mut(bufs));
         let end =
             end.ok_or_else(|| Error::corrupt("a cluster past 2^64 bytes").at_offset(host.0))?;
@@ -153,8 +162,17 @@ impl Data {
         self.storage.read_at(host.0, &mut window_mut(bufs, 0, have))
     }
 
+    /// Writes compressed bytes.
+    pub fn write_compressed(&self, host: HostOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
+        self.storage.about_to(step::WRITE_COMPRESSED);
+        self.storage.write_at(host.0, bufs)?;
+        self.grown_to(host.0 + total(bufs));
+        Ok(())
+    }
+
     /// Writes bytes as they are to be stored.
     pub(super) fn write_stored(&self, host: HostOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
+        self.storage.about_to(step::WRITE);
         self.storage.write_at(host.0, bufs)?;
         self.grown_to(host.0 + total(bufs));
         Ok(())

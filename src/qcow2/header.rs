@@ -276,9 +276,6 @@ impl Header {
         if !self.placed(self.refcount_table_offset, table_bytes) {
             return bad("Reference count table offset invalid", 48);
         }
-        if self.snapshots > MAX_SNAPSHOTS {
-            return bad("Snapshot table too large", 60);
-        }
         if !self.cluster.aligned(self.snapshots_offset) {
             return bad("Snapshot table offset invalid", 64);
         }

@@ -10,10 +10,11 @@ use super::check::Repair;
 use super::crypt::{self, Crypt};
 use super::data::Data;
 use super::entry::{Entry, Shape};
-use super::header::{Header, MAX_L1, autoclear, incompatible};
+use super::header::{Header, MAX_L1, MAX_SNAPSHOTS, autoclear, incompatible};
 use super::read::Inflated;
 use super::refcount::Refcounts;
 use super::snapshot::table::Table;
+use super::step;
 use super::tables::{Place, Tables};
 use super::territory::Territory;
 use crate::addr::{GuestOffset, HostOffset, Unit};
@@ -145,6 +146,9 @@ impl Image {
             let message =
                 "Image is corrupt; cannot be opened read/write (check --repair all mends it)";
             return Err(Error::corrupt(message));
+        }
+        if header.snapshots > MAX_SNAPSHOTS && !options.read_only && !options.repair {
+            return Err(Error::corrupt("Snapshot table too large").at_offset(60));
         }
         let slice = header.cluster.bytes().min(SLICE);
         let capacity = (options.cache / slice) as usize;
@@ -333,6 +337,7 @@ impl Image {
     /// the bytes may be older than the file, and the caller looks again.
     fn load_slice(&self, offset: u64, len: u64, generation: u64) -> Result<()> {
         let mut bytes = vec![0; len as usize].into_boxed_slice();
+        self.storage.about_to(step::L2_LOAD);
         self.storage.read_exact_at(offset, &mut bytes).map_err(|_| {
             Error::corrupt("an L2 table lies past the end of the file").at_offset(offset)
         })?;
@@ -490,6 +495,7 @@ impl image::Image for Image {
             return Ok(());
         }
         self.check_writable()?;
+        step::FLUSH.iter().for_each(|step| self.storage.about_to(step));
         self.write_back()?;
         self.release_freed()
     }

@@ -20,6 +20,7 @@ mod compress;
 mod create;
 mod crypt;
 mod data;
+mod empty;
 mod entry;
 mod extension;
 mod header;
@@ -30,20 +31,21 @@ mod refcount_bits;
 mod references;
 mod shrink;
 mod snapshot;
+mod step;
 mod tables;
 mod territory;
 mod write;
 mod writeback;
 mod zero;
 
-pub use amend::Amend;
+pub use amend::{Amend, AmendPart, AmendProgress};
 pub use bitmap::BitmapInfo;
 pub use check::{Check, Repair};
 pub use create::{CreateOptions, DataFile, Encryption, Method, Preallocation, create};
 pub use extension::Extension;
 pub use header::{Compression, Header, MAX_BACKING_NAME};
 pub use image::{Image, OpenOptions};
-pub use snapshot::{NewSnapshot, Snapshot};
+pub use snapshot::{NewSnapshot, OLD_TABLE_LEAKED, SNAPSHOT_LEAKED, Snapshot};
 
 /// Whether a file that begins with `bytes` claims to be qcow2.
 pub fn probe(bytes: &[u8]) -> bool {

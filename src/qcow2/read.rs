@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::header::Compression;
 use super::image::{Image, lock};
+use super::step;
 use crate::addr::{GuestOffset, HostOffset};
 use crate::block::fill_zero;
 use crate::error::{Error, Result};
@@ -66,23 +67,32 @@ impl Image {
         })
     }
 
-    /// Whether clearly more clusters are in use than the host stores.
+    /// Whether clearly more clusters are in use than the host stores anything of.
     fn is_preallocated(&self) -> bool {
         let cluster = self.shape.cluster;
-        let (Ok(len), Ok(stored)) = (self.storage.len(), self.storage.allocated()) else {
+        let (Ok(len), Ok(bytes)) = (self.storage.len(), self.storage.allocated()) else {
             return false;
         };
-        let stored = stored >> cluster.bits();
-        let many = (stored.saturating_mul(10) / 9).max(stored + 2);
-        let (mut used, mut counts) = (0, [0; 512]);
+        let clearly_more = |stored: u64| (stored.saturating_mul(10) / 9).max(stored + 2);
+        // What the host stores is quickly told, and mostly says enough.
+        let (least, mut used, mut counts) = (clearly_more(bytes >> cluster.bits()), 0, [0; 512]);
         for first in (0..cluster.count(len)).step_by(counts.len()) {
             lock(&self.refcounts).get_all(first, &mut counts);
             used += counts.iter().filter(|count| **count != 0).count() as u64;
-            if used >= many {
-                return true;
-            }
         }
-        false
+        used >= least && self.stored_clusters().is_ok_and(|stored| used >= clearly_more(stored))
+    }
+
+    /// How many clusters of the file hold anything.
+    fn stored_clusters(&self) -> Result<u64> {
+        let cluster = self.shape.cluster;
+        let (mut stored, mut counted) = (0, 0);
+        while let Some((start, end)) = self.storage.next_data(counted << cluster.bits())? {
+            let first = cluster.index(start).max(counted);
+            counted = cluster.count(end).max(first + 1);
+            stored += counted - first;
+        }
+        Ok(stored)
     }
 
     pub(super) fn read_extent(
@@ -122,6 +132,7 @@ impl Image {
         let (host, len) = self.shape.compressed(descriptor);
         let have = self.storage.len()?.saturating_sub(host.0).min(len);
         let mut packed = vec![0; have as usize];
+        self.storage.about_to(step::READ_COMPRESSED);
         self.storage.read_exact_at(host.0, &mut packed)?;
         let size = self.shape.cluster.bytes() as usize;
         let compression = lock(&self.inflated).compression;

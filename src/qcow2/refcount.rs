@@ -12,6 +12,7 @@ use super::cache::{Cache, Dirty, SLICE};
 use super::header::{Header, MAX_REFCOUNT_TABLE};
 use super::image::{read, write};
 use super::refcount_bits::{get_in, get_run, max_refcount, set_in};
+use super::step;
 use super::territory::Territory;
 use crate::addr::{HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
@@ -86,6 +87,7 @@ impl Refcounts {
         let bytes = (u64::from(place.clusters) * header.cluster.bytes())
             .min(len.saturating_sub(place.offset));
         let mut raw = vec![0; bytes as usize / 8 * 8];
+        storage.about_to(step::REFTABLE_LOAD);
         storage.read_exact_at(place.offset, &mut raw).map_err(|e| e.at_offset(place.offset))?;
         refcounts.table =
             raw.chunks_exact(8).map(|e| BigEndian::read_u64(e) & BLOCK_OFFSET).collect();
@@ -148,6 +150,7 @@ impl Refcounts {
         let offset = block + per_slice.index(in_block) * self.slice_bytes();
         if self.cache.get(offset).is_none() {
             let mut bytes = vec![0; self.slice_bytes() as usize].into_boxed_slice();
+            self.storage.about_to(step::REFBLOCK_LOAD);
             self.storage.read_exact_at(offset, &mut bytes).map_err(|e| e.at_offset(offset))?;
             self.cache.insert(offset, bytes);
         }
@@ -203,6 +206,7 @@ impl Refcounts {
     /// as runs of host bytes.
     pub fn release(&mut self, host: HostOffset, clusters: u64) -> Result<Vec<(HostOffset, u64)>> {
         let first = self.cluster.index(host.0);
+        self.storage.about_to(step::CLUSTER_FREE);
         let mut freed: Vec<(HostOffset, u64)> = Vec::new();
         for cluster in first..first + clusters {
             let count = self.get(cluster)?;
@@ -250,6 +254,7 @@ impl Refcounts {
     /// Allocates exactly `clusters` clusters in one run.
     pub fn allocate(&mut self, clusters: u64) -> Result<Run> {
         self.check_home()?;
+        self.storage.about_to(step::CLUSTER_ALLOC);
         let mut start = self.first_free(self.next_free)?;
         self.next_free = start;
         loop {
@@ -265,6 +270,7 @@ impl Refcounts {
     /// where there is room, else in a new cluster. Every cluster that they touch gets a reference.
     /// Returns their place, and the new cluster where there is one.
     pub fn pack(&mut self, len: u64) -> Result<(HostOffset, Option<Run>)> {
+        self.storage.about_to(step::CLUSTER_ALLOC_BYTES);
         let (cluster, max) = (self.cluster, self.max());
         let mut open = None;
         if let Some(at) = self.packed {
@@ -343,6 +349,7 @@ impl Refcounts {
         if blocks == 0 {
             return Ok(());
         }
+        self.storage.about_to(step::REFBLOCK_ALLOC);
         self.storage.write_zeroes(start << self.cluster.bits(), blocks << self.cluster.bits())
     }
 
@@ -356,6 +363,7 @@ impl Refcounts {
 
     /// Makes room in the table for at least `entries` blocks by moving it.
     fn grow_table(&mut self, entries: u64) -> Result<()> {
+        self.storage.about_to(step::REFTABLE_GROW);
         let per_cluster = self.cluster.bytes() / 8;
         // Half as much again, so that a growing file moves its table a few times only.
         let entries = (entries + entries / 2 + 1).next_multiple_of(per_cluster);
@@ -582,6 +590,11 @@ impl Refcounts {
         })?;
         self.set(cluster, left)?;
         Ok(left)
+    }
+
+    /// How many blocks the table has room for.
+    pub fn table_entries(&self) -> u64 {
+        self.table.len() as u64
     }
 
     /// Host offsets of the refcount blocks by index.

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use nix::libc::ENOTSUP;
 
 use super::image::{Image, lock};
+use super::step;
 use crate::addr::GuestOffset;
 use crate::error::{Error, Result};
 
@@ -47,10 +48,12 @@ impl Image {
         self.can_subtract(&less)?;
         let at = header.l1_offset + range.start as u64 * 8;
         self.metadata(|| {
+            self.storage.about_to(step::L1_SHRINK[0]);
             self.storage.write_all_at(at, &vec![0; gone.len() * 8])?;
             self.storage.sync()
         })?;
         self.reload_tables()?;
+        self.storage.about_to(step::L1_SHRINK[1]);
         let freed = self.take_references(&less)?;
         self.write_back()?;
         self.punch_freed(&freed);

@@ -9,6 +9,7 @@ use std::io::IoSlice;
 use super::entry::{COPIED, Entry, Kind};
 use super::image::{Freed, Image, Lost, lock, read, write};
 use super::refcount::Run;
+use super::step;
 use super::tables::{Place, Table};
 use crate::addr::{GuestOffset, HostOffset};
 use crate::block::total;
@@ -209,8 +210,10 @@ impl Image {
             None => self.storage.write_zeroes(host.0, len)?,
             Some(old) => {
                 let mut bytes = vec![0; len as usize];
+                self.storage.about_to(step::L2_ALLOC[0]);
                 let read = self.storage.read_exact_at(old.host.0, &mut bytes);
                 read.map_err(|e| e.at_offset(old.host.0))?;
+                self.storage.about_to(step::L2_ALLOC[1]);
                 self.storage.write_all_at(host.0, &bytes)?;
             }
         }

@@ -15,6 +15,7 @@ use std::sync::MutexGuard;
 use super::cache::Dirty;
 use super::image::{Freed, Image, Lost, lock, write};
 use super::refcount::{DirtyRefcounts, MovedTable, TablePlace};
+use super::step;
 use super::tables::DirtyTables;
 use crate::addr::HostOffset;
 use crate::error::Result;
@@ -46,27 +47,29 @@ impl Image {
     }
 
     fn write_in_order(&self, tables: &DirtyTables, refcounts: &DirtyRefcounts) -> Result<()> {
-        self.write_slices(&refcounts.blocks)?;
-        self.write_slices(&tables.unpublished)?;
+        self.write_slices(&[step::REFBLOCK_UPDATE], &refcounts.blocks)?;
+        self.write_slices(&[step::L2_ALLOC[1], step::L2_UPDATE], &tables.unpublished)?;
         if let Some(moved) = &refcounts.moved {
             self.move_refcount_table(moved)?;
         } else if !refcounts.entries.is_empty() {
             self.storage.sync()?;
-            self.write_entries(&refcounts.entries)?;
+            self.write_entries(step::REFBLOCK_HOOKUP, &refcounts.entries)?;
         }
         self.data.sync_external()?;
         self.storage.sync()?;
         if tables.published.is_empty() && tables.l1.is_empty() {
             return Ok(());
         }
-        self.write_slices(&tables.published)?;
-        self.write_entries(&tables.l1)?;
+        self.write_slices(&[step::L2_UPDATE], &tables.published)?;
+        self.write_entries(step::L1_UPDATE, &tables.l1)?;
         self.storage.sync()
     }
 
     fn move_refcount_table(&self, moved: &MovedTable) -> Result<()> {
+        self.storage.about_to(step::REFBLOCK_TABLE[0]);
         self.storage.write_all_at(moved.place.offset, &moved.bytes)?;
         self.storage.sync()?;
+        self.storage.about_to(step::REFBLOCK_TABLE[1]);
         self.update_header(|header| {
             header.refcount_table_offset = moved.place.offset;
             header.refcount_table_clusters = moved.place.clusters;
@@ -74,21 +77,23 @@ impl Image {
     }
 
     /// Writes slices in as few calls as their neighbourhood allows.
-    fn write_slices(&self, slices: &[Dirty]) -> Result<()> {
+    fn write_slices(&self, steps: &[&'static str], slices: &[Dirty]) -> Result<()> {
         let adjoins = |a: &Dirty, b: &Dirty| a.offset + a.bytes.len() as u64 == b.offset;
         for run in slices.chunk_by(adjoins) {
             let bufs: Vec<_> = run.iter().map(|d| IoSlice::new(&d.bytes)).collect();
             if let Some(first) = run.first() {
+                steps.iter().for_each(|step| self.storage.about_to(step));
                 self.storage.write_at(first.offset, &bufs)?;
             }
         }
         Ok(())
     }
 
-    fn write_entries(&self, entries: &[(u64, u64)]) -> Result<()> {
+    fn write_entries(&self, step: &'static str, entries: &[(u64, u64)]) -> Result<()> {
         for run in entries.chunk_by(|a, b| a.0 + 8 == b.0) {
             let bytes: Vec<u8> = run.iter().flat_map(|(_, value)| value.to_be_bytes()).collect();
             if let Some((offset, _)) = run.first() {
+                self.storage.about_to(step);
                 self.storage.write_all_at(*offset, &bytes)?;
             }
         }

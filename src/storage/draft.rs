@@ -177,6 +177,10 @@ impl Storage for Unsynced {
     fn allocated(&self) -> Result<u64> {
         self.0.allocated()
     }
+
+    fn about_to(&self, step: &'static str) {
+        self.0.about_to(step);
+    }
 }
 
 impl Drop for Draft {

@@ -65,6 +65,12 @@ pub trait Storage: Send + Sync {
         self.len()
     }
 
+    /// Tells what its user is about to do, in the user's own words. Nothing depends on it: a storage
+    /// that fails on purpose may wait for it.
+    fn about_to(&self, step: &'static str) {
+        let _ = step;
+    }
+
     /// Fills one buffer; see [`Storage::read_at`].
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.read_at(offset, &mut [IoSliceMut::new(buf)])

@@ -15,6 +15,7 @@ mod bitmaps;
 mod crash;
 mod crash_data;
 mod dice;
+mod emptied;
 mod family;
 mod hostile;
 mod internal;

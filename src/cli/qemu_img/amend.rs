@@ -2,20 +2,22 @@
 
 use vdisk::block::BlockDevice;
 use vdisk::image::Backing;
-use vdisk::qcow2::{Amend, Header};
+use vdisk::qcow2::{Amend, AmendProgress, Header};
 
-use super::args::{self, flag, long, value};
+use super::args::{self, Given, flag, long, value};
 use super::create_options::{self as options, Chosen};
 use super::fail::{Fail, Outcome, os_text, reason, report};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
 use super::name::Source;
 use super::open::{self, Use};
 use super::opts;
+use super::progress::{Parts, Progress};
 
 /// Disks consist of whole sectors.
 const SECTOR: u64 = 512;
-/// Incompatible features that are no property of the format: not closed well, and corrupt.
-const MARKS: u64 = 0b11;
+/// Incompatible features that do not stand in the way of an older version: not closed well, corrupt,
+/// and the way of compression as long as nothing is compressed.
+const IGNORED: u64 = 0b1011;
 /// An incompatible feature: the data stands in another file.
 const DATA_FILE: u64 = 1 << 2;
 
@@ -26,7 +28,14 @@ pub fn run(args: &[String]) -> Outcome {
     let Some(list) = opts::joined(given.all("o"))? else {
         return Err(Fail::usage("Must specify options (-o)"));
     };
-    let help = opts::asks_for_help(&list);
+    let mut progress = Progress::new(given.has("p") && !given.has("q"), 1.0);
+    let ended = amend_named(&given, &list, &mut progress);
+    progress.end();
+    ended
+}
+
+fn amend_named(given: &Given, list: &str, progress: &mut Progress) -> Outcome {
+    let help = opts::asks_for_help(list);
     if let (true, Some(format)) = (help, given.get("f")) {
         return print_help(format);
     }
@@ -47,15 +56,11 @@ pub fn run(args: &[String]) -> Outcome {
     };
     let header = image.header();
     drop(opened);
-    let chosen = Chosen::parse(options::of_amend(format)?, &list)?;
-    if given.has("p") {
-        print!("    (0.00/100%)\r");
-    }
-    amend(&source, &header, &chosen)?;
-    if given.has("p") {
-        println!("    (100.00/100%)\r");
-    }
-    Ok(0)
+    let chosen = Chosen::parse(options::of_amend(format)?, list)?;
+    progress.at(0.0);
+    let amended = amend(&source, &header, &chosen, progress);
+    progress.at(100.0);
+    amended.map(|()| 0)
 }
 
 fn print_help(format: &str) -> Outcome {
@@ -65,7 +70,12 @@ fn print_help(format: &str) -> Outcome {
 
 /// What the image becomes first, then its size, then an older version: in this order each step
 /// has what it needs.
-fn amend(source: &Source, header: &Header, chosen: &Chosen) -> Outcome<()> {
+fn amend(
+    source: &Source,
+    header: &Header,
+    chosen: &Chosen,
+    progress: &mut Progress,
+) -> Outcome<()> {
     let version = match chosen.text("compat") {
         None => header.version,
         Some("0.10" | "v2") => 2,
@@ -74,19 +84,29 @@ fn amend(source: &Source, header: &Header, chosen: &Chosen) -> Outcome<()> {
     };
     check(header, chosen, version)?;
     let bits = chosen.number("refcount_bits").map(|b| u32::try_from(b).unwrap_or(u32::MAX));
+    let unchanged = 1 << header.refcount_order;
     let first = Amend {
         version: (version > header.version).then_some(version),
         refcount_bits: bits,
         lazy_refcounts: chosen.switch("lazy_refcounts"),
         backing: None,
+        data_file: chosen
+            .text("data_file")
+            .map(|name| (!name.is_empty()).then_some(name.to_owned())),
+        data_file_raw: chosen.switch("data_file_raw").filter(|_| header.has_data_file()),
     };
-    change(source, &first)?;
+    let parts =
+        u64::from(version != header.version) + u64::from(bits.is_some_and(|b| b != unchanged));
+    let mut parts = Parts::new(parts);
+    let mut watch = |step| progress.at(parts.percent(step));
+    change(source, &first, &mut watch)?;
     if let Some(size) = chosen.number("size") {
         resize(source, size)?;
     }
     if version < header.version {
         check_snapshot_sizes(source)?;
-        change(source, &Amend { version: Some(version), ..Amend::default() })?;
+        let last = Amend { version: Some(version), ..Amend::default() };
+        change(source, &last, &mut watch)?;
     }
     Ok(())
 }
@@ -103,6 +123,7 @@ fn check(header: &Header, chosen: &Chosen, version: u32) -> Outcome<()> {
     if version < 3 && bits.unwrap_or(unchanged) != 16 {
         return fail(match bits {
             None => "compat=0.10 requires refcount_bits=16".into(),
+            Some(bits) if bits == unchanged => "compat=0.10 requires refcount_bits=16".into(),
             Some(_) => {
                 "Refcount widths other than 16 bits require compatibility level 1.1 or above \
                         (use compat=1.1 or greater)"
@@ -129,7 +150,7 @@ fn check(header: &Header, chosen: &Chosen, version: u32) -> Outcome<()> {
     if chosen.text("data_file").is_some() && !has_data_file {
         return fail("data-file can only be set for images that use an external data file".into());
     }
-    if chosen.switch("data_file_raw") == Some(true) {
+    if chosen.switch("data_file_raw") == Some(true) && !header.data_file_is_raw() {
         return fail("data-file-raw cannot be set on existing images".into());
     }
     if version < 3 && chosen.switch("lazy_refcounts") == Some(true) {
@@ -142,7 +163,7 @@ fn check(header: &Header, chosen: &Chosen, version: u32) -> Outcome<()> {
     if version < header.version && has_data_file {
         return fail("Cannot downgrade an image with a data file".into());
     }
-    let features = header.incompatible & !MARKS;
+    let features = header.incompatible & !IGNORED;
     if version < header.version && features != 0 {
         return fail(format!(
             "Cannot downgrade an image with incompatible features {features:#x} set"
@@ -151,12 +172,12 @@ fn check(header: &Header, chosen: &Chosen, version: u32) -> Outcome<()> {
     Ok(())
 }
 
-fn change(source: &Source, want: &Amend) -> Outcome<()> {
+fn change(source: &Source, want: &Amend, watch: &mut dyn FnMut(AmendProgress)) -> Outcome<()> {
     let Some(mut image) = open::owned(source, Use::writing())? else {
         return Err(Fail::new(os_text(nix::libc::ENOTSUP)));
     };
-    image.amend(want).map_err(|e| match e.raw_os_error() {
-        Some(errno) if want.version == Some(2) => {
+    image.amend_watched(want, watch).map_err(|e| match e.raw_os_error() {
+        Some(errno) if want.version == Some(2) && errno != nix::libc::ENOTSUP => {
             report(e.message());
             Fail::new(format!("Failed to turn zero into data clusters: {}", os_text(errno)))
         }

@@ -90,7 +90,7 @@ fn check(image: &Image, repair: Repair, quiet: bool, said: &mut String) -> Outco
         Ok(check)
     };
     let first = once(repair)?;
-    if repair == Repair::All && first.corruptions == 0 && first.errors == 0 {
+    if repair != Repair::None && first.corruptions == 0 && first.errors == 0 {
         image.mark_right().map_err(|e| Fail::new(reason(&e)))?;
     }
     if first.leaks_fixed == 0 && first.corruptions_fixed == 0 {

@@ -2,16 +2,17 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use vdisk::addr::GuestOffset;
 use vdisk::block::BlockDevice;
 use vdisk::chain::{self, Chain, Descent, OpenOptions};
 
-use super::args::{self, flag, value};
+use super::args::{self, Given, flag, value};
 use super::fail::{Fail, Outcome, reason};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
 use super::name::Source;
 use super::open::{self, Opened, Use, full_backing_name};
+use super::progress::Progress;
 use super::status;
 
 /// Bytes that are copied at a time.
@@ -34,16 +35,29 @@ pub fn run(args: &[String]) -> Outcome {
     given.check_cache("t", "cache")?;
     let source = given.source(name)?;
     let opened = open::layer(&source, Use::writing())?;
-    let (upper, lower) = split(&source, &opened, given.get("b"))?;
-    copy(&upper, &lower)?;
-    // What stays between the image and the base keeps its meaning only while the image does.
-    if !given.has("d") && !given.has("b") {
-        empty(&upper).map_err(|e| Fail::new(format!("Could not empty {name}: {}", reason(&e))))?;
-    }
+    let mut progress = Progress::begin(given.has("p") && !given.has("q"), 1.0);
+    let done = commit(&given, &source, opened, &mut progress);
+    progress.end();
+    done?;
     if !given.has("q") {
         println!("Image committed.");
     }
     Ok(0)
+}
+
+fn commit(given: &Given, source: &Source, opened: Opened, progress: &mut Progress) -> Outcome<()> {
+    let (upper, lower) = split(source, &opened, given.get("b"))?;
+    copy(&upper, &lower, progress)?;
+    progress.at(100.0);
+    // What stays between the image and the base keeps its meaning only while the image does.
+    if given.has("d") || given.has("b") {
+        return Ok(());
+    }
+    let Opened { layer, qcow2, shown, .. } = opened;
+    // Nobody else uses it from here on.
+    drop((upper, layer));
+    let Some(mut image) = qcow2.and_then(Arc::into_inner) else { return Ok(()) };
+    image.make_empty().map_err(|e| Fail::new(format!("Failed to empty {shown}: {}", reason(&e))))
 }
 
 /// The layers above the base as one disk, and the base with what is below it, for writing.
@@ -91,7 +105,7 @@ fn names(base: &str, child: &str, recorded: &str, path: &Path) -> bool {
 }
 
 /// Writes what `upper` holds into `lower`.
-fn copy(upper: &Chain, lower: &Chain) -> Outcome<()> {
+fn copy(upper: &Chain, lower: &Chain, progress: &mut Progress) -> Outcome<()> {
     let failed = |e: vdisk::Error| Fail::new(format!("Block job failed: {}", reason(&e)));
     let size = upper.size();
     if lower.size() < size {
@@ -112,14 +126,7 @@ fn copy(upper: &Chain, lower: &Chain) -> Outcome<()> {
             lower.write_at(at, &[IoSlice::new(part)]).map_err(failed)?;
         }
         at += len;
+        progress.at(at as f32 / size as f32 * 100.0);
     }
     lower.flush().map_err(failed)
-}
-
-/// Gives all clusters of the head back: the base shows them now.
-fn empty(upper: &Chain) -> vdisk::Result<()> {
-    let head = upper.head().image;
-    let size = head.size();
-    head.discard(GuestOffset(0), size, true)?;
-    head.flush()
 }

@@ -10,6 +10,7 @@ use super::fail::{Fail, Outcome, reason};
 use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
 use super::name::Source;
 use super::open;
+use super::progress::Progress;
 use super::status::{self, Status};
 
 /// Exit status for images that differ.
@@ -33,20 +34,23 @@ struct Side {
 
 pub fn run(args: &[String]) -> Outcome {
     let mut said = Vec::new();
+    let mut progress = None;
     // What is said about the contents follows an error, if there is one.
-    let ended = compare(args, &mut said).unwrap_or_else(|fail| fail.report());
+    let ended = compare(args, &mut said, &mut progress).unwrap_or_else(|fail| fail.report());
     said.iter().for_each(|line| println!("{line}"));
+    progress.iter_mut().for_each(Progress::end);
     Ok(ended)
 }
 
-fn compare(args: &[String], said: &mut Vec<String>) -> Outcome {
+fn compare(args: &[String], said: &mut Vec<String>, progress: &mut Option<Progress>) -> Outcome {
     let strict = flag("s");
     let known = [FORMAT, value("F"), CACHE, flag("p"), QUIET, strict, SHARED, OBJECT, IMAGE_OPTS];
     let given = args::parse(args, &known)?;
-    given.check_cache("T", "source cache")?;
     let [first, second] = &given.names[..] else {
         return Err(Fail::usage("Expecting two image file names"));
     };
+    let progress = progress.insert(Progress::new(given.has("p") && !given.has("q"), 2.0));
+    given.check_cache("T", "source cache")?;
     let side = |name: &String, format: Option<&str>| -> Outcome<Side> {
         let source = Source::parse(name, format, given.has("image-opts"))?;
         let chain = open::chain(&source, given.reading())?;
@@ -54,6 +58,7 @@ fn compare(args: &[String], said: &mut Vec<String>) -> Outcome {
     };
     let a = side(first, given.get("f")).map_err(|e| e.with_code(FAILED))?;
     let b = side(second, given.get("F")).map_err(|e| e.with_code(FAILED))?;
+    progress.at(0.0);
     let mut say = |text: String| {
         if !given.has("q") {
             said.push(text);
@@ -65,7 +70,8 @@ fn compare(args: &[String], said: &mut Vec<String>) -> Outcome {
         say("Strict mode: Image size mismatch!".to_owned());
         return Ok(DIFFERENT);
     }
-    match same(&a, &b, common, given.has("s"))? {
+    let mut compared = |len: u64| progress.more(len as f32 / total.max(1) as f32 * 100.0);
+    match same(&a, &b, (common, given.has("s")), &mut compared)? {
         Some(Difference::Content(at)) => {
             say(format!("Content mismatch at offset {at}!"));
             return Ok(DIFFERENT);
@@ -78,7 +84,7 @@ fn compare(args: &[String], said: &mut Vec<String>) -> Outcome {
     }
     if common != total {
         say("Warning: Image size mismatch!".to_owned());
-        if let Some(at) = not_empty(long, common, total)? {
+        if let Some(at) = not_empty(long, common, total, &mut compared)? {
             say(format!("Content mismatch at offset {at}!"));
             return Ok(DIFFERENT);
         }
@@ -108,8 +114,13 @@ impl Side {
     }
 }
 
-/// The first difference below `end`.
-fn same(a: &Side, b: &Side, end: u64, strict: bool) -> Outcome<Option<Difference>> {
+/// The first difference below `end`; `compared` is told the length of what is alike.
+fn same(
+    a: &Side,
+    b: &Side,
+    (end, strict): (u64, bool),
+    compared: &mut dyn FnMut(u64),
+) -> Outcome<Option<Difference>> {
     let mut bytes = [vec![0; PIECE as usize], vec![0; PIECE as usize]];
     let mut at = 0;
     while at < end {
@@ -120,6 +131,7 @@ fn same(a: &Side, b: &Side, end: u64, strict: bool) -> Outcome<Option<Difference
         }
         if one.zero && two.zero {
             at += len;
+            compared(len);
             continue;
         }
         len = len.min(PIECE);
@@ -136,17 +148,24 @@ fn same(a: &Side, b: &Side, end: u64, strict: bool) -> Outcome<Option<Difference
             return Ok(Some(Difference::Content(at + n - n % SECTOR)));
         }
         at += len;
+        compared(len);
     }
     Ok(None)
 }
 
 /// The first sector from `at` on that is not zero.
-fn not_empty(side: &Side, mut at: u64, end: u64) -> Outcome<Option<u64>> {
+fn not_empty(
+    side: &Side,
+    mut at: u64,
+    end: u64,
+    compared: &mut dyn FnMut(u64),
+) -> Outcome<Option<u64>> {
     let mut bytes = vec![0; PIECE as usize];
     while at < end {
         let status = side.status(at, end - at)?;
         if status.zero {
             at += status.len;
+            compared(status.len);
             continue;
         }
         let part = &mut bytes[..status.len.min(PIECE) as usize];
@@ -156,6 +175,7 @@ fn not_empty(side: &Side, mut at: u64, end: u64) -> Outcome<Option<u64>> {
             return Ok(Some(at + n - n % SECTOR));
         }
         at += part.len() as u64;
+        compared(part.len() as u64);
     }
     Ok(None)
 }

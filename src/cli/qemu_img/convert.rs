@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::Mutex;
 
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
@@ -16,6 +17,7 @@ use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
 use super::name::{Protocol, Source};
 use super::open::{self, Use};
 use super::opts;
+use super::progress::Progress;
 use super::size;
 
 /// The smallest run of zeroes that is looked for, in bytes, unless the user says otherwise.
@@ -80,24 +82,41 @@ pub fn run(args: &[String]) -> Outcome {
     }
     given.check_cache("T", "source cache")?;
     given.check_cache("t", "cache")?;
-    let first = names.front().cloned().filter(|_| given.has("bitmaps"));
-    let copied = match first {
-        Some(name) => copied_bitmaps(&given, &name, format)?,
-        None => Vec::new(),
-    };
-    let sources = sources(&given, names)?;
     let list = list.as_deref().unwrap_or("");
     let request = Request { given: &given, target: &target, format, list };
+    let progress = Mutex::new(Progress::begin(given.has("p") && !given.has("q"), 1.0));
+    let done = convert(&request, names, sparse.unwrap_or(SPARSE), &progress);
+    let mut progress = progress.into_inner().unwrap_or_else(|e| e.into_inner());
+    if done.is_ok() {
+        progress.at(100.0);
+    }
+    progress.end();
+    done.map(|()| 0)
+}
+
+fn convert(
+    request: &Request<'_>,
+    names: VecDeque<String>,
+    sparse: u64,
+    progress: &Mutex<Progress>,
+) -> Outcome<()> {
+    let given = request.given;
+    let first = names.front().cloned().filter(|_| given.has("bitmaps"));
+    let copied = match first {
+        Some(name) => copied_bitmaps(given, &name, request.format)?,
+        None => Vec::new(),
+    };
+    let sources = sources(given, names)?;
     let (chain, has_backing, is_new) = request.target(&sources)?;
     let copying = Copying {
         target: &chain,
-        sparse: sparse.unwrap_or(SPARSE),
+        sparse,
         compress: given.has("c"),
         has_backing,
         salvage: given.has("salvage"),
         out_of_order: given.has("W"),
         quiet: given.has("q"),
-        progress: given.has("p") && !given.has("q"),
+        progress,
         reads_zero: is_new && !has_backing || given.has("target-is-zero"),
     };
     copy(&sources, &copying)?;
@@ -105,7 +124,7 @@ pub fn run(args: &[String]) -> Outcome {
     if !copied.is_empty() {
         bitmaps::write(&request.target_source()?, &copied)?;
     }
-    Ok(0)
+    Ok(())
 }
 
 fn sparse(text: &str) -> Outcome<u64> {

@@ -1,6 +1,6 @@
 //! Copying flat disks into another one, sector for sector, and what is left out on the way.
 
-use std::io::{IoSlice, IoSliceMut, Write as _};
+use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 
@@ -9,6 +9,7 @@ use vdisk::block::BlockDevice;
 use vdisk::chain::{Chain, Layer};
 
 use super::fail::{Fail, Outcome, reason, report};
+use super::progress::Progress;
 use super::status;
 
 /// Bytes that are copied at a time.
@@ -58,7 +59,7 @@ pub struct Copying<'a> {
     /// Say nothing about them.
     pub quiet: bool,
     /// Show how far it is.
-    pub progress: bool,
+    pub progress: &'a Mutex<Progress>,
 }
 
 /// What a stretch of the source is to the target.
@@ -79,6 +80,7 @@ pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
         parts,
         copying,
         total,
+        work: 0,
         reads_zero: copying.reads_zero,
         holds_zeroes: old && target.all_layers().len() > 1,
     };
@@ -91,15 +93,13 @@ pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
     while at < total {
         let (what, len) = run.look(at)?;
         data += if what == What::Data { len } else { 0 };
+        run.work += if run.is_work(what) { len } else { 0 };
         at += len;
     }
     // What cannot be read is told in its order.
     let alone = !copying.out_of_order || data < ALONE || copying.salvage;
     let cpus = std::thread::available_parallelism().map_or(2, usize::from);
     run.all(if alone { 1 } else { cpus.clamp(MIN_THREADS, MAX_THREADS) })?;
-    if copying.progress {
-        println!("    (100.00/100%)\r");
-    }
     target.flush().map_err(|e| Fail::new(reason(&e)))
 }
 
@@ -120,6 +120,8 @@ struct Run<'a> {
     parts: &'a [Part],
     copying: &'a Copying<'a>,
     total: u64,
+    /// Bytes of them that have to be copied.
+    work: u64,
     reads_zero: bool,
     /// Zeroes are written as data: else the target would go on showing its backing file, which
     /// version 2 images cannot hide otherwise.
@@ -128,11 +130,13 @@ struct Run<'a> {
 
 /// How far the copy was given out, and why it ends early.
 #[derive(Default)]
-struct Progress {
+struct Given {
     at: u64,
     /// What the source was found to hold there, and where that ends: asking the host again for each
     /// step costs it a walk over all that follows.
     known: Option<(What, u64)>,
+    /// Bytes of what has to be copied that were given out.
+    work: u64,
     failed: Option<Fail>,
 }
 
@@ -146,7 +150,7 @@ struct Step {
 impl Run<'_> {
     /// Copies everything. No two steps write the same byte, so their order is free.
     fn all(&self, threads: usize) -> Outcome<()> {
-        let progress = Mutex::new(Progress::default());
+        let progress = Mutex::new(Given::default());
         std::thread::scope(|scope| {
             (1..threads).for_each(|_| drop(scope.spawn(|| self.work(&progress))));
             self.work(&progress);
@@ -155,8 +159,13 @@ impl Run<'_> {
         ended.failed.map_or(Ok(()), Err)
     }
 
+    /// Whether the target is written for it.
+    fn is_work(&self, what: What) -> bool {
+        what == What::Data || what == What::Zero && self.copying.sparse == 0
+    }
+
     /// One thread's work; it ends where any thread fails.
-    fn work(&self, progress: &Mutex<Progress>) {
+    fn work(&self, progress: &Mutex<Given>) {
         let mut buf = Vec::new();
         loop {
             let taken = self.take(lock(progress));
@@ -172,14 +181,10 @@ impl Run<'_> {
         }
     }
 
-    fn take(&self, mut progress: MutexGuard<'_, Progress>) -> Outcome<Option<Step>> {
+    fn take(&self, mut progress: MutexGuard<'_, Given>) -> Outcome<Option<Step>> {
         let at = progress.at;
         if at >= self.total || progress.failed.is_some() {
             return Ok(None);
-        }
-        if self.copying.progress {
-            print!("    ({:.2}/100%)\r", at as f64 * 100.0 / self.total as f64);
-            let _ = std::io::stdout().flush();
         }
         let (what, len) = match progress.known {
             Some((what, end)) if at < end => (what, end - at),
@@ -188,6 +193,19 @@ impl Run<'_> {
         progress.known = Some((what, at + len));
         let step = self.next(at, what, len);
         progress.at += step.len;
+        if self.is_work(what) {
+            let end = progress.work + step.len;
+            // Compressed clusters go one by one.
+            let piece = match self.copying.compress {
+                true => self.copying.target.head().image.cluster().bytes(),
+                false => step.len,
+            };
+            while progress.work < end {
+                progress.work = (progress.work + piece).min(end);
+                let part = 100.0 * progress.work as f64 / self.work.max(1) as f64;
+                lock(self.copying.progress).at(part as f32);
+            }
+        }
         Ok(Some(step))
     }
 
@@ -352,8 +370,8 @@ impl Run<'_> {
     }
 }
 
-fn lock(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
-    progress.lock().unwrap_or_else(|e| e.into_inner())
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn write_failed(at: u64, error: &vdisk::Error) -> Fail {

@@ -1,15 +1,12 @@
-//! `blkdebug`: an image whose reads, writes or map fail where the user says so.
+//! `blkdebug`: faults that the user asks for, at a step of the format's driver or at once.
 //!
-//! Rules that fail reads and writes of the guest's data, and the map, are known. Those that wait for
-//! a step inside the format's driver, such as the update of an L1 table, are refused by name.
+//! A rule waits for an event: a step that an engine announces to its storage, or "none", which
+//! happens when the image is opened. A rule that injects errors is active from its event on, until
+//! an event makes others active; a rule that sets the state decides which rules the next events
+//! reach. `faulty` has the images and storages that do what the rules say.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
 
-use vdisk::addr::{GuestOffset, Unit};
-use vdisk::block::{total, total_mut};
-use vdisk::image::{Allocation, Backing, Details, Extent, Hold, Identity, Image};
 use vdisk::{Error, Result};
 
 use super::fail::{Fail, Outcome};
@@ -20,26 +17,76 @@ const SECTOR: u64 = 512;
 
 /// What is done to an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Doing {
+pub enum Doing {
     Read,
     Write,
+    WriteZeroes,
+    Discard,
+    Flush,
     Map,
 }
 
-/// One fault.
-#[derive(Debug)]
-struct Rule {
+impl Doing {
+    /// All but looking at the map, by their names.
+    const CHANGES: [(&str, Doing); 5] = [
+        ("read", Doing::Read),
+        ("write", Doing::Write),
+        ("write-zeroes", Doing::WriteZeroes),
+        ("discard", Doing::Discard),
+        ("flush", Doing::Flush),
+    ];
+}
+
+/// The events that there are.
+const EVENTS: &str = "l1_update l1_grow.alloc_table l1_grow.write_table l1_grow.activate_table \
+    l2_load l2_update l2_update_compressed l2_alloc.cow_read l2_alloc.write read_aio \
+    read_backing_aio read_compressed write_aio write_compressed vmstate_load vmstate_save cow_read \
+    cow_write reftable_load reftable_grow reftable_update refblock_load refblock_update \
+    refblock_update_part refblock_alloc refblock_alloc.hookup refblock_alloc.write \
+    refblock_alloc.write_blocks refblock_alloc.write_table refblock_alloc.switch_table \
+    cluster_alloc cluster_alloc_bytes cluster_free flush_to_os flush_to_disk pwritev_rmw.head \
+    pwritev_rmw.after_head pwritev_rmw.tail pwritev_rmw.after_tail pwritev pwritev_zero \
+    pwritev_done empty_image_prepare l1_shrink.write_table l1_shrink.free_l2_clusters cor_write \
+    cluster_alloc_space none";
+
+/// What a rule does when its event happens.
+#[derive(Debug, Clone)]
+enum Action {
+    Fail(Fault),
+    SetState(u64),
+}
+
+/// An error that is injected.
+#[derive(Debug, Clone)]
+struct Fault {
     doing: Vec<Doing>,
     sector: Option<u64>,
     errno: i32,
     once: bool,
-    spent: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Rule {
+    event: String,
+    /// The state in which the rule is looked at; 0 for any.
+    state: u64,
+    action: Action,
 }
 
 /// The faults of one image.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Faults {
-    rules: Vec<Rule>,
+    machine: Mutex<Machine>,
+    has_rules: bool,
+}
+
+#[derive(Debug)]
+struct Machine {
+    /// `None`: it has struck, and does so once.
+    rules: Vec<Option<Rule>>,
+    state: u64,
+    /// The rules that strike now, the last one first.
+    active: Vec<usize>,
 }
 
 impl Faults {
@@ -47,8 +94,10 @@ impl Faults {
     pub fn read(config: Option<&str>, given: &[(String, String)]) -> Outcome<Faults> {
         let mut sections = Vec::new();
         if let Some(path) = config {
-            let text = std::fs::read_to_string(path)
-                .map_err(|e| Fail::new(format!("Could not read blkdebug config file: {e}")))?;
+            let text = std::fs::read_to_string(path).map_err(|e| {
+                let why = e.raw_os_error().map_or_else(|| e.to_string(), super::fail::os_text);
+                Fail::new(format!("Could not read blkdebug config file: {why}"))
+            })?;
             sections = from_text(&text);
         }
         for (key, value) in given {
@@ -58,61 +107,136 @@ impl Faults {
                 None => sections.push((place.to_owned(), vec![(key.to_owned(), value.clone())])),
             }
         }
+        let named = |what: &'static str| {
+            sections.iter().filter(move |(name, _)| name.starts_with(what)).map(|(_, pairs)| pairs)
+        };
         let mut rules = Vec::new();
-        for (name, pairs) in &sections {
-            if name.starts_with("inject-error") {
-                rules.push(Rule::read(pairs)?);
+        for pairs in named("inject-error") {
+            rules.push(Some(Rule::inject(pairs)?));
+        }
+        for pairs in named("set-state") {
+            rules.push(Some(Rule::set_state(pairs)?));
+        }
+        Ok(Faults::new(rules))
+    }
+
+    fn new(rules: Vec<Option<Rule>>) -> Faults {
+        let has_rules = !rules.is_empty();
+        let machine = Mutex::new(Machine { rules, state: 1, active: Vec::new() });
+        let faults = Faults { machine, has_rules };
+        faults.happens("none");
+        faults
+    }
+
+    /// Something happens: rules that wait for it are followed.
+    pub fn happens(&self, event: &str) {
+        if !self.has_rules {
+            return;
+        }
+        let mut machine = self.machine.lock().unwrap_or_else(|e| e.into_inner());
+        let Machine { rules, state, active } = &mut *machine;
+        let (mut next, mut hit) = (*state, Vec::new());
+        for (number, rule) in rules.iter().enumerate().rev() {
+            let Some(rule) = rule.as_ref().filter(|r| r.event == event) else { continue };
+            if rule.state != 0 && rule.state != *state {
+                continue;
+            }
+            match rule.action {
+                Action::Fail(_) => hit.insert(0, number),
+                Action::SetState(new) => next = new,
             }
         }
-        Ok(Faults { rules })
+        if !hit.is_empty() {
+            *active = hit;
+        }
+        *state = next;
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.rules.is_empty()
+    /// Fails where an active rule says so.
+    pub fn strike(&self, doing: Doing, offset: u64, len: u64) -> Result<()> {
+        if !self.has_rules {
+            return Ok(());
+        }
+        let mut machine = self.machine.lock().unwrap_or_else(|e| e.into_inner());
+        let Machine { rules, active, .. } = &mut *machine;
+        let fault = |number: &usize| match rules.get(*number)?.as_ref()?.action {
+            Action::Fail(ref fault) if fault.hits(doing, offset, len) => Some(fault.clone()),
+            _ => None,
+        };
+        let found = active.iter().find_map(|number| Some((*number, fault(number)?)));
+        let Some((number, fault)) = found.filter(|(_, fault)| fault.errno != 0) else {
+            return Ok(());
+        };
+        if fault.once {
+            rules[number] = None;
+        }
+        let source = std::io::Error::from_raw_os_error(fault.errno);
+        Err(Error::io("an injected fault", source).at_offset(offset))
     }
+}
 
-    fn strike(&self, doing: Doing, offset: u64, len: u64) -> Result<()> {
+impl Fault {
+    fn hits(&self, doing: Doing, offset: u64, len: u64) -> bool {
         let inside = |sector: u64| {
             let at = sector.saturating_mul(SECTOR);
             at >= offset && at < offset.saturating_add(len)
         };
-        for rule in &self.rules {
-            let hits = rule.doing.contains(&doing) && rule.sector.is_none_or(inside);
-            if hits && !(rule.once && rule.spent.swap(true, Ordering::Relaxed)) {
-                let source = std::io::Error::from_raw_os_error(rule.errno);
-                return Err(Error::io("an injected fault", source).at_offset(offset));
-            }
+        self.doing.contains(&doing) && self.sector.is_none_or(inside)
+    }
+}
+
+/// The value of a key in one section.
+struct Pairs<'a>(&'a [(String, String)]);
+
+impl Pairs<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+
+    fn number(&self, key: &str) -> Outcome<Option<u64>> {
+        let bad = |_| Fail::new(format!("Parameter '{key}' expects a number"));
+        self.get(key).map(|text| size::parse(text).map_err(bad)).transpose()
+    }
+
+    fn event(&self) -> Outcome<String> {
+        let event = self.get("event").ok_or_else(|| Fail::new("Missing event name for rule"))?;
+        if EVENTS.split_whitespace().any(|known| known == event) {
+            return Ok(event.to_owned());
         }
-        Ok(())
+        Err(Fail::new(format!("invalid parameter value: {event}")))
     }
 }
 
 impl Rule {
-    fn read(pairs: &[(String, String)]) -> Outcome<Rule> {
-        let get = |key: &str| pairs.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str());
-        let number = |key: &str| -> Outcome<Option<u64>> {
-            let bad = |_| Fail::new(format!("Parameter '{key}' expects a number"));
-            get(key).map(|text| size::parse(text).map_err(bad)).transpose()
-        };
-        let doing = match (get("event").unwrap_or("none"), get("iotype")) {
-            ("none", None) => vec![Doing::Read, Doing::Write],
-            ("none" | "read_aio", Some("read")) | ("read_aio", None) => vec![Doing::Read],
-            ("none" | "write_aio", Some("write")) | ("write_aio", None) => vec![Doing::Write],
-            ("none", Some("block-status")) => vec![Doing::Map],
-            (event, _) => {
-                return Err(Fail::new(format!("blkdebug event '{event}' is not supported")));
+    fn inject(pairs: &[(String, String)]) -> Outcome<Rule> {
+        let pairs = Pairs(pairs);
+        let event = pairs.event()?;
+        let named = |name: &str| Doing::CHANGES.iter().find(|(n, _)| *n == name).map(|(_, d)| *d);
+        let doing = match pairs.get("iotype") {
+            None => Doing::CHANGES.iter().map(|(_, doing)| *doing).collect(),
+            Some("block-status") => vec![Doing::Map],
+            Some(name) => {
+                let bad = || Fail::new(format!("invalid parameter value: {name}"));
+                vec![named(name).ok_or_else(bad)?]
             }
         };
-        let errno = number("errno")?.and_then(|n| i32::try_from(n).ok());
-        Ok(Rule {
-            doing,
-            // What blkdebug calls -1 is any sector.
-            sector: if get("sector") == Some("-1") { None } else { number("sector")? },
-            errno: errno.unwrap_or(nix::libc::EIO),
-            once: matches!(get("once"), Some("on" | "true" | "yes")),
-            spent: AtomicBool::new(false),
-        })
+        // What blkdebug calls -1 is any sector.
+        let sector = match pairs.get("sector") {
+            Some("-1") => None,
+            _ => pairs.number("sector")?,
+        };
+        let errno = pairs.number("errno")?.and_then(|n| i32::try_from(n).ok());
+        let once = matches!(pairs.get("once"), Some("on" | "true" | "yes"));
+        let errno = errno.unwrap_or(nix::libc::EIO);
+        let action = Action::Fail(Fault { doing, sector, errno, once });
+        Ok(Rule { event, state: pairs.number("state")?.unwrap_or(0), action })
+    }
+
+    fn set_state(pairs: &[(String, String)]) -> Outcome<Rule> {
+        let pairs = Pairs(pairs);
+        let action = Action::SetState(pairs.number("new_state")?.unwrap_or(0));
+        let state = pairs.number("state")?.unwrap_or(0);
+        Ok(Rule { event: pairs.event()?, state, action })
     }
 }
 
@@ -133,119 +257,45 @@ fn from_text(text: &str) -> Vec<Section> {
     sections
 }
 
-/// An image with faults.
-pub struct Faulty {
-    inner: Arc<dyn Image>,
-    faults: Faults,
-}
-
-impl Faulty {
-    /// `inner`, failing as `faults` say.
-    pub fn new(inner: Arc<dyn Image>, faults: Faults) -> Faulty {
-        Faulty { inner, faults }
-    }
-}
-
-impl Image for Faulty {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn cluster(&self) -> Unit {
-        self.inner.cluster()
-    }
-
-    fn granularity(&self) -> Unit {
-        self.inner.granularity()
-    }
-
-    fn backing(&self) -> Option<Backing> {
-        self.inner.backing()
-    }
-
-    fn read_only(&self) -> bool {
-        self.inner.read_only()
-    }
-
-    fn hold(&self) -> Hold<'_> {
-        self.inner.hold()
-    }
-
-    fn map(&self, at: GuestOffset, len: u64) -> Result<Extent> {
-        self.inner.map(at, len)
-    }
-
-    fn narrow(&self, extent: Extent) -> Result<Extent> {
-        self.faults.strike(Doing::Map, extent.start.0, extent.len)?;
-        self.inner.narrow(extent)
-    }
-
-    fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
-        self.faults.strike(Doing::Read, at.0, total_mut(bufs))?;
-        self.inner.read(extent, at, bufs)
-    }
-
-    fn overwrite(&self, extent: &Extent, at: GuestOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
-        self.faults.strike(Doing::Write, at.0, total(bufs))?;
-        self.inner.overwrite(extent, at, bufs)
-    }
-
-    fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {
-        self.faults.strike(Doing::Write, at.0, len)?;
-        self.inner.prepare(at, len)
-    }
-
-    fn zero(&self, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
-        self.inner.zero(at, len, unmap)
-    }
-
-    fn discard(&self, at: GuestOffset, len: u64, expose: bool) -> Result<()> {
-        self.inner.discard(at, len, expose)
-    }
-
-    fn identity(&self) -> Result<Identity> {
-        self.inner.identity()
-    }
-
-    fn set_identity(&self, identity: &Identity) -> Result<()> {
-        self.inner.set_identity(identity)
-    }
-
-    fn details(&self) -> Option<Details> {
-        self.inner.details()
-    }
-
-    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
-        self.faults.strike(Doing::Write, at.0, bytes.len() as u64)?;
-        self.inner.write_compressed(at, bytes)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.inner.flush()
-    }
-
-    fn resize(&self, size: u64) -> Result<()> {
-        self.inner.resize(size)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn faults(text: &str) -> Faults {
+        let sections = from_text(text);
+        let rule = |(name, pairs): &Section| match name.as_str() {
+            "set-state" => Rule::set_state(pairs),
+            _ => Rule::inject(pairs),
+        };
+        Faults::new(sections.iter().map(|s| Some(rule(s).unwrap())).collect())
+    }
+
     #[test]
     fn rules_strike_their_sectors_and_once_only_where_they_say_so() {
-        let text = "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\nonce = \"on\"\n\
-                    [inject-error]\nevent = \"none\"\niotype = \"block-status\"\nsector = \"3\"\n";
-        let mut rules = Vec::new();
-        for (_, pairs) in from_text(text) {
-            rules.push(Rule::read(&pairs).unwrap());
-        }
-        let faults = Faults { rules };
-        assert!(faults.strike(Doing::Write, 0, 512).is_ok());
-        assert_eq!(faults.strike(Doing::Read, 0, 512).unwrap_err().raw_os_error(), Some(5));
-        assert!(faults.strike(Doing::Read, 0, 512).is_ok());
+        let faults = faults(
+            "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\nonce = \"on\"\n\
+             [inject-error]\nevent = \"none\"\niotype = \"block-status\"\nsector = \"3\"\n",
+        );
         assert!(faults.strike(Doing::Map, 0, 1536).is_ok());
         assert!(faults.strike(Doing::Map, 0, 1537).is_err());
+        assert!(faults.strike(Doing::Read, 0, 512).is_ok());
+        faults.happens("read_aio");
+        assert_eq!(faults.strike(Doing::Read, 0, 512).unwrap_err().raw_os_error(), Some(5));
+        assert!(faults.strike(Doing::Read, 0, 512).is_ok());
+    }
+
+    #[test]
+    fn a_rule_waits_for_its_event_in_its_state() {
+        let faults = faults(
+            "[inject-error]\nevent = \"l2_update\"\nstate = \"2\"\n\
+             [set-state]\nevent = \"cluster_free\"\nstate = \"1\"\nnew_state = \"2\"\n",
+        );
+        let write = || faults.strike(Doing::Write, 0, 512);
+        faults.happens("l2_update");
+        assert!(write().is_ok());
+        faults.happens("cluster_free");
+        assert!(write().is_ok());
+        faults.happens("l2_update");
+        assert!(write().is_err() && write().is_err());
     }
 }

@@ -27,7 +27,8 @@ pub fn run(args: &[String]) -> Outcome {
     let given = args::parse(args, &[FORMAT, SHARED, OUTPUT, OBJECT, IMAGE_OPTS, chain])?;
     let output = given.output()?;
     let source = given.source(given.only_name()?)?;
-    let all = collect(source, given.reading(), given.has("backing-chain"))?;
+    let all =
+        collect(source, Use { describe: true, ..given.reading() }, given.has("backing-chain"))?;
     match output {
         Output::Human => {
             let texts: Vec<String> = all.iter().map(Info::text).collect();

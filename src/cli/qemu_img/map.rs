@@ -118,7 +118,11 @@ impl Report {
         let own = layer.path.display().to_string();
         match layer.image.place(HostOffset(host)) {
             Some((name, at)) => (open::full_backing_name(&own, name), at.0),
-            None => (own, host),
+            // The name is the one that the image has for it.
+            None => {
+                let data_file = layer.image.details().and_then(|details| details.data_file);
+                (data_file.unwrap_or(own), host)
+            }
         }
     }
 

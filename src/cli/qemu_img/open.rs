@@ -10,8 +10,10 @@ use vdisk::qcow2::{self, Preallocation};
 use vdisk::storage::{Access, FileOptions, FileStorage, Storage};
 use vdisk::{Error, ErrorKind};
 
+use super::data_file;
 use super::fail::{Fail, Outcome, open_reason, os_text, reason, report};
-use super::faults::{Faults, Faulty};
+use super::faults::Faults;
+use super::faulty::{Faulty, FaultyStorage};
 use super::name::{Below, Protocol, Source, has_protocol};
 use super::opts::List;
 use super::unsynced::Unsynced;
@@ -26,6 +28,8 @@ pub struct Use {
     pub shared: bool,
     /// Checks it, and perhaps mends it: nothing is repaired on opening.
     pub check: bool,
+    /// Only looks at what the image says of itself.
+    pub describe: bool,
     /// What is written is left to the host's page cache.
     pub unsynced: bool,
 }
@@ -52,7 +56,8 @@ impl Use {
         }
     }
 
-    fn access(self) -> Access {
+    /// How its files are locked.
+    pub fn access(self) -> Access {
         match (self.write, self.shared) {
             (true, _) => Access::Write,
             (false, true) => Access::ReadShared,
@@ -153,15 +158,17 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
     }
     let format = match source.format.as_deref() {
         Some(name) => Format::from_name(name).map_err(failed)?,
-        None => chain::probe(&*storage).map_err(failed)?,
+        None => chain::probe(&*storage).map_err(|e| match e.raw_os_error() {
+            Some(_) => failed(e).prefix("Could not read image for determining its format: "),
+            None => failed(e),
+        })?,
     };
     let mut vmdk = None;
     let (image, qcow2): (Arc<dyn Image>, _) = match format {
         Format::Qcow2 => {
             let options = using.options();
             let header = qcow2::Header::read(&*storage).map_err(failed)?;
-            let access = FileOptions { access: Some(using.access()), write: using.write };
-            let data_file = chain::open_data_file(&path, &file, &header, access).map_err(failed)?;
+            let data_file = data_file::open(&path, &file, &header, using)?;
             let inner = qcow2::OpenOptions {
                 read_only: !using.write,
                 cache: if using.write { options.cache / 4 } else { 1 << 20 },
@@ -175,7 +182,7 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
                 // A table of snapshots that is over the limits keeps an image from being used.
                 let over = image.snapshots().err().filter(|e| e.raw_os_error().is_some());
                 if let Some(error) = over {
-                    return Err(Fail::new(snapshot_reason(&error)));
+                    return Err(Fail::new(error.message()));
                 }
             }
             image.mended_on_opening().iter().for_each(|line| eprintln!("{line}"));
@@ -230,33 +237,11 @@ fn open_vmdk(
     chain::open_vmdk(path, storage, options).map(Arc::new).map_err(failed)
 }
 
-/// Why the table of snapshots cannot be used, and what helps.
-pub fn snapshot_reason(error: &Error) -> String {
-    let message = error.message();
-    let what = if message.starts_with("Too much extra metadata") {
-        "this extra metadata"
-    } else {
-        return message.to_owned();
-    };
-    format!("{message}\nYou can force-remove {what} with qemu-img check -r all")
-}
-
 /// The image, failing as the user wants it to.
-fn with_faults(source: &Source, mut image: Arc<dyn Image>) -> Outcome<Arc<dyn Image>> {
-    let below = match &source.protocol {
-        Protocol::Faulty { config, rules, .. } => Faults::read(config.as_deref(), rules)?,
-        _ => Faults::default(),
-    };
-    let above = match &source.above {
-        Some(rules) => Faults::read(rules.config.as_deref(), &rules.given)?,
-        None => Faults::default(),
-    };
-    for faults in [below, above] {
-        if !faults.is_empty() {
-            image = Arc::new(Faulty::new(image, faults));
-        }
-    }
-    Ok(image)
+fn with_faults(source: &Source, image: Arc<dyn Image>) -> Outcome<Arc<dyn Image>> {
+    let Some(rules) = &source.above else { return Ok(image) };
+    let faults = Faults::read(rules.config.as_deref(), &rules.given)?;
+    Ok(Arc::new(Faulty::new(image, faults)))
 }
 
 fn warn_of_guess(source: &Source) {
@@ -290,7 +275,11 @@ fn storage(protocol: &Protocol, using: Use) -> Outcome<(Arc<dyn Storage>, Arc<Fi
             let file = open_file(path, using)?;
             Ok((file.clone(), file))
         }
-        Protocol::Faulty { image, .. } => storage(image, using),
+        Protocol::Faulty { config, rules, image } => {
+            let (inner, file) = storage(image, using)?;
+            let faults = Faults::read(config.as_deref(), rules)?;
+            Ok((Arc::new(FaultyStorage::new(inner, faults)), file))
+        }
         Protocol::Null(size) => {
             // A file without blocks is all that it takes: it reads as zeroes, and says so.
             let made = FileStorage::temporary(&std::env::temp_dir())

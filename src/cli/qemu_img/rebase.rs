@@ -7,12 +7,13 @@ use vdisk::block::BlockDevice;
 use vdisk::chain::{self, Chain, Layer};
 use vdisk::image::{Backing, Identity, Parent};
 
-use super::args::{self, flag, value};
+use super::args::{self, Given, flag, value};
 use super::copy::is_zero;
 use super::fail::{Fail, Outcome, os_text, reason};
 use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
 use super::name::Source;
 use super::open::{self, Opened, Use, full_backing_name};
+use super::progress::Progress;
 use super::status;
 
 /// Bytes that are compared at a time.
@@ -37,20 +38,30 @@ pub fn run(args: &[String]) -> Outcome {
     ];
     let given = args::parse(args, &known)?;
     let name = given.only_name()?;
-    let unsafe_mode = given.has("u");
-    let Some(base) = given.get("b") else {
-        return Err(Fail::new(
-            "Use -b for the new backing file, or -u to change the recorded name only",
-        ));
+    let base = match given.get("b") {
+        Some(base) => base,
+        None if given.has("u") => "",
+        None => {
+            let message = "Must specify backing file (-b) or use unsafe mode (-u)";
+            return Err(Fail::usage(message));
+        }
     };
+    let mut progress = Progress::begin(given.has("p") && !given.has("q"), 2.0);
+    let done = rebase(&given, name, base, &mut progress);
+    progress.end();
+    done.map(|()| 0)
+}
+
+fn rebase(given: &Given, name: &str, base: &str, progress: &mut Progress) -> Outcome<()> {
     given.check_cache("t", "cache")?;
     given.check_cache("T", "source cache")?;
     let source = given.source(name)?;
     let format = given.get("F");
-    if unsafe_mode {
+    if given.has("u") {
         let opened = open::layer(&source, Use::writing())?;
-        set_backing(&opened, base, format)?;
-        return Ok(0);
+        let named = set_backing(&opened, base, format);
+        progress.at(100.0);
+        return named;
     }
     let (opened, disk) = open::layer_and_chain(&source, Use::writing())?;
     if given.has("c") && opened.qcow2.is_none() {
@@ -59,10 +70,11 @@ pub fn run(args: &[String]) -> Outcome {
     let new = new_base(&opened, base, format)?;
     let job =
         Job { layers: disk.all_layers(), disk: &disk, new: new.as_ref(), compress: given.has("c") };
-    job.run()?;
+    job.run(progress)?;
     disk.flush().map_err(|e| Fail::new(reason(&e)))?;
-    set_backing(&opened, base, format)?;
-    Ok(0)
+    let named = set_backing(&opened, base, format);
+    progress.at(100.0);
+    named
 }
 
 /// Opens the new backing file; none where the name is empty.
@@ -120,8 +132,9 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn run(&self) -> Outcome<()> {
+    fn run(&self, progress: &mut Progress) -> Outcome<()> {
         let size = self.disk.size();
+        let steps = size / size.clamp(1, PIECE);
         let mut at = 0;
         while at < size {
             let status = status::at(&self.layers[..1], at, size - at)?;
@@ -133,6 +146,7 @@ impl Job<'_> {
                     len = (unit.ceil(at + len.max(1)) - at).min(size - at);
                 }
                 len = self.shown_by_both(at, len)?;
+                progress.more(100.0 / steps.max(1) as f32);
             }
             at += len;
         }

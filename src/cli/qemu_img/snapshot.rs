@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use vdisk::qcow2::{Image, NewSnapshot, Snapshot};
+use vdisk::qcow2::{Image, NewSnapshot, OLD_TABLE_LEAKED, SNAPSHOT_LEAKED, Snapshot};
 
 use super::args::{self, flag, value};
 use super::fail::{Fail, Outcome, os_text, reason, report};
@@ -70,6 +70,9 @@ fn create_reason(error: &vdisk::Error) -> String {
 }
 
 fn apply(image: &mut Image, name: &str) -> Result<(), String> {
+    if image.bitmaps().is_ok_and(|all| !all.is_empty()) {
+        return Err("Device has active dirty bitmaps".to_owned());
+    }
     let id = find(image, name)?.ok_or_else(|| os_text(nix::libc::ENOENT))?;
     image.apply_snapshot(&id).map_err(|e| match e.raw_os_error() {
         Some(errno) => {
@@ -82,7 +85,16 @@ fn apply(image: &mut Image, name: &str) -> Result<(), String> {
 
 fn delete(image: &mut Image, name: &str) -> Result<(), String> {
     let id = find(image, name)?.ok_or_else(|| "snapshot not found".to_owned())?;
-    image.delete_snapshot(&id).map_err(|e| e.message().to_owned())
+    image.delete_snapshot(&id).map_err(|e| match e.raw_os_error() {
+        Some(errno) if e.message() == OLD_TABLE_LEAKED => {
+            eprintln!("qcow2_free_clusters failed: {}", os_text(errno));
+            format!("{SNAPSHOT_LEAKED}: {}", os_text(errno))
+        }
+        Some(errno) if e.message() == SNAPSHOT_LEAKED => {
+            format!("{SNAPSHOT_LEAKED}: {}", os_text(errno))
+        }
+        _ => e.message().to_owned(),
+    })
 }
 
 /// The id of the snapshot with that id or name.

@@ -48,4 +48,8 @@ impl Storage for Unsynced {
     fn allocated(&self) -> Result<u64> {
         self.0.allocated()
     }
+
+    fn about_to(&self, step: &'static str) {
+        self.0.about_to(step);
+    }
 }

@@ -74,6 +74,10 @@ impl Storage for Window {
         self.inner.sync()
     }
 
+    fn about_to(&self, step: &'static str) {
+        self.inner.about_to(step);
+    }
+
     fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
         let found = self.inner.next_data(self.offset + offset)?;
         let (len, whole) = (self.len()?, self.inner.len()?);

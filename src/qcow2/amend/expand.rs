@@ -1,19 +1,33 @@
 //! Zero clusters become what version 2 can say: nothing where no layer stands below, else data.
 
-use super::super::entry::{COPIED, Entry, Kind};
+use super::super::entry::{COPIED, Entry, Kind, OFFSET};
 use super::super::image::{Image, lock};
 use super::super::snapshot::Snapshot;
+use super::{AmendPart, AmendProgress, Watch};
 use crate::addr::HostOffset;
 use crate::error::{Error, Result};
 
 impl Image {
     /// Rewrites all zero clusters of the disk and its snapshots. No subclusters.
-    pub(super) fn expand_zero_clusters(&self, snapshots: &[Snapshot]) -> Result<()> {
+    pub(super) fn expand_zero_clusters(
+        &self,
+        snapshots: &[Snapshot],
+        watch: Watch<'_>,
+    ) -> Result<()> {
         let header = self.header();
         let mut l1 = self.active_l1(&header)?;
         for one in snapshots {
             l1.extend(self.read_l1("Snapshot", one.l1_offset, one.l1_size)?);
         }
+        // Progress is counted in entries of these tables.
+        let (mut done, total) = (0, l1.len() as u64);
+        let mut visited = |entries: u64| {
+            for _ in 0..entries {
+                done += 1;
+                watch(AmendProgress { part: AmendPart::Downgrade, done, total });
+            }
+        };
+        visited(l1.iter().filter(|entry| **entry & OFFSET == 0).count() as u64);
         let shape = self.shape;
         // Host clusters that zero entries kept, with the number of references to give back.
         let mut kept: Vec<(HostOffset, u32)> = Vec::new();
@@ -35,7 +49,11 @@ impl Image {
                 kept.extend(old.host().map(|host| (host, l2.times)));
             }
             // The clusters, and that they are in use, before the table that refers to them.
-            if l2.changed { self.write_back() } else { Ok(()) }
+            if l2.changed {
+                self.write_back()?;
+            }
+            visited(u64::from(l2.times));
+            Ok(())
         })?;
         self.storage.sync()?;
         self.reload_tables()?;

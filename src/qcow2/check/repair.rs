@@ -282,7 +282,10 @@ impl Flags<'_> {
         if (refcount == 1) == (entry & COPIED != 0) {
             return None;
         }
-        let mend = self.repair == Repair::All;
+        // Refcounts that are right tell the flag without doubt.
+        let is_right = self.check.corruptions == 0 && self.check.leaks == 0;
+        let mend = self.repair == Repair::All
+            || self.repair == Repair::Leaks && is_right && self.check.errors == 0;
         let verb = if mend { "Repairing" } else { "ERROR" };
         self.check.say(format!("{verb} OFLAG_COPIED {what}={entry:x} refcount={refcount}"));
         if mend {

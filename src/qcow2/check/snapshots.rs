@@ -4,6 +4,7 @@ use nix::libc::EIO;
 
 use super::{Check, Repair};
 use crate::error::{Error, Result};
+use crate::qcow2::header::MAX_SNAPSHOTS;
 use crate::qcow2::image::Image;
 use crate::qcow2::snapshot::Table;
 
@@ -22,11 +23,24 @@ impl Image {
             Table::read(&*self.storage, &header)
         };
         let table = table.map_err(|error| {
-            let message = format!("failed to read the snapshot table: {}", error.message());
+            let over = header.snapshots.saturating_sub(MAX_SNAPSHOTS);
+            let message = match error.message() {
+                _ if over > 0 => format!(
+                    "snapshot table too large\nYou can force-remove all {over} overhanging \
+                     snapshots with qemu-img check -r all"
+                ),
+                why => format!("failed to read the snapshot table: {why}"),
+            };
             Error::corrupt(message).with_os_error(error.raw_os_error().unwrap_or(EIO))
         })?;
         table.discarded.iter().for_each(|said| check.say(said.clone()));
-        check.corruptions += table.discarded.len() as u64;
+        check.corruptions += table.shortened;
+        if table.overhanging > 0 {
+            // Now: what follows goes by the header. The rest of the table is a leak, which is found.
+            let count = table.snapshots.len() as u32;
+            self.update_header(|h| h.snapshots = count)?;
+            check.corruptions_fixed += table.overhanging;
+        }
         if header.version >= 3 {
             for (index, _) in table.snapshots.iter().enumerate().filter(|(_, s)| s.is_incomplete())
             {
@@ -38,12 +52,12 @@ impl Image {
         Ok(table)
     }
 
-    /// Writes a table that was found wanting; the refcounts are right by now.
+    /// Writes a table whose entries were found wanting; the refcounts are right by now.
     pub(super) fn mend_snapshot_table(&self, check: &mut Check, table: &Table) -> Result<()> {
         let header = self.header();
         let incomplete =
             table.snapshots.iter().filter(|s| header.version >= 3 && s.is_incomplete());
-        let wanting = (table.discarded.len() + incomplete.count()) as u64;
+        let wanting = table.shortened + incomplete.count() as u64;
         if wanting == 0 {
             return Ok(());
         }

@@ -25,6 +25,11 @@ use crate::storage::Storage;
 pub use table::Snapshot;
 pub(super) use table::Table;
 
+/// Why a snapshot that is gone leaves leaks: the table that it stood in was not freed either.
+pub const OLD_TABLE_LEAKED: &str = "Failed to free the old snapshot table";
+/// Why a snapshot that is gone leaves leaks.
+pub const SNAPSHOT_LEAKED: &str = "Failed to free the cluster and L1 table";
+
 /// What the one who takes a snapshot says of it.
 #[derive(Debug, Clone, Default)]
 pub struct NewSnapshot {
@@ -193,10 +198,15 @@ impl Image {
                 h.incompatible |= incompatible::DIRTY;
             }
         })?;
-        let mut freed = self.take_references(&less)?;
-        freed.extend(self.release_bytes(snapshot.l1_offset, u64::from(snapshot.l1_size) * 8)?);
-        freed.extend(self.release_bytes(old.0, old.1)?);
-        self.write_back()?;
+        // What fails from here on leaves leaks.
+        let mut freed = self.release_old_table(old).map_err(|e| leaked(OLD_TABLE_LEAKED, e))?;
+        let freeing = || {
+            let mut freed = self.take_references(&less)?;
+            freed.extend(self.release_bytes(snapshot.l1_offset, u64::from(snapshot.l1_size) * 8)?);
+            self.write_back()?;
+            Ok(freed)
+        };
+        freed.extend(freeing().map_err(|e| leaked(SNAPSHOT_LEAKED, e))?);
         if shares {
             let mut l1 = self.active_l1(&header)?;
             if self.flag_tables(&mut l1, |cluster| self.is_exclusive(cluster))? {
@@ -208,6 +218,12 @@ impl Image {
         }
         self.punch_freed(&freed);
         self.reload_tables()
+    }
+
+    fn release_old_table(&self, old: (u64, u64)) -> Result<Vec<(HostOffset, u64)>> {
+        let freed = self.release_bytes(old.0, old.1)?;
+        self.write_back()?;
+        Ok(freed)
     }
 
     /// Gives a snapshot another name.
@@ -315,6 +331,16 @@ impl Image {
         let header = self.header();
         self.metadata(|| write(&self.tables).reload(&*self.storage, &header))?;
         self.survey()
+    }
+}
+
+fn leaked(what: &str, error: Error) -> Error {
+    let kind = error.kind();
+    let errno = error.raw_os_error();
+    let new = Error::new(kind, what);
+    match errno {
+        Some(errno) => new.with_os_error(errno),
+        None => error,
     }
 }
 

@@ -54,14 +54,14 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The id: unique in the image, a number as QEMU makes them.
+    /// The id: unique in the image, a number as QEMU makes them. It ends at the first zero byte.
     pub fn id(&self) -> Cow<'_, str> {
-        String::from_utf8_lossy(&self.id)
+        text(&self.id)
     }
 
-    /// The name: not always unique, and possibly empty.
+    /// The name: not always unique, and possibly empty. It ends at the first zero byte.
     pub fn name(&self) -> Cow<'_, str> {
-        String::from_utf8_lossy(&self.name)
+        text(&self.name)
     }
 
     /// Whether the entry lacks extra data that version 3 demands.
@@ -104,6 +104,10 @@ pub(in crate::qcow2) struct Table {
     pub len: u64,
     /// What had to be left out to make sense of the table; empty unless that was allowed.
     pub discarded: Vec<String>,
+    /// Entries that lost extra data.
+    pub shortened: u64,
+    /// Snapshots at the end that were left out.
+    pub overhanging: u64,
 }
 
 impl Table {
@@ -124,11 +128,13 @@ impl Table {
             if !mend {
                 return Err(too_big("Snapshot table too large"));
             }
-            table
-                .discarded
-                .push(format!("Discarding {} overhanging snapshots", count - MAX_SNAPSHOTS));
+            let over = count - MAX_SNAPSHOTS;
+            table.discarded.push(format!("Discarding {over} overhanging snapshots"));
+            table.overhanging = over.into();
             count = MAX_SNAPSHOTS;
         }
+        // What is left out does not count.
+        let mut kept: u64 = 0;
         for index in 0..count {
             let start = table.len.next_multiple_of(8);
             let at = header.snapshots_offset.saturating_add(start);
@@ -140,13 +146,14 @@ impl Table {
                     snapshot.extra_len
                 ));
                 snapshot.extra_len = MAX_EXTRA;
+                table.shortened += 1;
             }
-            // What is left out does not count.
-            let kept = start + snapshot.len();
+            kept = kept.next_multiple_of(8) + snapshot.len();
             if kept > MAX_TABLE || end > i32::MAX as u64 {
                 if !mend {
                     return Err(overhanging(header.snapshots - index));
                 }
+                table.overhanging += u64::from(count - index);
                 table.discarded.push(format!(
                     "Discarding {} overhanging snapshots (snapshot table is too big)",
                     count - index
@@ -174,6 +181,11 @@ impl Table {
         }
         Ok(bytes)
     }
+}
+
+fn text(bytes: &[u8]) -> Cow<'_, str> {
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end])
 }
 
 fn too_big(message: &str) -> Error {
