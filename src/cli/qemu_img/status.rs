@@ -54,8 +54,11 @@ pub fn at(layers: &[Layer], at: u64, len: u64) -> Outcome<Status> {
             Mapping::Zero { host } => {
                 status.host = host.map(|h| h.0);
                 // A hole in what such formats hold is their data all the same.
-                status.data =
-                    stored && matches!(layer.format, Format::Vpc | Format::Vdi | Format::Vmdk | Format::Qcow2);
+                status.data = stored
+                    && matches!(
+                        layer.format,
+                        Format::Vpc | Format::Vdi | Format::Vmdk | Format::Qcow2
+                    );
             }
         }
         return Ok(status);
