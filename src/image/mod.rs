@@ -8,6 +8,7 @@ use std::sync::RwLockReadGuard;
 
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
 
 mod check;
 mod details;
@@ -165,6 +166,13 @@ pub trait Image: Send + Sync {
         None
     }
 
+    /// Where the bytes from `at` of a [`Mapping::Data`] extent stand, for who can do without a copy
+    /// of them; `None` where they are not stored as the guest sees them.
+    fn stored(&self, extent: &Extent, at: GuestOffset) -> Option<(&dyn Storage, u64)> {
+        let _ = (extent, at);
+        None
+    }
+
     /// Reads bytes from `at` of an extent that [`map`](Image::map) returned and that is not
     /// [`Mapping::Unallocated`]; `bufs` end within it. Takes no metadata lock.
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()>;
@@ -277,6 +285,13 @@ pub trait Allocation {
 
     /// Writes into the reserved bytes, `skip` bytes after the start.
     fn write(&self, skip: u64, bufs: &[IoSlice<'_>]) -> Result<()>;
+
+    /// Makes reserved bytes, `skip` bytes after the start, share the space of those at `from_offset`
+    /// of `from`, as [`Storage::share`] does. `false`, and nothing done, where that cannot be.
+    fn share(&self, skip: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
+        let _ = (skip, from, from_offset, len);
+        Ok(false)
+    }
 
     /// Points the guest range at what was written. All of the range has been written before, or
     /// reads as zeroes.

@@ -139,6 +139,21 @@ impl Data {
         }
     }
 
+    /// Makes bytes that are to stand at `host` share the space of others; see [`Storage::share`].
+    pub fn share(
+        &self,
+        host: HostOffset,
+        from: &dyn Storage,
+        from_offset: u64,
+        len: u64,
+    ) -> Result<bool> {
+        let shared = !self.is_encrypted() && self.storage.share(host.0, from, from_offset, len)?;
+        if shared {
+            self.grown_to(host.0 + len);
+        }
+        Ok(shared)
+    }
+
     /// Reads bytes as they are stored. The file may end inside the last cluster: what is missing is
     /// zero.
     pub(super) fn read_stored(&self, host: HostOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {

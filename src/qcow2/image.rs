@@ -427,6 +427,11 @@ impl image::Image for Image {
         self.narrow_extent(extent)
     }
 
+    fn stored(&self, extent: &Extent, at: GuestOffset) -> Option<(&dyn Storage, u64)> {
+        let Mapping::Data { host, .. } = extent.mapping else { return None };
+        (!self.data.is_encrypted()).then(|| (self.data.storage(), (host + (at - extent.start)).0))
+    }
+
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         self.read_extent(extent, at, bufs)
     }

@@ -15,6 +15,7 @@ use crate::addr::{GuestOffset, HostOffset};
 use crate::block::total;
 use crate::error::{Error, Result};
 use crate::image::Allocation;
+use crate::storage::Storage;
 
 /// A guest range with host bytes that nothing refers to yet, or that its entries keep unused.
 pub(super) struct Reservation<'a> {
@@ -322,6 +323,13 @@ impl Allocation for Reservation<'_> {
             return Err(Error::invalid("a write past what was reserved for it"));
         }
         self.image.data.write(self.host + skip, self.start + skip, bufs)
+    }
+
+    fn share(&self, skip: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
+        if skip.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(Error::invalid("a write past what was reserved for it"));
+        }
+        self.image.data.share(self.host + skip, from, from_offset, len)
     }
 
     fn commit(mut self: Box<Self>) -> Result<()> {

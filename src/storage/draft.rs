@@ -135,11 +135,13 @@ pub fn publish_all(drafts: Vec<Draft>) -> Result<()> {
 }
 
 /// The bytes of a file that nobody will look for after a crash: syncing them does nothing.
-pub fn unsynced(file: Arc<FileStorage>) -> Arc<dyn Storage> {
+///
+/// The order in which a program that reads the file sees the writes stays.
+pub fn unsynced(file: Arc<dyn Storage>) -> Arc<dyn Storage> {
     Arc::new(Unsynced(file))
 }
 
-struct Unsynced(Arc<FileStorage>);
+struct Unsynced(Arc<dyn Storage>);
 
 impl Storage for Unsynced {
     fn len(&self) -> Result<u64> {
@@ -180,6 +182,14 @@ impl Storage for Unsynced {
 
     fn about_to(&self, step: &'static str) {
         self.0.about_to(step);
+    }
+
+    fn as_file(&self) -> Option<&FileStorage> {
+        self.0.as_file()
+    }
+
+    fn share(&self, offset: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
+        self.0.share(offset, from, from_offset, len)
     }
 }
 

@@ -15,6 +15,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::Storage;
 use super::lock::{self, Access};
+use super::share;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The most buffers of one system call (`IOV_MAX`).
@@ -296,6 +297,19 @@ impl Storage for FileStorage {
         let end = self.seek(start, Whence::SeekHole)?.unwrap_or(len);
         *self.stretch() = start..end;
         Ok(Some((start, end)))
+    }
+
+    fn as_file(&self) -> Option<&FileStorage> {
+        Some(self)
+    }
+
+    fn share(&self, offset: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
+        let Some(from) = from.as_file().filter(|f| !f.device && !self.device) else {
+            return Ok(false);
+        };
+        *self.stretch() = 0..0;
+        share::range(&self.file, offset, &from.file, from_offset, len)
+            .map_err(|e| self.error("made to share its space", e).at_offset(offset))
     }
 
     fn allocated(&self) -> Result<u64> {

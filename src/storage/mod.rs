@@ -8,6 +8,7 @@ mod lend;
 mod lock;
 pub mod loopdev;
 mod memory;
+mod share;
 
 use std::io::{IoSlice, IoSliceMut};
 
@@ -18,6 +19,7 @@ pub use file::{FileOptions, FileStorage};
 pub use lend::{lend, lend_mut};
 pub use lock::{Access, Holder, holders};
 pub use memory::MemoryStorage;
+pub use share::shares_space;
 
 /// A growable array of bytes, for many threads at once.
 ///
@@ -69,6 +71,19 @@ pub trait Storage: Send + Sync {
     /// that fails on purpose may wait for it.
     fn about_to(&self, step: &'static str) {
         let _ = step;
+    }
+
+    /// The file that the bytes stand in, where it is one.
+    fn as_file(&self) -> Option<&FileStorage> {
+        None
+    }
+
+    /// Makes `len` bytes at `offset` refer to the same space of the host as those at `from_offset`
+    /// of `from`: what is written to one later is not seen in the other. Extends the length as
+    /// [`write_at`](Storage::write_at). `false`, and nothing done, where the host cannot.
+    fn share(&self, offset: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
+        let _ = (offset, from, from_offset, len);
+        Ok(false)
     }
 
     /// Fills one buffer; see [`Storage::read_at`].

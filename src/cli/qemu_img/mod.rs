@@ -37,7 +37,6 @@ mod resize;
 mod size;
 mod snapshot;
 mod status;
-mod unsynced;
 mod window;
 
 use std::ffi::OsString;

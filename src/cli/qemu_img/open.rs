@@ -7,6 +7,7 @@ use vdisk::chain::{self, Chain, Descent, Format, Layer, OpenOptions};
 use vdisk::formats::{raw, vhd, vmdk};
 use vdisk::image::Image;
 use vdisk::qcow2::{self, Preallocation};
+use vdisk::storage::draft::unsynced;
 use vdisk::storage::{Access, FileOptions, FileStorage, Storage};
 use vdisk::{Error, ErrorKind};
 
@@ -16,7 +17,6 @@ use super::faults::Faults;
 use super::faulty::{Faulty, FaultyStorage};
 use super::name::{Below, Protocol, Source, has_protocol};
 use super::opts::List;
-use super::unsynced::Unsynced;
 use super::window::Window;
 
 /// What a command does with an image.
@@ -149,7 +149,7 @@ fn below_reason(error: &Error) -> Fail {
 fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
     let (mut storage, file) = storage(&source.protocol, using)?;
     if using.unsynced {
-        storage = Arc::new(Unsynced(storage));
+        storage = unsynced(storage);
     }
     let path = source.path().unwrap_or(file.path()).to_path_buf();
     let failed = |e: Error| Fail::new(reason(&e));
