@@ -43,6 +43,7 @@ impl Base {
         let mut layer = read()?;
         refuse_encrypted(&*layer.image).map_err(|e| e.at_path(&path))?;
         let mut identity = layer.image.identity()?;
+        refuse_passing(&path, &identity)?;
         if !is_sealed(&layer, &identity) {
             let format = layer.format;
             drop(layer);
@@ -140,6 +141,16 @@ fn as_parent(layer: &Layer, identity: &Identity) -> Result<Parent> {
     let content = label.filter(|_| identity.vouched).map_or(Id::nil(), |l| l.content);
     let witness = Some(witness::of(layer, !content.is_nil())?);
     Ok(Parent { layer: label.map_or(Id::nil(), |l| l.layer), content, witness })
+}
+
+/// Refuses a layer that will not stay.
+fn refuse_passing(path: &Path, identity: &Identity) -> Result<()> {
+    let message = match identity.label.as_ref().map(|l| l.role) {
+        None | Some(Role::Head | Role::Snapshot | Role::Base) => return Ok(()),
+        Some(Role::Merging | Role::Rising | Role::Leaving) => "is being merged",
+        Some(_) => "is only kept aside for `vdisk snapshot undo`",
+    };
+    Err(Error::new(ErrorKind::Sealed, message).at_path(path))
 }
 
 fn seal(path: &Path) -> Result<()> {

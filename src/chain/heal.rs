@@ -6,6 +6,9 @@
 //!   it is the head, and its second name, if any, goes;
 //! * a layer is *leaving*: its children hold all of it; those still on it are moved to its parent;
 //! * a layer is *merging*: its child is folded into it, again if need be, once there is room;
+//! * a layer is *rising*: so is it into its children;
+//! * a layer is *dropping*, or *returning*: the others that go with it follow it;
+//! * what is kept aside has no right to stay any more: its time is over, or a part of it is gone;
 //! * a layer carries the label of another file, which stands on it: it takes that file's name;
 //! * a hidden draft of a process that is gone: it goes.
 
@@ -15,7 +18,7 @@ use std::path::Path;
 use super::open::{open_image, peek};
 use super::snapshot::unprotected;
 use super::tree::{Family, frozen_path, names_beside, same_file};
-use super::{Layer, gate, merge};
+use super::{Layer, aside, delete, gate, merge, undo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Id, Role};
 use crate::storage::draft::{remove, rename, sync_directory};
@@ -24,28 +27,56 @@ use crate::storage::draft::{remove, rename, sync_directory};
 /// lock, where nothing was left.
 pub(super) fn heal(path: &Path) -> Result<()> {
     remove_drafts(path)?;
-    let Some(family) = Family::read(path)? else { return Ok(()) };
-    let label = &family.head.label;
-    if label.role == Role::Snapshot && !is_frozen_name(path, label.layer) {
+    let Some(mut family) = Family::read(path)? else { return Ok(()) };
+    if is_frozen_name(path, family.head.label.layer) {
+        // Its disk goes by another name, and is put right by that.
+        return Ok(());
+    }
+    if family.members().any(|m| m.label.role == Role::Returning) {
+        // Before the head's file is looked at: it may be frozen, and about to be replaced.
+        bearing(undo::finish(path))?;
+        family = Family::of(path)?;
+    }
+    if finish(path, &family)? {
+        family = Family::of(path)?;
+    }
+    bearing(aside::tidy(path, &family))
+}
+
+/// Finishes or takes back what was interrupted; whether there was anything.
+fn finish(path: &Path, family: &Family) -> Result<bool> {
+    let mut found = false;
+    let frozen = matches!(family.head.label.role, Role::Snapshot | Role::Dropped | Role::Dropping);
+    if frozen {
+        found = true;
         thaw(path, &open_image(path, &unprotected())?)?;
     }
     for layer in &family.layers {
         if frozen_path(path, layer.label.layer) != layer.path {
+            found = true;
             finish_rename(path, &layer.path)?;
         }
     }
     for layer in &family.layers {
         match layer.label.role {
+            Role::Dropping => bearing(delete::finish(path))?,
             Role::Leaving => merge::leave(path, layer.label.layer)?,
-            // Where there is no room to finish, the disk is right as it is.
-            Role::Merging => match merge::resume(path, layer.label.layer) {
-                Err(e) if e.kind() == ErrorKind::NoSpace => {}
-                done => done?,
-            },
-            _ => {}
+            Role::Merging | Role::Rising => {
+                bearing(merge::resume(path, layer.label.layer, &mut |_, _| true))?;
+            }
+            _ => continue,
         }
+        found = true;
     }
-    Ok(())
+    Ok(found)
+}
+
+/// Where there is no room to finish, or somebody looks at a layer, the disk is right as it is.
+pub(super) fn bearing(done: Result<()>) -> Result<()> {
+    match done {
+        Err(e) if matches!(e.kind(), ErrorKind::NoSpace | ErrorKind::InUse) => Ok(()),
+        done => done,
+    }
 }
 
 /// Whether the file has the name of the frozen layer that it is: then it is no head.
@@ -73,6 +104,7 @@ pub(super) fn thaw(path: &Path, head: &Layer) -> Result<()> {
     label.time = 0;
     label.name.clear();
     label.description.clear();
+    label.kept = None;
     identity.vouched = false;
     head.image.set_identity(&identity).map_err(|e| e.at_path(path))
 }

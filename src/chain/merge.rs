@@ -7,209 +7,318 @@
 //! and name. The child shows its own contents at every moment, so the disk is right throughout; but
 //! the snapshot is no restore point from the first write on, and so is marked before it. A merge
 //! that is interrupted then is finished by the next open for writing.
+//!
+//! In batches, either way: what was copied and is durable is given back where it came from. Then
+//! neither neighbour can do without the other until the merge is finished.
 
-use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 
-use super::Chain;
-use super::open::{open, open_image};
-use super::snapshot::{data_bytes, open_head, unprotected};
-use super::tree::{Family, Member, clones_of};
-use crate::addr::GuestOffset;
+use super::cost::{data_bytes, look, share_of};
+use super::delete::Aside;
+use super::descent::Descent;
+use super::fold::{self, Meter, Source};
+use super::open::{OpenOptions, open, open_image};
+use super::plan::{
+    Direction, Fate, Forgotten, Keeping, Method, Operation, Plan, Touched, Undoable, Work,
+    free_space,
+};
+use super::snapshot::{relabel, unprotected};
+use super::tree::{Family, Member, clones_of, refuse_clones, same_file};
+use super::way::{Way, check_space, choose};
+use super::{Chain, aside, heal};
 use crate::block::BlockDevice;
-use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Id, Image, Mapping, Role};
+use crate::error::{Error, Result};
+use crate::image::{Id, Kept, Role, Was};
 use crate::storage::draft::{directory, remove, rename, sync_directory};
+use crate::storage::shares_space;
 
-/// Bytes that are copied at a time.
-const CHUNK: u64 = 2 << 20;
-
-/// What an interrupted merge upwards leaves.
-const UNCHANGED: &str = "the disk and its snapshots are as they were";
-/// What an interrupted merge downwards leaves.
+/// What an interrupted merge leaves where one side lost what the other has.
 const UNFINISHED: &str =
     "the disk is as it was; the merge is finished by running it again, or by the next writer";
-
-/// Where a merge goes, and what it costs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
-    /// Whether the layer's child is folded into it, or it into its children.
-    pub down: bool,
-    /// Bytes that are copied.
-    pub bytes: u64,
-    /// Bytes of the host that are taken meanwhile.
-    pub space: u64,
-}
-
 /// Told the bytes done and to be done; `false` asks to stop.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
 
-/// Merges the snapshot `name` of the disk at `path`.
+/// How a merge is to be done.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wishes {
+    /// How long a merged snapshot is kept where that is free.
+    pub keeping: Keeping,
+    /// Copy and give back in batches, whatever space there is.
+    pub in_batches: bool,
+}
+
+/// A merge to be done.
+#[derive(Debug, Clone)]
+pub(super) struct Merge {
+    layer: Id,
+    way: Way,
+    /// How the merged layer is kept.
+    aside: Option<Aside>,
+    /// Whether what is kept aside goes first.
+    forget: bool,
+    /// Whether it was begun before.
+    resume: bool,
+}
+
+/// What merging the snapshot `name` of the disk at `path` will do.
 ///
 /// # Errors
 /// [`ErrorKind::Sealed`] where clones stand on it; [`ErrorKind::Invalid`] where nothing stands on
-/// it, so that there is nothing to fold it into; [`ErrorKind::Interrupted`] where `progress` asked
-/// to stop: the tree is then as it was, or is finished by the next open for writing.
-pub fn merge(path: &Path, name: &str, progress: &mut Progress<'_>) -> Result<()> {
-    if let Some(layer) = unfinished(path, name)? {
-        return fold_down(path, layer, progress);
+/// it, so that there is nothing to fold it into; [`ErrorKind::NoSpace`] where the host has no room.
+pub fn plan_merge(path: &Path, name: &str, wishes: Wishes) -> Result<Plan> {
+    if let Some(family) = Family::read(path)?
+        && let Some(layer) = unfinished(&family, name)
+    {
+        return plan_resume(&family, layer);
     }
-    drop(open_head(path)?);
+    heal::heal(path)?;
     let family = Family::of(path)?;
     let layer = family.snapshot(name)?;
-    let plan = plan(&family, layer)?;
-    check_space(path, &plan)?;
-    if plan.down {
-        mark(layer, Role::Merging)?;
-        return fold_down(path, layer.label.layer, progress);
-    }
-    let id = layer.label.layer;
-    for child in family.children(id) {
-        fold_up(child, layer, progress)?;
-    }
-    mark(layer, Role::Leaving)?;
-    leave(path, id)
-}
-
-/// The layer of a snapshot `name` whose merge was interrupted.
-fn unfinished(path: &Path, name: &str) -> Result<Option<Id>> {
-    let family = Family::read(path)?;
-    let merging = |m: &&Member| m.label.role == Role::Merging && m.label.name == name;
-    Ok(family.and_then(|f| Some(f.layers.iter().find(merging)?.label.layer)))
-}
-
-fn plan(family: &Family, layer: &Member) -> Result<Plan> {
-    let clones = clones_of(&layer.path, Some(layer.label.disk))?;
-    let name = &layer.label.name;
-    if !clones.is_empty() {
-        let names: Vec<String> = clones.iter().map(|p| p.display().to_string()).collect();
-        let message =
-            format!("snapshot '{name}' is not merged: clones stand on it: {}", names.join(", "));
-        return Err(Error::new(ErrorKind::Sealed, message).at_path(&family.head.path));
-    }
+    refuse_clones(layer)?;
     let children = family.children(layer.label.layer);
-    let Some(first) = children.first() else {
+    let share = !wishes.in_batches && shares_space(directory(path));
+    // Without sharing, what is only kept aside would have to take a copy of its own.
+    let stays = |m: &&Member| share || aside::is_shown(&family, m);
+    let on: Vec<&Member> = children.iter().copied().filter(stays).collect();
+    if on.is_empty() {
         let message = format!(
             "nothing stands on snapshot '{name}', so there is nothing to merge it with: delete it"
         );
-        return Err(Error::invalid(message).at_path(&family.head.path));
+        return Err(Error::invalid(message).at_path(path));
+    }
+    let kept = aside::kept_aside(&family)?;
+    let mut forget = on.len() < children.len();
+    let mut way = choose(layer, &on, share)?;
+    let free = free_space(path)? + if forget { kept.as_ref().map_or(0, |k| k.bytes) } else { 0 };
+    if wishes.in_batches {
+        way.in_batches(path)?;
+    } else if way.space > free {
+        way.in_batches(path)?;
+        if way.space > free && !forget {
+            forget = kept.is_some();
+        }
+        check_space(path, &way, free + kept.as_ref().map_or(0, |k| k.bytes))?;
+    }
+    let keepable = way.method == Method::Share
+        && way.direction == Direction::Up
+        && on.len() <= Kept::MAX_CHILDREN
+        && !wishes.keeping.is_nothing();
+    let aside = keepable.then(|| Aside::new(wishes.keeping));
+    let work = Merge { layer: layer.label.layer, way: way.clone(), aside, forget, resume: false };
+    let mut plan = describe(Plan::new(Operation::Merge, &family, Work::Merge(work)), &way);
+    touch(&mut plan, layer, &on, aside.is_some());
+    plan.snapshot = Some(name.to_owned());
+    plan.share = share_of(layer, &on)?;
+    plan.undo = match aside {
+        Some(aside) => Undoable::Until(aside.until()),
+        None => Undoable::No("the host shares no bytes between files, so keeping it is not free"),
     };
-    let (mut up, mut down) = (0, Plan { down: true, bytes: 0, space: 0 });
-    for child in &children {
-        let cost = cost(&*look(child)?.image, &*look(layer)?.image)?;
-        up += cost.only_lower;
-        down.bytes += cost.upper;
-        down.space += cost.upper - cost.both;
+    if aside.is_some() {
+        (plan.kept, plan.freed) = (data_bytes(&*look(layer)?.image)?, 0);
     }
-    // A shorter child would have to cut the layer.
-    let may_go_down = children.len() == 1 && first.peek.size >= layer.peek.size;
-    if may_go_down && down.bytes < up {
-        return Ok(down);
+    plan.forgets = kept.filter(|_| forget || aside.is_some()).map(Forgotten::from);
+    Ok(plan)
+}
+
+fn describe(plan: Plan, way: &Way) -> Plan {
+    Plan {
+        direction: Some(way.direction),
+        method: Some(way.method),
+        why: way.why.to_owned(),
+        moved: way.moved,
+        linked: way.linked,
+        space: way.space,
+        freed: way.freed,
+        ..plan
     }
-    Ok(Plan { down: false, bytes: up, space: up })
 }
 
-/// Opens a layer for looking at its tables, whoever holds it.
-fn look(member: &Member) -> Result<super::Layer> {
-    let options = super::OpenOptions { unprotected: true, shared: true, ..Default::default() };
-    open_image(&member.path, &options)
+fn touch(plan: &mut Plan, layer: &Member, on: &[&Member], kept: bool) {
+    let (own, theirs) = match plan.direction {
+        Some(Direction::Down) => (Fate::Filled, Fate::Removed),
+        _ if kept => (Fate::KeptAside, Fate::Filled),
+        _ => (Fate::Removed, Fate::Filled),
+    };
+    plan.layers.push(Touched::new(layer, own));
+    plan.layers.extend(on.iter().map(|m| Touched::new(m, theirs)));
 }
 
-/// Bytes of data that two layers, one on the other, hold.
-pub(super) struct Cost {
-    /// In the upper one.
-    pub upper: u64,
-    /// In the lower one, where the upper one says nothing.
-    pub only_lower: u64,
-    /// In both.
-    pub both: u64,
+/// The layer of a snapshot `name` whose merge was interrupted.
+fn unfinished<'a>(family: &'a Family, name: &str) -> Option<&'a Member> {
+    let merging = |m: &&Member| matches!(m.label.role, Role::Merging | Role::Rising);
+    family.layers.iter().find(|m| merging(m) && m.label.name == name)
 }
 
-pub(super) fn cost(upper: &dyn Image, lower: &dyn Image) -> Result<Cost> {
-    let is_data = |m| matches!(m, Mapping::Data { .. } | Mapping::Compressed { .. });
-    let mut cost = Cost { upper: 0, only_lower: 0, both: 0 };
-    let (mut at, end) = (0, upper.size());
-    while at < end {
-        let above = upper.map(GuestOffset(at), end - at)?;
-        let mut len = above.len;
-        let mut below = Mapping::Unallocated;
-        if at < lower.size() {
-            let extent = lower.map(GuestOffset(at), len)?;
-            (len, below) = (extent.len, extent.mapping);
+fn plan_resume(family: &Family, layer: &Member) -> Result<Plan> {
+    let on = family.children(layer.label.layer);
+    let down = layer.label.role == Role::Merging;
+    let sources = if down { on.clone() } else { vec![layer] };
+    let mut moved = 0;
+    for source in sources {
+        moved += data_bytes(&*look(source)?.image)?;
+    }
+    let way = Way {
+        direction: if down { Direction::Down } else { Direction::Up },
+        method: Method::Copy,
+        moved,
+        linked: 0,
+        space: 0,
+        freed: 0,
+        why: "it was begun this way before",
+    };
+    let work = Merge {
+        layer: layer.label.layer,
+        way: way.clone(),
+        aside: None,
+        forget: false,
+        resume: true,
+    };
+    let mut plan = describe(Plan::new(Operation::Merge, family, Work::Merge(work)), &way);
+    touch(&mut plan, layer, &on, false);
+    plan.snapshot = Some(layer.label.name.clone());
+    plan.undo = Undoable::No("it was begun before");
+    Ok(plan)
+}
+
+/// Merges the snapshot `name` of the disk at `path`, in the way that is the cheapest.
+///
+/// # Errors
+/// As [`plan_merge`] and [`Plan::execute`].
+pub fn merge(path: &Path, name: &str, progress: &mut Progress<'_>) -> Result<()> {
+    plan_merge(path, name, Wishes::default())?.execute(progress)
+}
+
+/// Executes a merge.
+pub(super) fn execute(plan: &Plan, work: &Merge, progress: &mut Progress<'_>) -> Result<()> {
+    let path = &plan.disk;
+    if work.resume {
+        return resume(path, work.layer, progress);
+    }
+    let (head, mut family) = plan.begin()?;
+    if work.forget {
+        aside::let_go_all(path)?;
+        family = Family::of(path)?;
+    }
+    let layer = family.layer(work.layer)?;
+    // The head is held throughout, by whoever works on it.
+    let takes_part = family.head.parent() == Some(layer.label.layer);
+    let held = (!takes_part).then_some(head);
+    go(path, &family, layer, work, progress)?;
+    drop(held);
+    heal::bearing(match work.aside {
+        Some(aside) => aside::forget_others(path, aside.event(), progress),
+        None => aside::collect(path, Some(progress)),
+    })
+}
+
+fn go(
+    path: &Path,
+    family: &Family,
+    layer: &Member,
+    work: &Merge,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    let on = family.children(layer.label.layer);
+    match (work.way.direction, work.way.method) {
+        (Direction::Down, method) => {
+            mark(layer, Role::Merging, None)?;
+            fold_down(path, layer.label.layer, method == Method::Batches, progress)
         }
-        match (is_data(above.mapping), is_data(below)) {
-            (true, true) => (cost.upper, cost.both) = (cost.upper + len, cost.both + len),
-            (true, false) => cost.upper += len,
-            (false, true) if above.mapping == Mapping::Unallocated => cost.only_lower += len,
-            _ => {}
+        (Direction::Up, Method::Batches) => {
+            mark(layer, Role::Rising, None)?;
+            rise(path, layer.label.layer, progress)
         }
-        at += len;
+        (Direction::Up, method) => {
+            for child in &on {
+                fold_up(child, layer, method == Method::Share, progress)?;
+            }
+            let children = on.iter().map(|m| Kept::short(m.label.layer)).collect();
+            let kept = work.aside.map(|aside| aside.kept(Was::Merged, 1, children));
+            mark(layer, Role::Leaving, kept)?;
+            leave(path, layer.label.layer)
+        }
     }
-    Ok(cost)
 }
 
-/// Refuses a merge for which the host has no room, before anything is changed.
-fn check_space(path: &Path, plan: &Plan) -> Result<()> {
-    let stat = nix::sys::statvfs::statvfs(directory(path))
-        .map_err(|e| Error::io("the free space could not be told", e.into()).at_path(path))?;
-    let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
-    if plan.space <= free {
-        return Ok(());
+/// What folding a layer without a name into the one that will be left on it costs; `None` where
+/// several will be.
+pub(super) fn plan_fold(family: &Family, layer: &Member) -> Result<Option<Way>> {
+    let on = family.children(layer.label.layer);
+    let on: Vec<&Member> = on.into_iter().filter(|m| aside::is_shown(family, m)).collect();
+    let clones = clones_of(&layer.path, Some(layer.label.disk))?;
+    if on.len() != 1 || !clones.is_empty() {
+        return Ok(None);
     }
-    let message = format!(
-        "the host has no space for the merge, which takes {} bytes of it for a time; {free} are free, \
-         and nothing was changed",
-        plan.space
-    );
-    Err(Error::new(ErrorKind::NoSpace, message).at_path(path))
+    choose(layer, &on, shares_space(directory(&layer.path))).map(Some)
 }
 
-fn mark(layer: &Member, role: Role) -> Result<()> {
+/// Folds a layer without a name, on which one layer stands; `false` where it cannot be, or need
+/// not, since nothing that is shown stands on it.
+pub(super) fn fold_unnamed(
+    family: &Family,
+    layer: &Member,
+    progress: &mut Progress<'_>,
+) -> Result<bool> {
+    let path = &family.head.path;
+    if family.children(layer.label.layer).len() != 1 || !aside::is_shown(family, layer) {
+        return Ok(false);
+    }
+    let Some(mut way) = plan_fold(family, layer)? else { return Ok(false) };
+    let free = free_space(path)?;
+    if way.space > free {
+        way.in_batches(path)?;
+        check_space(path, &way, free)?;
+    }
+    let work = Merge { layer: layer.label.layer, way, aside: None, forget: false, resume: false };
+    go(path, family, layer, &work, progress)?;
+    Ok(true)
+}
+
+fn mark(layer: &Member, role: Role, kept: Option<Kept>) -> Result<()> {
     let open = open_image(&layer.path, &unprotected())?;
-    let mut identity = open.image.identity()?;
-    if let Some(label) = &mut identity.label {
-        label.role = role;
-    }
-    open.image.set_identity(&identity).map_err(|e| e.at_path(&layer.path))
+    relabel(&open, |label| (label.role, label.kept) = (role, kept))
 }
 
 /// Copies into `child` what only `layer` holds.
-pub(super) fn fold_up(child: &Member, layer: &Member, progress: &mut Progress<'_>) -> Result<()> {
-    let options = super::OpenOptions { same_contents: true, ..unprotected() };
+pub(super) fn fold_up(
+    child: &Member,
+    layer: &Member,
+    share: bool,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    let options = OpenOptions { same_contents: true, ..unprotected() };
     let chain = open(&child.path, &options)?;
     let below = chain.all_layers().get(1).cloned();
-    let below =
-        below.filter(|l| super::tree::same_file(&l.path, &layer.path)).ok_or_else(|| {
-            Error::corrupt("does not stand on the layer that its label names").at_path(&child.path)
-        })?;
-    let keeps_zeroes = below.image.backing().is_some();
-    let total = data_bytes(&*below.image)?;
-    let (mut at, mut done, end) = (0, 0, chain.size());
-    while at < end {
-        let (len, mapping) = if at < below.image.size() {
-            let extent = below.image.map(GuestOffset(at), end - at)?;
-            (extent.len, extent.mapping)
-        } else {
-            // The layer ends here and hides what is below it.
-            (end - at, Mapping::Zero { host: None })
-        };
-        let len = len.min(CHUNK);
-        match mapping {
-            Mapping::Unallocated => {}
-            Mapping::Zero { .. } if keeps_zeroes => chain.adopt_zeroes(at, len)?,
-            Mapping::Zero { .. } => {}
-            Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                chain.adopt(at, len)?;
-                done += len;
-                tell(progress, done, total, UNCHANGED)?;
-            }
-        }
-        at += len;
-    }
+    let below = below.filter(|l| same_file(&l.path, &layer.path)).ok_or_else(|| {
+        Error::corrupt("does not stand on the layer that its label names").at_path(&child.path)
+    })?;
+    fold::up(&chain, &Source::below(&below, share), progress)?;
     chain.flush()
 }
 
-/// Moves the children of a layer that is leaving to its parent, and removes it.
+/// Moves what a rising layer holds into those on it, batch by batch, and then them to its parent.
+fn rise(path: &Path, layer: Id, progress: &mut Progress<'_>) -> Result<()> {
+    let family = Family::of(path)?;
+    let Some(layer) = family.layers.iter().find(|m| m.label.layer == layer) else { return Ok(()) };
+    let lower = open_image(&layer.path, &unprotected())?;
+    let options = OpenOptions { same_contents: true, ..unprotected() };
+    let mut chains = Vec::new();
+    for child in family.children(layer.label.layer) {
+        let mut descent = Descent::from_head(open_image(&child.path, &options)?, &options)?;
+        descent.put(lower.clone())?;
+        while descent.step()? {}
+        chains.push(descent.finish());
+    }
+    let total = data_bytes(&*lower.image)?.saturating_mul(chains.len() as u64);
+    let mut meter = Meter::new(progress, total, UNFINISHED);
+    fold::up_in_batches(&chains, &lower, &mut meter)?;
+    drop::<Vec<Chain>>(chains);
+    drop(lower);
+    mark(layer, Role::Leaving, None)?;
+    leave(path, layer.label.layer)
+}
+
+/// Moves the children of a layer that is leaving to its parent. Then it goes, or is kept aside.
 pub(super) fn leave(path: &Path, layer: Id) -> Result<()> {
     let family = Family::of(path)?;
     let Some(layer) = family.layers.iter().find(|m| m.label.layer == layer) else { return Ok(()) };
@@ -222,17 +331,32 @@ pub(super) fn leave(path: &Path, layer: Id) -> Result<()> {
         }
         open.image.set_identity(&identity).map_err(|e| e.at_path(&child.path))?;
     }
+    if layer.label.kept.is_some() {
+        return mark(layer, Role::Dropped, layer.label.kept.clone());
+    }
     remove(&layer.path)?;
     sync_directory(path)
 }
 
-/// Goes on with a merge downwards that was interrupted.
-pub(super) fn resume(path: &Path, layer: Id) -> Result<()> {
-    fold_down(path, layer, &mut |_, _| true)
+/// Goes on with a merge that was interrupted.
+pub(super) fn resume(path: &Path, layer: Id, progress: &mut Progress<'_>) -> Result<()> {
+    let family = Family::of(path)?;
+    let Some(member) = family.layers.iter().find(|m| m.label.layer == layer) else { return Ok(()) };
+    match member.label.role {
+        Role::Rising => rise(path, layer, progress),
+        Role::Merging => {
+            let mut held = 0;
+            for child in family.children(layer) {
+                held += data_bytes(&*look(child)?.image)?;
+            }
+            fold_down(path, layer, held > free_space(path)?, progress)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Writes what the only child of a merging layer holds into it; then it takes the child's place.
-fn fold_down(path: &Path, layer: Id, progress: &mut Progress<'_>) -> Result<()> {
+fn fold_down(path: &Path, layer: Id, in_batches: bool, progress: &mut Progress<'_>) -> Result<()> {
     let family = Family::of(path)?;
     let Some(layer) = family.layers.iter().find(|m| m.label.layer == layer) else { return Ok(()) };
     let children = family.children(layer.label.layer);
@@ -240,10 +364,12 @@ fn fold_down(path: &Path, layer: Id, progress: &mut Progress<'_>) -> Result<()> 
         let message = "is being merged, but not exactly one layer stands on it";
         return Err(Error::corrupt(message).at_path(&layer.path));
     };
-    // Held for writing though it is only read: nobody may change it meanwhile.
-    let upper = open_image(&child.path, &unprotected())?;
+    // Held for writing also where it is only read: nobody may change it meanwhile.
+    let options = OpenOptions { same_contents: true, ..unprotected() };
+    let upper = open_image(&child.path, &options)?;
     let chain = open(&layer.path, &unprotected())?;
-    copy_down(&*upper.image, &chain, progress)?;
+    let mut meter = Meter::new(progress, data_bytes(&*upper.image)?, UNFINISHED);
+    fold::down(&upper, &chain, in_batches, &mut meter)?;
     chain.flush()?;
     let image = chain.head().image;
     let mut identity = upper.image.identity()?;
@@ -255,37 +381,4 @@ fn fold_down(path: &Path, layer: Id, progress: &mut Progress<'_>) -> Result<()> 
     drop((upper, image, chain));
     rename(&layer.path, &child.path)?;
     sync_directory(path)
-}
-
-fn copy_down(upper: &dyn Image, lower: &Chain, progress: &mut Progress<'_>) -> Result<()> {
-    if upper.size() > lower.size() {
-        lower.resize(upper.size())?;
-    }
-    let total = data_bytes(upper)?;
-    let (mut at, mut done) = (0, 0);
-    let mut buf = vec![0; CHUNK as usize];
-    while at < upper.size() {
-        let extent = upper.map(GuestOffset(at), upper.size() - at)?;
-        let len = extent.len.min(CHUNK);
-        match extent.mapping {
-            Mapping::Unallocated => {}
-            Mapping::Zero { .. } => lower.write_zeroes(at, len, true)?,
-            Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                let bytes = &mut buf[..len as usize];
-                upper.read(&extent, extent.start, &mut [IoSliceMut::new(bytes)])?;
-                lower.write_at(at, &[IoSlice::new(bytes)])?;
-                done += len;
-                tell(progress, done, total, UNFINISHED)?;
-            }
-        }
-        at += len;
-    }
-    Ok(())
-}
-
-fn tell(progress: &mut Progress<'_>, done: u64, total: u64, state: &str) -> Result<()> {
-    if progress(done, total) {
-        return Ok(());
-    }
-    Err(Error::new(ErrorKind::Interrupted, format!("the merge was interrupted: {state}")))
 }

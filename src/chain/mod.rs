@@ -3,17 +3,21 @@
 //! Only [`open`] names concrete formats. Nothing here sees an L2 entry or a refcount.
 
 mod adopt;
+mod aside;
 mod clone;
 mod compact;
 mod compare;
 mod convert;
+pub mod cost;
 mod create;
 mod data_file;
+mod delete;
 mod descent;
 mod device;
 pub mod diff;
 mod exclusive;
 mod flat;
+mod fold;
 mod foreign;
 pub mod forest;
 mod gate;
@@ -23,6 +27,7 @@ pub mod live;
 pub mod merge;
 mod open;
 mod parent;
+pub mod plan;
 pub mod rebase;
 mod scan;
 mod sealed;
@@ -30,6 +35,8 @@ mod search;
 pub mod snapshot;
 mod swap;
 pub mod tree;
+mod undo;
+mod way;
 mod witness;
 
 use std::path::PathBuf;

@@ -26,9 +26,9 @@ pub(super) fn change(
     let Some(own) = &child.label else { return Ok(None) };
     let Some(expected) = own.parent else { return Ok(None) };
     // A merge that was stopped: the parent holds all of the child, and is to take its name; or it is
-    // being overwritten with what its child holds, and shows itself, anyway.
+    // losing, or being overwritten with, what its child holds, and shows itself, anyway.
     let merged = |label: &Label| {
-        let merging = matches!(label.role, Role::Merging | Role::Rising);
+        let merging = matches!(label.role, Role::Merging | Role::Rising | Role::Leaving);
         label.layer == own.layer || merging && label.layer == expected.layer
     };
     if identity.label.as_ref().is_some_and(merged) {

@@ -5,17 +5,23 @@
 //! for writing puts right (see [`super::heal`]).
 
 use std::path::Path;
-use std::time::SystemTime;
 
 use super::open::{OpenOptions, open, open_image};
-use super::tree::{Family, Member, clones_of, frozen_path};
+use super::plan::Keeping;
+use super::tree::{Family, frozen_path};
 use super::{Chain, Layer, heal, sealed, witness};
-use crate::addr::GuestOffset;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Backing, Id, Identity, Image, Label, Mapping, Parent, Role};
+use crate::image::{Backing, Id, Identity, Image, Label, Parent, Role};
 use crate::qcow2::{self, CreateOptions, Extension};
 use crate::storage::Draft;
-use crate::storage::draft::{link, remove, rename, sync_directory};
+use crate::storage::draft::link;
+
+pub use super::aside::{KeptAside, kept_aside, plan_forget};
+pub use super::cost::data_bytes;
+pub use super::delete::{plan_delete, plan_revert};
+pub use super::undo::plan_undo;
+
+pub(super) use super::plan::now;
 
 /// Freezes the disk as it is under `name`; the head goes on in a new, empty delta.
 ///
@@ -29,107 +35,26 @@ pub fn create(path: &Path, name: &str, description: &str) -> Result<()> {
     refuse_encrypted(&*head.image).map_err(|e| e.at_path(path))?;
     let mut label = head_label(&head)?;
     check_new_name(path, name)?;
+    label.role = Role::Snapshot;
     (label.name, label.description) = (name.to_owned(), description.to_owned());
     freeze(&head, label)?;
     let done = put_head_on(path, &head);
     done.inspect_err(|_| thaw(path, &head))
 }
 
-/// Takes the disk back to the snapshot `name`. What changed since is dropped, or kept as a snapshot
-/// of the name `keep`.
+/// Takes the disk back to the snapshot `name`. What changed since is kept aside for a time, or kept
+/// as a snapshot of the name `keep`.
 pub fn revert(path: &Path, name: &str, keep: Option<&str>) -> Result<()> {
-    let head = open_head(path)?;
-    let family = Family::of(path)?;
-    let target = family.snapshot(name)?;
-    if let Some(keep) = keep {
-        check_new_name(path, keep)?;
-        let mut label = head_label(&head)?;
-        label.name = keep.to_owned();
-        freeze(&head, label)?;
-    }
-    let parent = open_frozen(&target.path)?;
-    let done = put_head_on(path, &parent);
-    done.inspect_err(|_| keep.into_iter().for_each(|_| thaw(path, &head)))
+    plan_revert(path, name, keep, Keeping::default())?.execute(&mut |_, _| true)
 }
 
-/// The bytes of changes that going back to the snapshot `name` drops.
-pub fn head_bytes(path: &Path, name: &str) -> Result<u64> {
-    Family::of(path)?.snapshot(name)?;
-    data_bytes(&*open_frozen_or_head(path)?.image)
-}
-
-/// What deleting a snapshot takes away.
-#[derive(Debug, Clone)]
-pub struct Deletion {
-    /// Whether the disk goes back to the snapshot.
-    pub moves_head: bool,
-    /// The bytes of changes that are dropped.
-    pub dropped: u64,
-    /// Other snapshots that go with it.
-    pub snapshots: Vec<String>,
-}
-
-/// What [`delete`] would take away.
-///
-/// # Errors
-/// [`ErrorKind::Sealed`] where clones stand on the snapshot or, unless `tree`, other snapshots: the
-/// text lists them.
-pub fn plan_delete(path: &Path, name: &str, tree: bool) -> Result<Deletion> {
-    let family = Family::of(path)?;
-    let target = family.snapshot(name)?;
-    let above = family.descendants(target.label.layer);
-    let is_head = |m: &&Member| m.label.layer == family.head.label.layer;
-    let others: Vec<&Member> = above.iter().copied().filter(|m| !is_head(m)).collect();
-    let names: Vec<String> = others.iter().map(|m| m.label.name.clone()).collect();
-    if !others.is_empty() && !tree {
-        let message = format!(
-            "snapshot '{name}' is not deleted: {} stand on the changes made since it. Delete or \
-             merge them first, or drop them too with --tree",
-            names.join(", ")
-        );
-        return Err(Error::new(ErrorKind::Sealed, message).at_path(path));
-    }
-    for member in others.iter().copied().chain([target]) {
-        refuse_clones(member)?;
-    }
-    let moves_head = above.iter().any(is_head);
-    let mut dropped = 0;
-    // Where the disk goes back to the snapshot, its layer stays: only what came after goes.
-    for member in above.iter().copied().chain((!moves_head).then_some(target)) {
-        dropped += data_bytes(&*open_frozen_or_head(&member.path)?.image)?;
-    }
-    Ok(Deletion { moves_head, dropped, snapshots: names })
-}
-
-/// Deletes the snapshot `name` and the changes made since it: the disk returns to the moment it was
-/// taken. A snapshot beside the disk's own line goes alone. With `tree`, snapshots that stand on
-/// those changes go too.
+/// Deletes the snapshot `name` and the changes made since it, which are kept aside for a time. With
+/// `tree`, snapshots that stand on those changes go too.
 ///
 /// # Errors
 /// As [`plan_delete`].
 pub fn delete(path: &Path, name: &str, tree: bool) -> Result<()> {
-    let head = open_head(path)?;
-    let plan = plan_delete(path, name, tree)?;
-    let family = Family::of(path)?;
-    let target = family.snapshot(name)?;
-    let head_layer = family.head.label.layer;
-    let above = family.descendants(target.label.layer);
-    let direct = family.head.parent() == Some(target.label.layer);
-    if plan.moves_head && !direct {
-        // The head first leaves the layers that go: then each can go without breaking another.
-        put_head_on(path, &open_frozen(&target.path)?)?;
-    }
-    for member in above.iter().filter(|m| m.label.layer != head_layer) {
-        remove(&member.path)?;
-    }
-    if !plan.moves_head {
-        remove(&target.path)?;
-        return sync_directory(path);
-    }
-    drop(head);
-    rename(&target.path, path)?;
-    sync_directory(path)?;
-    heal::heal(path)
+    plan_delete(path, name, tree, Keeping::default())?.execute(&mut |_, _| true)
 }
 
 /// Gives the snapshot `old` the name `new`.
@@ -138,27 +63,20 @@ pub fn rename_snapshot(path: &Path, old: &str, new: &str) -> Result<()> {
     let family = Family::of(path)?;
     let target = family.snapshot(old)?;
     check_new_name(path, new)?;
-    witness::keeping_time(&target.path, || {
-        let layer = open_image(&target.path, &unprotected())?;
-        let mut identity = layer.image.identity()?;
-        if let Some(label) = &mut identity.label {
-            label.name = new.to_owned();
-        }
-        layer.image.set_identity(&identity).map_err(|e| e.at_path(&target.path))
-    })
+    let layer = open_image(&target.path, &unprotected())?;
+    relabel(&layer, |label| label.name = new.to_owned())
 }
 
-/// The bytes of data that a layer holds itself.
-pub fn data_bytes(image: &dyn Image) -> Result<u64> {
-    let (mut at, mut bytes) = (0, 0);
-    while at < image.size() {
-        let extent = image.map(GuestOffset(at), image.size() - at)?;
-        if matches!(extent.mapping, Mapping::Data { .. } | Mapping::Compressed { .. }) {
-            bytes += extent.len;
+/// Changes what an open layer's label says. Its contents stay vouched for if they were, and its
+/// clones go on knowing it again.
+pub(super) fn relabel(layer: &Layer, change: impl FnOnce(&mut Label)) -> Result<()> {
+    witness::keeping_time(&layer.path, || {
+        let mut identity = layer.image.identity()?;
+        if let Some(label) = &mut identity.label {
+            change(label);
         }
-        at += extent.len;
-    }
-    Ok(bytes)
+        layer.image.set_identity(&identity).map_err(|e| e.at_path(&layer.path))
+    })
 }
 
 pub(super) fn unprotected() -> OpenOptions {
@@ -184,17 +102,8 @@ pub(super) fn open_head(path: &Path) -> Result<Layer> {
     Ok(head)
 }
 
-fn open_frozen(path: &Path) -> Result<Layer> {
-    open_image(path, &OpenOptions { unprotected: true, ..OpenOptions::default() })
-}
-
-/// Opens a layer for looking at its tables, whether or not this process holds it.
-fn open_frozen_or_head(path: &Path) -> Result<Layer> {
-    open_image(path, &OpenOptions { unprotected: true, shared: true, ..OpenOptions::default() })
-}
-
 /// The head's label; a new one for a file that other programs made.
-fn head_label(head: &Layer) -> Result<Label> {
+pub(super) fn head_label(head: &Layer) -> Result<Label> {
     Ok(head.image.identity()?.label.unwrap_or_default())
 }
 
@@ -215,9 +124,8 @@ pub(super) fn check_new_name(path: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Makes the head's file a frozen layer with `label`'s name, under a second name beside the disk.
-fn freeze(head: &Layer, mut label: Label) -> Result<()> {
-    label.role = Role::Snapshot;
+/// Makes the head's file the frozen layer that `label` says, under a second name beside the disk.
+pub(super) fn freeze(head: &Layer, mut label: Label) -> Result<()> {
     label.content = Id::new_v4();
     label.time = now();
     let identity =
@@ -229,12 +137,12 @@ fn freeze(head: &Layer, mut label: Label) -> Result<()> {
 }
 
 /// Undoes [`freeze`] after a failure. If that fails too, the next open does it.
-fn thaw(path: &Path, head: &Layer) {
+pub(super) fn thaw(path: &Path, head: &Layer) {
     let _ = heal::thaw(path, head);
 }
 
 /// Replaces the head by an empty delta on the frozen layer `parent`.
-fn put_head_on(path: &Path, parent: &Layer) -> Result<()> {
+pub(super) fn put_head_on(path: &Path, parent: &Layer) -> Result<()> {
     let identity = parent.image.identity()?;
     let label = identity.label.unwrap_or_default();
     let frozen = frozen_path(path, label.layer);
@@ -281,23 +189,4 @@ pub(super) fn delta_options(
         extensions: vec![Extension { magic: Label::MAGIC, data: label.encode()? }],
         ..defaults
     })
-}
-
-fn refuse_clones(member: &Member) -> Result<()> {
-    let clones = clones_of(&member.path, Some(member.label.disk))?;
-    if clones.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<String> = clones.iter().map(|p| p.display().to_string()).collect();
-    let message = format!(
-        "is the layer of snapshot '{}', and clones stand on it: {}",
-        member.label.name,
-        names.join(", ")
-    );
-    Err(Error::new(ErrorKind::Sealed, message).at_path(&member.path))
-}
-
-pub(super) fn now() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.map_or(0, |d| d.as_millis() as u64)
 }

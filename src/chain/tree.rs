@@ -103,6 +103,16 @@ impl Family {
         self.members().find(|m| m.label.layer == layer)
     }
 
+    /// The frozen layer with that id.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where it is gone.
+    pub fn layer(&self, layer: Id) -> Result<&Member> {
+        self.layers.iter().find(|m| m.label.layer == layer).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, "has lost a layer").at_path(&self.head.path)
+        })
+    }
+
     /// The frozen layers, then the head.
     pub fn members(&self) -> impl Iterator<Item = &Member> {
         self.layers.iter().chain(std::iter::once(&self.head))
@@ -132,7 +142,12 @@ impl Family {
 
     /// The snapshot that the head stands on, directly or over layers without a name.
     pub fn current(&self) -> Option<&Member> {
-        let mut at = self.head.parent();
+        self.snapshot_below(&self.head)
+    }
+
+    /// The snapshot that a layer stands on, directly or over layers without a name.
+    pub fn snapshot_below(&self, member: &Member) -> Option<&Member> {
+        let mut at = member.parent();
         for _ in 0..=self.layers.len() {
             let member = self.layers.iter().find(|m| Some(m.label.layer) == at)?;
             if member.is_snapshot() {
@@ -204,6 +219,21 @@ pub fn clones_of(layer: &Path, own_disk: Option<Id>) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(clones)
+}
+
+/// Refuses to change or drop a layer on which other disks stand.
+pub(super) fn refuse_clones(member: &Member) -> Result<()> {
+    let clones = clones_of(&member.path, Some(member.label.disk))?;
+    if clones.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<String> = clones.iter().map(|p| p.display().to_string()).collect();
+    let message = format!(
+        "is the layer of snapshot '{}', and clones stand on it: {}",
+        member.label.name,
+        names.join(", ")
+    );
+    Err(Error::new(ErrorKind::Sealed, message).at_path(&member.path))
 }
 
 /// Whether two names mean one file.

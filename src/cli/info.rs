@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use clap::Args as ClapArgs;
 use serde::Serialize;
 use vdisk::chain::forest::Node;
+use vdisk::chain::snapshot;
 use vdisk::chain::tree::Family;
 use vdisk::chain::{self, Chain, Layer, OpenOptions};
 use vdisk::image::{self, Identity, Role};
 use vdisk::storage::{Storage, holders};
 use vdisk::{ErrorKind, Result};
 
+use super::snapshot::show;
 use super::{output, size};
 
 /// Show what a disk is: format, sizes, what it stands on, who holds it.
@@ -34,8 +36,13 @@ struct Report {
     holders: Vec<Holder>,
     /// Oldest first.
     snapshots: Vec<Snapshot>,
+    /// What is kept aside for undo.
+    kept_aside: Option<serde_json::Value>,
     /// Files of other disks that stand on it, in the directories where its family is.
     clones: Vec<PathBuf>,
+    /// The same for people.
+    #[serde(skip)]
+    kept: Option<String>,
     /// The layers from the disk down, where they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     chain: Option<Vec<LayerReport>>,
@@ -117,7 +124,10 @@ pub fn run(args: &Args) -> Result<u8> {
             Some(chain.all_layers().iter().map(LayerReport::of).collect::<Result<Vec<_>>>()?)
         }
     };
+    let kept = Family::read(&args.disk)?.as_ref().map_or(Ok(None), snapshot::kept_aside)?;
     let report = Report {
+        kept_aside: kept.as_ref().map(show::kept_value),
+        kept: kept.as_ref().map(show::kept_text),
         layer: LayerReport::of(&head)?,
         holders,
         snapshots: snapshots(&args.disk)?,
@@ -286,6 +296,9 @@ impl Report {
         }
         for one in &self.snapshots {
             let _ = writeln!(out, "snapshot: {} ({})", one.name, size::human(one.allocated_size));
+        }
+        if let Some(kept) = &self.kept {
+            let _ = writeln!(out, "{kept}");
         }
         for clone in &self.clones {
             let _ = writeln!(out, "clone: {}", clone.display());

@@ -46,6 +46,14 @@ impl Progress {
         Progress(bar)
     }
 
+    /// Says how many bytes there are to be done, where that was not known before.
+    pub fn of(&self, total: u64) {
+        if self.0.length() != Some(total) {
+            self.0.set_length(total);
+            self.0.set_position(0);
+        }
+    }
+
     /// Says how many bytes are done; threads may say so in any order.
     pub fn at(&self, done: u64) {
         if done > self.0.position() {

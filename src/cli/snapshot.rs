@@ -1,14 +1,20 @@
 //! `vdisk snapshot`: restore points of a disk, which is named by its head.
 
+pub mod show;
+
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::json;
-use vdisk::chain::merge;
+use vdisk::chain::merge::{self, Wishes};
+use vdisk::chain::plan::{Keeping, Operation, Plan};
 use vdisk::chain::snapshot;
 use vdisk::chain::tree::{Family, Member};
 use vdisk::{Error, Result};
 
+use super::output::{self, Progress};
 use super::{ask, size};
 
 /// Take, list, go back to, delete and merge snapshots.
@@ -29,9 +35,13 @@ enum Verb {
     /// Remove NAME and the changes made since it: the disk returns to the moment it was taken.
     Delete(DeleteArgs),
     /// Remove the name NAME; no change is lost.
-    Merge(NameArgs),
+    Merge(MergeArgs),
     /// Give a snapshot another name.
     Rename(RenameArgs),
+    /// Take back the last delete, merge or revert, while what it dropped is kept aside.
+    Undo(UndoArgs),
+    /// Let go of what is kept aside for undo, and give its space back.
+    Forget(ForgetArgs),
 }
 
 #[derive(ClapArgs)]
@@ -54,6 +64,32 @@ struct ListArgs {
     json: bool,
 }
 
+/// Whether and how a plan is shown, and executed.
+#[derive(ClapArgs)]
+struct PlanArgs {
+    /// Show what would be done, and do nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Show what is done as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Do not ask before changes are dropped.
+    #[arg(long)]
+    yes: bool,
+}
+
+/// How long what is dropped can be brought back.
+#[derive(ClapArgs)]
+struct KeepingArgs {
+    /// Keep what is dropped for undo so long: 90s, 15m, 12h, 7d. The variable VDISK_KEEP_FOR says it
+    /// for all commands.
+    #[arg(long, value_name = "TIME", value_parser = age, conflicts_with = "forget")]
+    keep_for: Option<Duration>,
+    /// Keep nothing for undo: what is dropped is gone, and its space free.
+    #[arg(long)]
+    forget: bool,
+}
+
 #[derive(ClapArgs)]
 struct RevertArgs {
     /// The disk.
@@ -63,9 +99,10 @@ struct RevertArgs {
     /// Keep today's state as a snapshot of this name.
     #[arg(long, value_name = "NAME2")]
     keep: Option<String>,
-    /// Do not ask before changes are dropped.
-    #[arg(long)]
-    yes: bool,
+    #[command(flatten)]
+    keeping: KeepingArgs,
+    #[command(flatten)]
+    plan: PlanArgs,
 }
 
 #[derive(ClapArgs)]
@@ -77,17 +114,44 @@ struct DeleteArgs {
     /// Delete the snapshots that stand on it too.
     #[arg(long)]
     tree: bool,
-    /// Do not ask before changes are dropped.
-    #[arg(long)]
-    yes: bool,
+    #[command(flatten)]
+    keeping: KeepingArgs,
+    #[command(flatten)]
+    plan: PlanArgs,
 }
 
 #[derive(ClapArgs)]
-struct NameArgs {
+struct MergeArgs {
     /// The disk.
     disk: PathBuf,
     /// The snapshot.
     name: String,
+    /// Give back what was copied as soon as it is durable, though there is space for all of it.
+    #[arg(long)]
+    in_batches: bool,
+    #[command(flatten)]
+    keeping: KeepingArgs,
+    #[command(flatten)]
+    plan: PlanArgs,
+}
+
+#[derive(ClapArgs)]
+struct UndoArgs {
+    /// The disk.
+    disk: PathBuf,
+    /// Keep today's state as a snapshot of this name.
+    #[arg(long, value_name = "NAME")]
+    keep: Option<String>,
+    #[command(flatten)]
+    plan: PlanArgs,
+}
+
+#[derive(ClapArgs)]
+struct ForgetArgs {
+    /// The disk.
+    disk: PathBuf,
+    #[command(flatten)]
+    plan: PlanArgs,
 }
 
 #[derive(ClapArgs)]
@@ -104,40 +168,84 @@ pub fn run(args: &Args) -> Result<u8> {
     match &args.verb {
         Verb::Create(a) => snapshot::create(&a.disk, &a.name, &a.description)?,
         Verb::List(a) => list(a)?,
-        Verb::Revert(a) => revert(a)?,
-        Verb::Delete(a) => delete(a)?,
-        Verb::Merge(a) => merge(a)?,
+        Verb::Revert(a) => {
+            let keeping = a.keeping.keeping()?;
+            let plan = snapshot::plan_revert(&a.disk, &a.name, a.keep.as_deref(), keeping)?;
+            carry_out(&plan, &a.plan)?;
+        }
+        Verb::Delete(a) => {
+            let plan = snapshot::plan_delete(&a.disk, &a.name, a.tree, a.keeping.keeping()?)?;
+            carry_out(&plan, &a.plan)?;
+        }
+        Verb::Merge(a) => {
+            let wishes = Wishes { keeping: a.keeping.keeping()?, in_batches: a.in_batches };
+            carry_out(&merge::plan_merge(&a.disk, &a.name, wishes)?, &a.plan)?;
+        }
         Verb::Rename(a) => snapshot::rename_snapshot(&a.disk, &a.old, &a.new)?,
+        Verb::Undo(a) => carry_out(&snapshot::plan_undo(&a.disk, a.keep.as_deref())?, &a.plan)?,
+        Verb::Forget(a) => carry_out(&snapshot::plan_forget(&a.disk)?, &a.plan)?,
     }
     Ok(0)
 }
 
-fn revert(args: &RevertArgs) -> Result<()> {
-    if args.keep.is_none() {
-        let dropped = snapshot::head_bytes(&args.disk, &args.name)?;
-        if dropped > 0 {
-            let loss = format!("{} of changes will be dropped", size::human(dropped));
-            ask::confirm(&loss, args.yes)?;
-        }
+/// Shows a plan, asks where something would be lost, and does it.
+fn carry_out(plan: &Plan, args: &PlanArgs) -> Result<()> {
+    if args.json {
+        output::json(&show::value(plan, args.dry_run))?;
+    } else if args.dry_run {
+        output::text(&show::text(plan))?;
     }
-    snapshot::revert(&args.disk, &args.name, args.keep.as_deref())
-}
-
-fn delete(args: &DeleteArgs) -> Result<()> {
-    let plan = snapshot::plan_delete(&args.disk, &args.name, args.tree)?;
-    if plan.dropped > 0 || !plan.snapshots.is_empty() {
-        let mut loss = format!("{} of changes will be dropped", size::human(plan.dropped));
-        if !plan.snapshots.is_empty() {
-            loss += &format!(", and with them the snapshots {}", plan.snapshots.join(", "));
+    if args.dry_run {
+        return Ok(());
+    }
+    if let Some(loss) = show::loss(plan) {
+        if !args.yes && !args.json && std::io::stderr().is_terminal() {
+            eprint!("{}", show::text(plan));
         }
         ask::confirm(&loss, args.yes)?;
     }
-    snapshot::delete(&args.disk, &args.name, args.tree)
+    if let Some(kept) = plan.forgets.as_ref().filter(|_| plan.operation == Operation::Merge) {
+        eprintln!("vdisk: what the {} had kept aside for undo goes", kept.what);
+    }
+    let stop = super::stop::on_signals()?;
+    let bar = Progress::new("moving", plan.moved.saturating_add(plan.linked));
+    plan.execute(&mut |done, total| {
+        bar.of(total);
+        bar.at(done);
+        !stop.asked()
+    })
 }
 
-fn merge(args: &NameArgs) -> Result<()> {
-    let stop = super::stop::on_signals()?;
-    merge::merge(&args.disk, &args.name, &mut |_, _| !stop.asked())
+impl KeepingArgs {
+    fn keeping(&self) -> Result<Keeping> {
+        if self.forget {
+            return Ok(Keeping::NOTHING);
+        }
+        if let Some(age) = self.keep_for {
+            return Ok(Keeping(age));
+        }
+        match std::env::var("VDISK_KEEP_FOR") {
+            Ok(text) => age(&text)
+                .map(Keeping)
+                .map_err(|e| Error::invalid(format!("VDISK_KEEP_FOR is '{text}': {e}"))),
+            Err(_) => Ok(Keeping::default()),
+        }
+    }
+}
+
+/// Parses a length of time.
+fn age(text: &str) -> std::result::Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let seconds = match &text[digits.len()..] {
+        "" if digits == "0" => 1,
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 24 * 3600,
+        _ => return Err("say a number and s, m, h or d, as in 7d".to_owned()),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("'{digits}' is no number"))?;
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(|| "is too long".to_owned())
 }
 
 fn list(args: &ListArgs) -> Result<()> {
@@ -147,12 +255,17 @@ fn list(args: &ListArgs) -> Result<()> {
         return Err(Error::io("could not be opened", missing).at_path(&args.disk));
     }
     let current = family.as_ref().and_then(Family::current).map(|m| m.label.layer);
+    let kept = family.as_ref().map_or(Ok(None), snapshot::kept_aside)?;
     let snapshots: Vec<&Member> = family.iter().flat_map(Family::snapshots).collect();
     if args.json {
         let rows: Vec<_> =
             snapshots.iter().map(|m| row(&args.disk, family.as_ref(), m, current)).collect();
-        println!("{}", json!({ "disk": args.disk, "snapshots": rows }));
+        let kept = kept.as_ref().map(show::kept_value);
+        println!("{}", json!({ "disk": args.disk, "snapshots": rows, "kept_aside": kept }));
         return Ok(());
+    }
+    if let Some(kept) = &kept {
+        eprintln!("{}", show::kept_text(kept));
     }
     if snapshots.is_empty() {
         eprintln!("{} has no snapshots", args.disk.display());
@@ -196,7 +309,7 @@ fn row(
 
 /// The snapshot that a snapshot stands on.
 fn parent(family: Option<&Family>, member: &Member) -> String {
-    let below = member.parent().zip(family).and_then(|(id, f)| f.member(id));
+    let below = family.and_then(|f| f.snapshot_below(member));
     below.map_or("-".to_owned(), |m| m.label.name.clone())
 }
 

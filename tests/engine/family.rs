@@ -2,11 +2,14 @@
 //! against a model that keeps a copy of each.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use vdisk::ErrorKind;
 use vdisk::addr::Unit;
+use vdisk::chain::merge::Wishes;
+use vdisk::chain::plan::{Keeping, Plan, Undoable};
 use vdisk::chain::{self, Base, OpenOptions, merge, snapshot};
+use vdisk::image::Role;
 use vdisk::qcow2::CreateOptions;
 
 use crate::dice::{Budget, Confess, Dice, seed};
@@ -21,18 +24,67 @@ struct Moment {
     parent: Option<String>,
 }
 
+/// What the disk was before the last change that can be taken back.
+#[derive(Clone)]
+struct Before {
+    /// The head, where the change moved it.
+    head: Option<Moment>,
+    /// The snapshots that went.
+    snapshots: Vec<(String, Moment)>,
+}
+
 struct Family {
     path: PathBuf,
     unit: u64,
     head: Moment,
     snapshots: BTreeMap<String, Moment>,
     taken: u64,
+    before: Option<Before>,
+}
+
+fn carry_out(plan: &Plan) {
+    plan.execute(&mut |_, _| true).unwrap();
+}
+
+/// What is dropped is kept for undo as often as not.
+fn keeping(dice: &mut Dice) -> Keeping {
+    if dice.once_in(2) { Keeping::NOTHING } else { Keeping::default() }
 }
 
 impl Family {
     fn children(&self, name: &str) -> Vec<String> {
-        let all = self.snapshots.iter().filter(|(_, m)| m.parent.as_deref() == Some(name));
+        let all = self.snapshots.iter().filter(|(_, m)| self.parent(m).as_deref() == Some(name));
         all.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// The snapshot that a moment stands on, over those that are only kept aside.
+    fn parent(&self, moment: &Moment) -> Option<String> {
+        let mut parent = moment.parent.clone();
+        while let Some(name) = parent.as_ref().filter(|name| !self.snapshots.contains_key(*name)) {
+            let kept = self.before.iter().flat_map(|b| &b.snapshots);
+            parent = kept.clone().find(|(n, _)| n == name).and_then(|(_, m)| m.parent.clone());
+        }
+        parent
+    }
+
+    /// Only the last change can be taken back.
+    fn set_before(&mut self, new: Option<Before>) {
+        for (name, moment) in
+            std::mem::replace(&mut self.before, new).into_iter().flat_map(|b| b.snapshots)
+        {
+            self.reparent(&name, moment.parent.as_deref());
+        }
+    }
+
+    /// What stands on `name`, which goes, stands on `parent` from now on.
+    fn reparent(&mut self, name: &str, parent: Option<&str>) {
+        let before = self.before.iter_mut();
+        let kept = before.flat_map(|b| b.snapshots.iter_mut().map(|(_, m)| m).chain(&mut b.head));
+        for moment in self.snapshots.values_mut().chain([&mut self.head]).chain(kept) {
+            if moment.parent.as_deref() == Some(name) {
+                moment.parent = parent.map(str::to_owned);
+            }
+        }
     }
 
     fn descendants(&self, name: &str) -> Vec<String> {
@@ -77,56 +129,100 @@ impl Family {
         self.head.parent = Some(name);
     }
 
-    fn revert(&mut self, name: &str, keep: bool) {
+    fn revert(&mut self, name: &str, keep: bool, keeping: Keeping) {
         let kept = keep.then(|| self.new_name());
-        snapshot::revert(&self.path, name, kept.as_deref()).unwrap();
+        let plan = snapshot::plan_revert(&self.path, name, kept.as_deref(), keeping).unwrap();
+        carry_out(&plan);
+        let there = self.snapshots[name].model.clone();
+        let now = Moment { parent: Some(name.to_owned()), model: there };
+        let old = std::mem::replace(&mut self.head, now);
         if let Some(kept) = kept {
-            self.snapshots.insert(kept, self.head.clone());
-        }
-        self.head =
-            Moment { parent: Some(name.to_owned()), model: self.snapshots[name].model.clone() };
-    }
-
-    fn delete(&mut self, name: &str, tree: bool) {
-        let above = self.descendants(name);
-        let done = snapshot::delete(&self.path, name, tree);
-        if !above.is_empty() && !tree {
-            assert_eq!(done.unwrap_err().kind(), ErrorKind::Sealed);
-            return;
-        }
-        done.unwrap();
-        let gone = self.snapshots.remove(name).unwrap();
-        let parent = self.head.parent.clone().unwrap_or_default();
-        if parent == name || above.contains(&parent) {
-            self.head = gone;
-        }
-        above.iter().for_each(|name| drop(self.snapshots.remove(name)));
-    }
-
-    fn merge(&mut self, name: &str) {
-        let stood_on = !self.children(name).is_empty() || self.head.parent.as_deref() == Some(name);
-        let done = merge::merge(&self.path, name, &mut |_, _| true);
-        if !stood_on {
-            assert_eq!(done.unwrap_err().kind(), ErrorKind::Invalid);
-            return;
-        }
-        done.unwrap();
-        let gone = self.snapshots.remove(name).unwrap();
-        for moment in self.snapshots.values_mut().chain([&mut self.head]) {
-            if moment.parent.as_deref() == Some(name) {
-                moment.parent = gone.parent.clone();
+            self.snapshots.insert(kept, old);
+        } else if keeping == Keeping::NOTHING {
+            if plan.undo != Undoable::NotNeeded {
+                self.set_before(None);
             }
+        } else if plan.undo != Undoable::NotNeeded {
+            self.set_before(Some(Before { head: Some(old), snapshots: Vec::new() }));
         }
+    }
+
+    fn delete(&mut self, name: &str, tree: bool, keeping: Keeping) {
+        let above = self.descendants(name);
+        let plan = snapshot::plan_delete(&self.path, name, tree, keeping);
+        if !above.is_empty() && !tree {
+            assert_eq!(plan.unwrap_err().kind(), ErrorKind::Sealed);
+            return;
+        }
+        carry_out(&plan.unwrap());
+        let parent = self.parent(&self.head);
+        let gone = self.snapshots.remove(name).unwrap();
+        let mut before = Before { head: None, snapshots: vec![(name.to_owned(), gone.clone())] };
+        let parent = parent.unwrap_or_default();
+        if parent == name || above.contains(&parent) {
+            let back = Moment { model: gone.model, parent: Some(name.to_owned()) };
+            before.head = Some(std::mem::replace(&mut self.head, back));
+        }
+        for name in above {
+            let gone = self.snapshots.remove(&name).unwrap();
+            before.snapshots.push((name, gone));
+        }
+        self.set_before(Some(before));
+        if keeping == Keeping::NOTHING {
+            self.set_before(None);
+        }
+    }
+
+    fn merge(&mut self, name: &str, in_batches: bool) {
+        let head_parent = self.parent(&self.head);
+        let stood_on = !self.children(name).is_empty() || head_parent.as_deref() == Some(name);
+        let wishes = Wishes { in_batches, keeping: Keeping::NOTHING };
+        let plan = merge::plan_merge(&self.path, name, wishes);
+        if !stood_on {
+            assert_eq!(plan.unwrap_err().kind(), ErrorKind::Invalid);
+            return;
+        }
+        let plan = plan.unwrap();
+        carry_out(&plan);
+        if plan.forgets.is_some() {
+            self.set_before(None);
+        }
+        let gone = self.snapshots.remove(name).unwrap();
+        self.reparent(name, gone.parent.as_deref());
+    }
+
+    fn undo(&mut self, keep: bool) {
+        let Some(before) = self.before.take() else {
+            let nothing = snapshot::plan_undo(&self.path, None).unwrap_err();
+            assert!(matches!(nothing.kind(), ErrorKind::NotFound), "{nothing}");
+            return;
+        };
+        let kept = (keep && before.head.is_some()).then(|| self.new_name());
+        carry_out(&snapshot::plan_undo(&self.path, kept.as_deref()).unwrap());
+        if let Some(head) = before.head {
+            let old = std::mem::replace(&mut self.head, head);
+            kept.map(|kept| self.snapshots.insert(kept, old));
+        }
+        self.snapshots.extend(before.snapshots);
+    }
+
+    fn forget(&mut self) {
+        if chain::tree::Family::read(&self.path).unwrap().is_some() {
+            carry_out(&snapshot::plan_forget(&self.path).unwrap());
+        }
+        self.set_before(None);
     }
 
     fn step(&mut self, dice: &mut Dice) {
         let name = self.some_name(dice);
-        match (dice.below(20), name) {
+        match (dice.below(24), name) {
             (0..8, _) => self.write(dice),
+            (20..23, _) => self.undo(dice.once_in(2)),
+            (23, _) => self.forget(),
             (8..13, _) | (_, None) => self.create(),
-            (13..15, Some(name)) => self.revert(&name, dice.once_in(2)),
-            (15..17, Some(name)) => self.delete(&name, dice.once_in(2)),
-            (_, Some(name)) => self.merge(&name),
+            (13..15, Some(name)) => self.revert(&name, dice.once_in(3), keeping(dice)),
+            (15..17, Some(name)) => self.delete(&name, dice.once_in(2), keeping(dice)),
+            (_, Some(name)) => self.merge(&name, dice.once_in(2)),
         }
     }
 
@@ -169,6 +265,13 @@ impl Family {
     }
 }
 
+/// How many layers have no name, and several layers that stand on them.
+fn shared_layers(path: &Path) -> usize {
+    let Some(family) = chain::tree::Family::read(path).unwrap() else { return 0 };
+    let unnamed = family.layers.iter().filter(|m| m.label.role == Role::Unnamed);
+    unnamed.filter(|m| family.children(m.label.layer).len() > 1).count()
+}
+
 fn round(dice: &mut Dice, with_qemu: bool) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
@@ -180,7 +283,8 @@ fn round(dice: &mut Dice, with_qemu: bool) {
     };
     chain::create(&path, &options).unwrap();
     let head = Moment { model: Model::new(options.size), parent: None };
-    let mut family = Family { path, unit: 1 << bits, head, snapshots: BTreeMap::new(), taken: 0 };
+    let mut family =
+        Family { path, unit: 1 << bits, head, snapshots: BTreeMap::new(), taken: 0, before: None };
     for step in 0..15 + dice.below(25) {
         undisturbed(|| {
             family.step(dice);
@@ -191,8 +295,13 @@ fn round(dice: &mut Dice, with_qemu: bool) {
     }
     undisturbed(|| family.compare());
     drop(open_patiently(&family.path, &OpenOptions::writable()).unwrap());
+    undisturbed(|| {
+        family.forget();
+        family.compare();
+    });
     let files: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
-    assert_eq!(files.len(), 1 + family.snapshots.len(), "no file is left over: {files:?}");
+    let shared = shared_layers(&family.path);
+    assert_eq!(files.len(), 1 + family.snapshots.len() + shared, "nothing is left over: {files:?}");
     files.iter().for_each(|path| check_layer(path, with_qemu).unwrap());
     undisturbed(|| family.clone_twice(dice));
 }

@@ -28,5 +28,7 @@ mod mount_raw;
 mod pictures;
 mod scale;
 mod snapshots;
+mod space;
+mod undo;
 mod usage;
 mod wrong_use;

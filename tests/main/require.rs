@@ -13,6 +13,8 @@ pub enum Need {
     Fuse,
     /// QEMU's tools: `qemu-img` and `qemu-io`.
     Qemu,
+    /// The superuser, and `mkfs.xfs`: a file system whose files can share their space.
+    Xfs,
     /// The superuser: loop devices, and file systems of the kernel's own.
     Root,
 }
@@ -24,6 +26,7 @@ impl Need {
             Need::Kvm => "kvm",
             Need::Fuse => "fuse",
             Need::Qemu => "qemu",
+            Need::Xfs => "xfs",
             Need::Root => "root",
         }
     }
@@ -35,6 +38,10 @@ impl Need {
             Need::Fuse => unopenable("/dev/fuse")
                 .or_else(|| if is_root() { None } else { unrunnable("fusermount3") }),
             Need::Qemu => unrunnable("qemu-img").or_else(|| unrunnable("qemu-io")),
+            Need::Xfs => Need::Root.missing().or_else(|| match run(&["mkfs.xfs", "-V"]) {
+                true => None,
+                false => Some("mkfs.xfs does not run".to_owned()),
+            }),
             Need::Root => (!is_root()).then(|| "not the superuser".to_owned()),
         }
     }
@@ -60,6 +67,11 @@ pub fn have(what: Need) -> bool {
 fn unopenable(device: &str) -> Option<String> {
     let opened = OpenOptions::new().read(true).write(true).open(device);
     opened.err().map(|error| format!("{device}: {error}"))
+}
+
+fn run(words: &[&str]) -> bool {
+    let run = Command::new(words[0]).args(&words[1..]).stdin(Stdio::null()).output();
+    run.is_ok_and(|output| output.status.success())
 }
 
 fn unrunnable(tool: &str) -> Option<String> {

@@ -164,6 +164,8 @@ fn delete_returns_the_disk_to_the_moment_the_snapshot_was_taken() {
     disk.bytes.clone_from(&moments[0]);
     disk.holds();
     assert!(names(&work, "disk.qcow2").is_empty());
+    work.vdisk("snapshot forget disk.qcow2").succeeds();
+    disk.holds();
     assert_eq!(work.files(), ["disk.qcow2"], "no layer is left behind");
 }
 

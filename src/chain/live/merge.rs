@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 use super::{Live, Turn};
 use crate::addr::GuestOffset;
 use crate::block::BlockDevice;
-use crate::chain::merge::{Progress, cost, fold_up};
+use crate::chain::cost::{cost, data_bytes};
+use crate::chain::merge::{Progress, fold_up};
 use crate::chain::open::{OpenOptions, open_file, open_image, peek};
-use crate::chain::snapshot::{data_bytes, unprotected};
+use crate::chain::snapshot::unprotected;
 use crate::chain::tree::{Family, Member, clones_of, same_file};
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, ErrorKind, Result};
@@ -179,7 +180,7 @@ impl Live {
         pace.total = u64::try_from(children.len()).unwrap_or(1) * stored(layer)?;
         for child in children.iter().filter(|m| !in_chain(m)) {
             let before = pace.done;
-            fold_up(child, layer, &mut |done, _| {
+            fold_up(child, layer, false, &mut |done, _| {
                 pace.step((before + done).saturating_sub(pace.done)).is_ok()
             })?;
         }

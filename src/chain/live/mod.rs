@@ -11,15 +11,16 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use super::compact::Compacted;
+use super::delete::delete_beside;
 use super::diff::{Between, Change};
 use super::merge::Progress;
+use super::plan::Keeping;
 use super::snapshot::plan_delete;
 use super::tree::Family;
 use super::{Chain, Layer};
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Id, Role};
-use crate::storage::draft::{remove, sync_directory};
 
 pub use snapshot::Quiesce;
 
@@ -149,26 +150,20 @@ impl Live {
     }
 
     /// Deletes the snapshot `name`, which the disk as it is now does not stand on; with `tree`,
-    /// snapshots on it too.
+    /// snapshots on it too. They are kept aside for a time.
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] where the disk would have to go back to an earlier moment;
     /// [`ErrorKind::Sealed`] as for an idle disk.
     pub fn delete(&self, name: &str, tree: bool) -> Result<()> {
         let _turn = self.begin(format!("deletion of snapshot '{name}'"))?;
-        let plan = plan_delete(&self.path, name, tree)?;
-        if plan.moves_head {
+        let plan = plan_delete(&self.path, name, tree, Keeping::default())?;
+        if plan.moves_head() {
             return Err(self.stop_first(&format!(
                 "deleting snapshot '{name}' takes the disk back to the moment when it was taken"
             )));
         }
-        let family = Family::of(&self.path)?;
-        let target = family.snapshot(name)?;
-        for member in family.descendants(target.label.layer) {
-            remove(&member.path)?;
-        }
-        remove(&target.path)?;
-        sync_directory(&self.path)
+        delete_beside(&plan)
     }
 
     /// Refuses to go back to a snapshot: what the user of the disk has in memory would not fit it.

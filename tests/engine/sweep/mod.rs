@@ -44,6 +44,10 @@ impl Sweep {
     fn new(operation: Operation, dice: &mut Dice) -> Sweep {
         let dir = scratch();
         undisturbed(|| scene::build(dir.path(), dice));
+        for words in &operation.first {
+            let run = tracer::run(&vdisk(), words, Files::of(dir.path()).0, Fate::Undisturbed);
+            assert_eq!(run.status, Some(0), "{words:?}: {}", run.stderr);
+        }
         let (files, named) = Files::of(dir.path());
         let start = Directory::read(dir.path(), &named);
         let old = undisturbed(|| scene::observe(dir.path())).unwrap();
@@ -188,7 +192,9 @@ fn a_command_stopped_anywhere_leaves_the_old_tree_or_the_new_one() {
         let (number, trial) = trials.swap_remove(dice.below(trials.len() as u64) as usize);
         let sweep = &sweeps[number];
         if let Err(why) = sweep.try_one(trial, &mut dice) {
-            wrong.push(format!("{} {trial:?}:\n{why}", sweep.operation.args.join(" ")));
+            let words = sweep.operation.first.iter().chain([&sweep.operation.args]);
+            let words: Vec<String> = words.map(|words| words.join(" ")).collect();
+            wrong.push(format!("{} {trial:?}:\n{why}", words.join("; ")));
         }
         done += 1;
     }

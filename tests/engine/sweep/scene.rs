@@ -21,6 +21,8 @@ const CLUSTER: u64 = 4 << 10;
 
 /// A command that changes the directory.
 pub struct Operation {
+    /// Commands that are done with before it.
+    pub first: Vec<Vec<String>>,
     pub args: Vec<String>,
     /// Whether it is one step, so that nothing between the old state and the new one is allowed.
     /// Otherwise each disk and each snapshot is as before or as after.
@@ -82,16 +84,29 @@ pub fn build(dir: &Path, dice: &mut Dice) {
 
 /// The commands of a sweep.
 pub fn operations() -> Vec<Operation> {
-    let one =
-        |line: &str| Operation { args: line.split(' ').map(str::to_owned).collect(), atomic: true };
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let one = |line: &str| Operation { first: Vec::new(), args: words(line), atomic: true };
     let many = |line: &str| Operation { atomic: false, ..one(line) };
+    let after = |first: &str, line: &str| Operation { first: vec![words(first)], ..one(line) };
     vec![
         one("snapshot create disk.qcow2 e --description words"),
         one("snapshot revert disk.qcow2 b --yes"),
         one("snapshot revert disk.qcow2 d --keep e"),
         one("snapshot delete disk.qcow2 c --yes"),
         one("snapshot delete disk.qcow2 d --yes"),
-        many("snapshot delete disk.qcow2 b --tree --yes"),
+        one("snapshot delete disk.qcow2 b --tree --yes"),
+        one("snapshot delete disk.qcow2 c --forget --yes"),
+        one("snapshot merge disk.qcow2 a --in-batches"),
+        one("snapshot merge disk.qcow2 b --in-batches"),
+        one("snapshot merge disk.qcow2 c --in-batches"),
+        after("snapshot delete disk.qcow2 c --yes", "snapshot undo disk.qcow2 --yes"),
+        after("snapshot delete disk.qcow2 c --yes", "snapshot undo disk.qcow2 --keep e"),
+        after("snapshot delete disk.qcow2 c --yes", "snapshot delete disk.qcow2 b --yes"),
+        after("snapshot delete disk.qcow2 c --yes", "snapshot forget disk.qcow2"),
+        after("snapshot delete disk.qcow2 b --tree --yes", "snapshot undo disk.qcow2 --yes"),
+        after("snapshot delete disk.qcow2 b --tree --yes", "snapshot forget disk.qcow2"),
+        after("snapshot revert disk.qcow2 a --yes", "snapshot undo disk.qcow2 --yes"),
+        after("snapshot revert disk.qcow2 b --yes", "snapshot merge disk.qcow2 b"),
         one("snapshot merge disk.qcow2 a"),
         one("snapshot merge disk.qcow2 b"),
         one("snapshot merge disk.qcow2 c"),

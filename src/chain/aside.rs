@@ -1,0 +1,258 @@
+//! What is kept aside of a disk: which events dropped it, and letting go of it.
+//!
+//! What was dropped together carries one event in its labels. Only the last event is kept, and for
+//! a set time. An event of which a layer is missing does not come back: what is left of it goes.
+//! A layer on which something stands cannot go with the rest: it loses its name, and is folded into
+//! what stands on it.
+
+use std::path::{Path, PathBuf};
+
+use super::merge::{self, Progress};
+use super::open::open_image;
+use super::plan::{Fate, Forgotten, Operation, Plan, Touched, Work, now};
+use super::snapshot::{relabel, unprotected};
+use super::tree::{Family, Member, clones_of};
+use super::{cost, heal};
+use crate::error::{ErrorKind, Result};
+use crate::image::{Id, Kept, Role, Was};
+use crate::storage::draft::{remove, sync_directory};
+
+/// What is kept aside of a disk, and would come back.
+#[derive(Debug, Clone)]
+pub struct KeptAside {
+    /// What dropped it, in words: "delete of 'monday'".
+    pub what: String,
+    /// When, in milliseconds since 1970.
+    pub since: u64,
+    /// Until when it is kept, in milliseconds since 1970.
+    pub until: u64,
+    /// Bytes of data that only it holds.
+    pub bytes: u64,
+    /// The snapshots that would come back.
+    pub snapshots: Vec<String>,
+    /// The files of its layers.
+    pub files: Vec<PathBuf>,
+}
+
+impl From<KeptAside> for Forgotten {
+    fn from(kept: KeptAside) -> Forgotten {
+        Forgotten { what: kept.what, bytes: kept.bytes }
+    }
+}
+
+/// The layers that one event dropped.
+pub(super) struct Event<'a> {
+    pub kept: &'a Kept,
+    pub layers: Vec<&'a Member>,
+}
+
+impl Event<'_> {
+    fn is_whole(&self) -> bool {
+        self.layers.len() == usize::from(self.kept.layers)
+    }
+
+    pub fn was(&self, was: Was) -> Option<&Member> {
+        self.layers.iter().copied().find(|m| was_of(m) == Some(was))
+    }
+
+    /// The layer on which all others of the event stand, head aside.
+    pub fn lowest(&self) -> Option<&Member> {
+        let own = |id: Option<Id>| self.layers.iter().any(|m| Some(m.label.layer) == id);
+        self.layers.iter().copied().find(|m| was_of(m) != Some(Was::Head) && !own(m.parent()))
+    }
+
+    pub fn what(&self) -> String {
+        match self.lowest() {
+            Some(m) if was_of(m) == Some(Was::Merged) => format!("merge of '{}'", m.label.name),
+            Some(m) => format!("delete of '{}'", m.label.name),
+            None => "revert".to_owned(),
+        }
+    }
+}
+
+pub(super) fn was_of(member: &Member) -> Option<Was> {
+    member.label.kept.as_ref().map(|k| k.was)
+}
+
+/// The events of which something is kept, the last one first.
+pub(super) fn events(family: &Family) -> Vec<Event<'_>> {
+    let mut events: Vec<Event<'_>> = Vec::new();
+    for member in family.layers.iter().filter(|m| m.label.role == Role::Dropped) {
+        let Some(kept) = &member.label.kept else { continue };
+        match events.iter_mut().find(|e| e.kept.event == kept.event) {
+            Some(event) => event.layers.push(member),
+            None => events.push(Event { kept, layers: vec![member] }),
+        }
+    }
+    events.sort_by_key(|e| std::cmp::Reverse(e.kept.since));
+    events
+}
+
+/// The event that would come back.
+pub(super) fn last(family: &Family) -> Option<Event<'_>> {
+    events(family).into_iter().find(Event::is_whole)
+}
+
+/// What is kept aside of the disk whose family this is.
+pub fn kept_aside(family: &Family) -> Result<Option<KeptAside>> {
+    let Some(event) = last(family) else { return Ok(None) };
+    let mut bytes = 0;
+    for member in event.layers.iter().filter(|m| !is_shown(family, m)) {
+        bytes += cost::data_bytes(&*cost::look(member)?.image)?;
+    }
+    let names = event.layers.iter().filter(|m| was_of(m) != Some(Was::Head));
+    Ok(Some(KeptAside {
+        what: event.what(),
+        since: event.kept.since,
+        until: event.kept.until,
+        bytes,
+        snapshots: names.map(|m| m.label.name.clone()).collect(),
+        files: event.layers.iter().map(|m| m.path.clone()).collect(),
+    }))
+}
+
+/// Whether the layer is the head or a snapshot, or one of them stands on it.
+pub(super) fn is_shown(family: &Family, member: &Member) -> bool {
+    let aside = |m: &Member| matches!(m.label.role, Role::Dropped | Role::Unnamed);
+    let above = family.descendants(member.label.layer);
+    above.into_iter().chain([member]).any(|m| !aside(m))
+}
+
+/// What letting go of all that is kept aside of the disk at `path` will do.
+pub fn plan_forget(path: &Path) -> Result<Plan> {
+    heal::heal(path)?;
+    let family = Family::of(path)?;
+    let all = events(&family);
+    let numbers = all.iter().map(|e| e.kept.event).collect();
+    let mut plan = Plan::new(Operation::Forget, &family, Work::Forget(numbers));
+    plan.forgets = kept_aside(&family)?.map(Forgotten::from);
+    let unnamed = family.layers.iter().filter(|m| m.label.role == Role::Unnamed);
+    for member in all.iter().flat_map(|e| e.layers.iter().copied()).chain(unnamed) {
+        if !is_shown(&family, member) {
+            plan.layers.push(Touched::new(member, Fate::Removed));
+            plan.freed += cost::data_bytes(&*cost::look(member)?.image)?;
+        } else if let Some(fold) = merge::plan_fold(&family, member)? {
+            plan.layers.push(Touched::new(member, Fate::Moved));
+            plan.moved += fold.moved;
+            plan.freed += fold.freed;
+        }
+    }
+    plan.why = "what is kept aside cannot be brought back afterwards".to_owned();
+    Ok(plan)
+}
+
+/// Executes a plan to forget.
+pub(super) fn forget(plan: &Plan, gone: &[u64], progress: &mut Progress<'_>) -> Result<()> {
+    drop(plan.begin()?);
+    gone.iter().try_for_each(|event| let_go(&plan.disk, *event))?;
+    collect(&plan.disk, Some(progress))
+}
+
+/// Lets go of all that is kept aside.
+pub(super) fn forget_all(path: &Path, progress: &mut Progress<'_>) -> Result<()> {
+    let_go_all(path)?;
+    collect(path, Some(progress))
+}
+
+/// Lets go of all that is kept aside, and folds nothing.
+pub(super) fn let_go_all(path: &Path) -> Result<()> {
+    let family = Family::of(path)?;
+    let gone: Vec<u64> = events(&family).iter().map(|e| e.kept.event).collect();
+    gone.into_iter().try_for_each(|event| let_go(path, event))?;
+    collect(path, None)
+}
+
+/// Lets go of what older events than `event` dropped: only the last one is kept.
+pub(super) fn forget_others(path: &Path, event: u64, progress: &mut Progress<'_>) -> Result<()> {
+    let Some(family) = Family::read(path)? else { return Ok(()) };
+    let all = events(&family);
+    let older = all.iter().map(|e| e.kept.event).filter(|e| *e != event);
+    older.collect::<Vec<_>>().into_iter().try_for_each(|event| let_go(path, event))?;
+    collect(path, Some(progress))
+}
+
+/// Lets go of events that have no right to stay: those whose time is over, those that are not
+/// whole, and all but the last. Only what costs nothing is done.
+pub(super) fn tidy(path: &Path, family: &Family) -> Result<()> {
+    let all = events(family);
+    let last = last(family).map(|e| e.kept.event);
+    let stays = |e: &Event<'_>| Some(e.kept.event) == last && e.kept.until > now();
+    let gone: Vec<u64> = all.iter().filter(|e| !stays(e)).map(|e| e.kept.event).collect();
+    let idle = |m: &Member| m.label.role == Role::Unnamed && !is_shown(family, m);
+    if gone.is_empty() && !family.layers.iter().any(idle) {
+        return Ok(());
+    }
+    gone.into_iter().try_for_each(|event| let_go(path, event))?;
+    collect(path, None)
+}
+
+/// Removes the layers of an event on which nothing stands; the others stay without a name.
+fn let_go(path: &Path, event: u64) -> Result<()> {
+    let family = Family::of(path)?;
+    let is_ours = |m: &&Member| {
+        m.label.role == Role::Dropped && m.label.kept.as_ref().is_some_and(|k| k.event == event)
+    };
+    let mut gone = Vec::new();
+    for member in children_first(&family).into_iter().filter(is_ours) {
+        let on = family.children(member.label.layer);
+        let bare = on.iter().all(|m| gone.contains(&m.label.layer));
+        if bare && clones_of(&member.path, Some(member.label.disk))?.is_empty() {
+            discard(member)?;
+            gone.push(member.label.layer);
+        } else {
+            let layer = open_image(&member.path, &unprotected())?;
+            relabel(&layer, |label| (label.role, label.kept) = (Role::Unnamed, None))?;
+        }
+    }
+    sync_directory(path)
+}
+
+fn children_first(family: &Family) -> Vec<&Member> {
+    let known = |id: Option<Id>| id.is_some_and(|id| family.member(id).is_some());
+    let roots = family.members().filter(|m| !known(m.parent()));
+    roots.flat_map(|root| family.descendants(root.label.layer).into_iter().chain([root])).collect()
+}
+
+/// Removes the file of a layer that is still none of the disk's once nobody else can change that.
+fn discard(member: &Member) -> Result<()> {
+    let layer = match open_image(&member.path, &unprotected()) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    let role = layer.image.identity()?.label.map(|l| l.role);
+    match role {
+        Some(Role::Dropped | Role::Unnamed) => remove(&member.path),
+        _ => Ok(()),
+    }
+}
+
+/// Removes layers without a name on which nothing stands, and, with `progress`, folds those on
+/// which one layer stands into it.
+pub(super) fn collect(path: &Path, mut progress: Option<&mut Progress<'_>>) -> Result<()> {
+    let mut left = Vec::new();
+    loop {
+        let Some(family) = Family::read(path)? else { return Ok(()) };
+        let unnamed = |m: &&Member| m.label.role == Role::Unnamed && !left.contains(&m.label.layer);
+        let Some(member) = children_first(&family).into_iter().find(unnamed) else {
+            return Ok(());
+        };
+        let id = member.label.layer;
+        let on = family.children(id);
+        if on.is_empty() && clones_of(&member.path, Some(member.label.disk))?.is_empty() {
+            discard(member)?;
+            sync_directory(path)?;
+            continue;
+        }
+        let Some(progress) = progress.as_deref_mut() else {
+            left.push(id);
+            continue;
+        };
+        match merge::fold_unnamed(&family, member, progress) {
+            Ok(true) => {}
+            // It stays as it is: the disk is right with it.
+            Ok(false) => left.push(id),
+            Err(e) if matches!(e.kind(), ErrorKind::NoSpace | ErrorKind::InUse) => left.push(id),
+            Err(e) => return Err(e),
+        }
+    }
+}

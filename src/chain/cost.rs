@@ -1,0 +1,127 @@
+//! What layers hold: the bytes that a change of the tree moves, frees or keeps.
+//!
+//! It only walks tables; no data is read.
+
+use super::Layer;
+use super::open::{OpenOptions, open_image};
+use super::tree::Member;
+use crate::addr::GuestOffset;
+use crate::error::Result;
+use crate::image::{Image, Mapping};
+
+/// Opens a layer for looking at its tables, whoever holds it.
+pub(super) fn look(member: &Member) -> Result<Layer> {
+    let options = OpenOptions { unprotected: true, shared: true, ..OpenOptions::default() };
+    open_image(&member.path, &options)
+}
+
+/// The bytes of data that a layer holds itself.
+pub fn data_bytes(image: &dyn Image) -> Result<u64> {
+    let (mut at, mut bytes) = (0, 0);
+    while at < image.size() {
+        let extent = image.map(GuestOffset(at), image.size() - at)?;
+        if is_data(extent.mapping) {
+            bytes += extent.len;
+        }
+        at += extent.len;
+    }
+    Ok(bytes)
+}
+
+fn is_data(mapping: Mapping) -> bool {
+    matches!(mapping, Mapping::Data { .. } | Mapping::Compressed { .. })
+}
+
+/// Whether a layer says nothing of any part of the disk.
+pub(super) fn is_bare(image: &dyn Image) -> Result<bool> {
+    let mut at = 0;
+    while at < image.size() {
+        let extent = image.map(GuestOffset(at), image.size() - at)?;
+        if extent.mapping != Mapping::Unallocated {
+            return Ok(false);
+        }
+        at += extent.len;
+    }
+    Ok(true)
+}
+
+/// Bytes of data that two layers, one on the other, hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Cost {
+    /// In the upper one.
+    pub upper: u64,
+    /// In the lower one, where the upper one says nothing.
+    pub only_lower: u64,
+    /// Of that, what is compressed.
+    pub packed: u64,
+    /// In both.
+    pub both: u64,
+}
+
+/// Compares what `upper` and `lower` hold.
+pub(super) fn cost(upper: &dyn Image, lower: &dyn Image) -> Result<Cost> {
+    let mut cost = Cost::default();
+    let (mut at, end) = (0, upper.size());
+    while at < end {
+        let above = upper.map(GuestOffset(at), end - at)?;
+        let mut len = above.len;
+        let mut below = Mapping::Unallocated;
+        if at < lower.size() {
+            let extent = lower.map(GuestOffset(at), len.min(lower.size() - at))?;
+            (len, below) = (extent.len, extent.mapping);
+        }
+        match (is_data(above.mapping), is_data(below)) {
+            (true, true) => (cost.upper, cost.both) = (cost.upper + len, cost.both + len),
+            (true, false) => cost.upper += len,
+            (false, true) if above.mapping == Mapping::Unallocated => {
+                cost.only_lower += len;
+                let packed = matches!(below, Mapping::Compressed { .. });
+                cost.packed += if packed { len } else { 0 };
+            }
+            _ => {}
+        }
+        at += len;
+    }
+    Ok(cost)
+}
+
+/// What a layer holds, as those who stand on it see it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Share {
+    /// Bytes that only the layer itself shows: they go when it goes.
+    pub exclusive: u64,
+    /// Bytes that at least one layer on it shows too.
+    pub shared: u64,
+}
+
+/// Tells apart what only `layer` shows and what one of the layers `on` it shows as well.
+pub fn share(layer: &dyn Image, on: &[&dyn Image]) -> Result<Share> {
+    let mut share = Share::default();
+    let (mut at, end) = (0, layer.size());
+    while at < end {
+        let extent = layer.map(GuestOffset(at), end - at)?;
+        let mut len = extent.len;
+        if is_data(extent.mapping) {
+            let mut shows = false;
+            for child in on {
+                if at >= child.size() {
+                    continue;
+                }
+                let above = child.map(GuestOffset(at), len.min(child.size() - at))?;
+                len = above.len;
+                shows |= above.mapping == Mapping::Unallocated;
+            }
+            *(if shows { &mut share.shared } else { &mut share.exclusive }) += len;
+        }
+        at += len;
+    }
+    Ok(share)
+}
+
+/// [`share`] for a member of a family and those on it.
+pub(super) fn share_of(member: &Member, on: &[&Member]) -> Result<Share> {
+    let layer = look(member)?;
+    let on = on.iter().map(|m| look(m)).collect::<Result<Vec<_>>>()?;
+    let on: Vec<&dyn Image> = on.iter().map(|l| &*l.image).collect();
+    share(&*layer.image, &on)
+}
