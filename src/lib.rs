@@ -8,6 +8,11 @@
 //! keeps bytes; [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files
 //! in it; [`container`] runs the programs among them; [`virtio`] carries it into a guest, and
 //! [`vm`] is such a guest.
+//! Rooms, from the ground up: [`addr`] and [`error`] serve every floor; [`storage`] keeps bytes, and
+//! [`nbd`] asks another program for them;
+//! [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files in it;
+//! [`container`] runs the programs among them; [`virtio`] carries it into a guest, and [`vm`] is
+//! such a guest.
 
 pub mod addr;
 pub mod block;
@@ -19,6 +24,7 @@ pub mod image;
 pub mod luks;
 pub mod mount;
 pub mod mountinfo;
+pub mod nbd;
 pub mod qcow2;
 pub mod storage;
 pub mod virtio;

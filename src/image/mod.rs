@@ -173,6 +173,13 @@ pub trait Image: Send + Sync {
         None
     }
 
+    /// Whether bytes are stored for an extent that [`narrow`](Image::narrow) returned, where that is
+    /// known apart from whether it reads as zeroes. For those who look for holes.
+    fn is_stored(&self, extent: &Extent) -> Result<Option<bool>> {
+        let _ = extent;
+        Ok(None)
+    }
+
     /// Reads bytes from `at` of an extent that [`map`](Image::map) returned and that is not
     /// [`Mapping::Unallocated`]; `bufs` end within it. Takes no metadata lock.
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()>;

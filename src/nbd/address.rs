@@ -1,0 +1,123 @@
+//! Where servers listen, and the way there.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long to wait for a server to accept a connection.
+const CONNECT: Duration = Duration::from_secs(30);
+
+/// Where a server listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// A socket in the file system.
+    Unix(PathBuf),
+    /// A host and a port.
+    Tcp {
+        /// Name or address.
+        host: String,
+        /// The number.
+        port: String,
+    },
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Unix(path) => path.display().fmt(f),
+            Address::Tcp { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+/// A connection to a server.
+pub(super) enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Address {
+    /// Connects.
+    pub(super) fn connect(&self) -> Result<Stream> {
+        let failed = |e: io::Error| {
+            let text = format!("Failed to connect to '{self}': {}", words(&e));
+            Error::new(ErrorKind::Io, text)
+        };
+        let (host, port) = match self {
+            Address::Unix(path) => {
+                return UnixStream::connect(path).map(Stream::Unix).map_err(failed);
+            }
+            Address::Tcp { host, port } => (host, port),
+        };
+        let unresolved = |why: &str| {
+            let text = format!("address resolution failed for {self}: {why}");
+            Error::new(ErrorKind::NotFound, text)
+        };
+        let port = port.parse::<u16>();
+        let port = port.map_err(|_| unresolved("Servname not supported for ai_socktype"))?;
+        // An address in brackets is one of IPv6.
+        let name = host.trim_start_matches('[').trim_end_matches(']');
+        let all = (name, port).to_socket_addrs().map_err(|e| {
+            let text = words(&e);
+            unresolved(text.rsplit(": ").next().unwrap_or_default())
+        })?;
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for address in all {
+            match TcpStream::connect_timeout(&address, CONNECT) {
+                Ok(stream) => {
+                    stream.set_nodelay(true).map_err(failed)?;
+                    return Ok(Stream::Tcp(stream));
+                }
+                Err(e) => last = e,
+            }
+        }
+        Err(failed(last))
+    }
+}
+
+/// The words of a failed system call, without the error number.
+fn words(error: &io::Error) -> String {
+    let mut text = error.to_string();
+    if let Some(at) = text.rfind(" (os error") {
+        text.truncate(at);
+    }
+    text
+}
+
+impl Stream {
+    /// Lets each wait for bytes end after `time`.
+    pub fn set_patience(&self, time: Duration) -> io::Result<()> {
+        let time = Some(time);
+        match self {
+            Stream::Unix(s) => s.set_read_timeout(time).and_then(|()| s.set_write_timeout(time)),
+            Stream::Tcp(s) => s.set_read_timeout(time).and_then(|()| s.set_write_timeout(time)),
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(s) => s.read(buf),
+            Stream::Tcp(s) => s.read(buf),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(s) => s.write(buf),
+            Stream::Tcp(s) => s.write(buf),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
