@@ -32,7 +32,7 @@ pub(super) fn open(
         Format::Vpc => vhd::Vhd::open(file, vhd::SizeBy::Creator).map(|image| Arc::new(image) as _),
         Format::Vhdx => vhdx::Vhdx::open(file).map(|image| Arc::new(image) as _),
         Format::Vdi => vdi::Vdi::open(file).map(|image| Arc::new(image) as _),
-        Format::Qcow2 | Format::Raw => {
+        Format::Qcow2 | Format::Raw | Format::Luks => {
             Err(Error::invalid(format!("{format} is no foreign format")))
         }
     };

@@ -21,6 +21,8 @@ pub enum Format {
     Qcow2,
     /// The guest's bytes as they are.
     Raw,
+    /// A disk behind a LUKS header, encrypted.
+    Luks,
     /// VirtualBox's format; only read.
     Vdi,
     /// Hyper-V's format; only read.
@@ -41,6 +43,7 @@ impl Format {
             "qcow2" => Ok(Format::Qcow2),
             // A device or file is raw whatever protocol driver reads it.
             "raw" | "file" | "host_device" => Ok(Format::Raw),
+            "luks" => Ok(Format::Luks),
             "vdi" => Ok(Format::Vdi),
             "vhdx" => Ok(Format::Vhdx),
             "vmdk" => Ok(Format::Vmdk),
@@ -54,6 +57,7 @@ impl Format {
         match self {
             Format::Qcow2 => "qcow2",
             Format::Raw => "raw",
+            Format::Luks => "luks",
             Format::Vdi => "vdi",
             Format::Vhdx => "vhdx",
             Format::Vmdk => "vmdk",

@@ -7,7 +7,7 @@ use super::descent::Descent;
 use super::gate::Format;
 use super::{Chain, Layer, data_file, foreign};
 use crate::error::Result;
-use crate::formats::{probe as signature, raw};
+use crate::formats::{luks, probe as signature, raw};
 use crate::image::{Identity, Image};
 use crate::luks::Passphrase;
 use crate::qcow2;
@@ -107,6 +107,11 @@ pub fn open_file(path: &Path, file: Arc<FileStorage>, options: &OpenOptions) -> 
         Format::Raw => Arc::new(raw::Image::open(file.clone(), options.read_only)?),
         Format::Qcow2 => {
             let image = data_file::open_qcow2(path, file.clone(), options, cache);
+            Arc::new(image.map_err(|e| e.at_path(path))?)
+        }
+        Format::Luks => {
+            let image =
+                luks::Luks::open(file.clone(), options.read_only, options.passphrase.as_ref());
             Arc::new(image.map_err(|e| e.at_path(path))?)
         }
         other => foreign::open(other, path, file.clone(), options.file_options())?,

@@ -18,6 +18,7 @@ pub fn foreign(head: &[u8], len: u64) -> Option<&'static str> {
         _ if vhd(head) => Some("vpc"),
         _ if vhdx(head) => Some("vhdx"),
         _ if vdi(head) => Some("vdi"),
+        _ if crate::luks::probe(head) => Some("luks"),
         _ => None,
     }
 }
@@ -70,6 +71,10 @@ mod tests {
         let mut head = [0; 512];
         head[0x40..0x44].copy_from_slice(&0xbeda_107fu32.to_le_bytes());
         assert_eq!(probe(&head), Some("vdi"));
+        assert_eq!(
+            (probe(b"LUKS\xba\xbe\0\x01"), probe(b"LUKS\xba\xbe\0\x02")),
+            (Some("luks"), None)
+        );
         assert_eq!((probe(&[]), probe(&[0; 4096]), probe(b"QFI\xfb")), (None, None, None));
     }
 }

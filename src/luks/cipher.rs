@@ -69,10 +69,12 @@ impl Spec {
         let unsupported = || {
             Error::unsupported(format!("the cipher {cipher}-{mode} with {key_len} bytes of key"))
         };
-        let &(name, mode, vector) =
-            MODES.iter().find(|(name, ..)| *name == mode).ok_or_else(unsupported)?;
+        // Some name a hash that their vectors do without.
+        let plain = mode.split_once(':').map_or(mode, |(plain, _)| plain);
+        let known = MODES.iter().find(|(name, ..)| *name == mode || *name == plain);
+        let &(name, mode, vector) = known.ok_or_else(unsupported)?;
         let fits = match mode {
-            Mode::Xts => matches!(key_len, 32 | 64),
+            Mode::Xts => matches!(key_len, 32 | 48 | 64),
             Mode::Cbc => matches!(key_len, 16 | 24 | 32),
         };
         if cipher != "aes" || !fits {
@@ -111,6 +113,7 @@ impl Cipher {
         let (first, second) = key.split_at(key.len() / 2);
         let sectors: Option<Box<dyn Sectors>> = match (spec.mode, key.len()) {
             (Mode::Xts, 32) => xts::<Aes128>(first, second),
+            (Mode::Xts, 48) => xts::<Aes192>(first, second),
             (Mode::Xts, 64) => xts::<Aes256>(first, second),
             (Mode::Cbc, 16) => cbc::<Aes128>(&key),
             (Mode::Cbc, 24) => cbc::<Aes192>(&key),
@@ -271,6 +274,12 @@ mod tests {
     }
 
     #[test]
+    fn a_hash_that_vectors_do_without_is_passed_over() {
+        let spec = Spec::parse("aes", "cbc-plain64:md5", 16).unwrap();
+        assert_eq!(spec.names(), ("aes", "cbc-plain64"));
+    }
+
+    #[test]
     fn every_sector_is_encrypted_by_its_own_number() {
         for (name, _, vector) in MODES {
             let spec = Spec::parse("aes", name, 32).unwrap();
@@ -293,9 +302,11 @@ mod tests {
         let cipher = Cipher::legacy(b"secret").unwrap();
         assert!(cipher.encrypt(256, &mut [0; 512]).is_err());
         assert!(cipher.decrypt(512, &mut [0; 500]).is_err());
-        for (cipher, mode, len) in
-            [("serpent", "xts-plain64", 64), ("aes", "xts-plain64", 48), ("aes", "ecb", 16)]
-        {
+        for (cipher, mode, len) in [
+            ("serpent", "xts-plain64", 64),
+            ("aes", "xts-plain64", 40),
+            ("aes", "cbc-essiv:sha1", 32),
+        ] {
             let error = Spec::parse(cipher, mode, len).unwrap_err();
             assert_eq!(error.kind(), crate::ErrorKind::Unsupported);
         }

@@ -175,6 +175,22 @@ impl Header {
     }
 }
 
+/// The offset in bytes at which data begin, of a header of which only the beginning is known yet.
+pub fn payload_offset(begin: &[u8]) -> Result<u64> {
+    /// Where the header says it.
+    const PAYLOAD: usize = 104;
+    let bytes = begin.get(PAYLOAD..PAYLOAD + 4).filter(|_| begin.starts_with(&MAGIC));
+    let bytes: [u8; 4] = bytes
+        .and_then(|b| b.try_into().ok())
+        .ok_or_else(|| Error::corrupt("not a LUKS header").at_offset(0))?;
+    Ok(u64::from(u32::from_be_bytes(bytes)) * SECTOR)
+}
+
+/// Whether a file that begins with `bytes` claims to be LUKS, version 1.
+pub fn probe(bytes: &[u8]) -> bool {
+    bytes.starts_with(&MAGIC) && bytes.get(MAGIC.len()..MAGIC.len() + 2) == Some(&[0, 1])
+}
+
 fn parse_slot(reader: &mut Reader<'_>) -> Result<Slot> {
     let state = reader.number()?;
     let active = match state {

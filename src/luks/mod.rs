@@ -8,6 +8,7 @@ mod cipher;
 mod hash;
 mod layout;
 mod passphrase;
+mod sectors;
 mod split;
 
 use std::time::Duration;
@@ -17,8 +18,9 @@ use zeroize::Zeroizing;
 pub use self::cipher::{Cipher, Spec};
 pub use self::hash::Hash;
 use self::layout::{DIGEST, SALT, SECTOR, Slot, UUID};
-pub use self::layout::{Header, SLOTS};
+pub use self::layout::{Header, SLOTS, payload_offset, probe};
 pub use self::passphrase::Passphrase;
+pub use self::sectors::{Place, Sectors};
 use crate::error::{Error, Result};
 
 /// Pieces that the master key is split into, so that wiping any of them loses it.
@@ -33,6 +35,9 @@ const MIN_ITERATIONS: u32 = 1000;
 const MAX_ITERATIONS: u32 = 1 << 23;
 /// The most rounds that all slots together may cost one try of a passphrase.
 const MAX_WORK: u64 = 1 << 25;
+
+/// What is said of a passphrase that opens none of a header's slots.
+pub const NO_SLOT: &str = "the passphrase opens none of the image's key slots";
 
 /// How a new header is made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,7 +113,7 @@ impl Header {
     pub fn unlock(&self, area: &[u8], passphrase: &[u8]) -> Result<Cipher> {
         self.find(area, passphrase)?
             .map(|(_, cipher)| cipher)
-            .ok_or_else(|| Error::invalid("the passphrase opens none of the image's key slots"))
+            .ok_or_else(|| Error::invalid(NO_SLOT))
     }
 
     /// The first slot that `passphrase` opens, and the cipher of the key in it.
@@ -124,14 +129,36 @@ impl Header {
             )));
         }
         for (index, slot) in active() {
-            let master = self.open_slot(area, slot, passphrase)?;
-            let mut digest = [0; DIGEST];
-            self.hash.stretch(&master, &self.digest_salt, self.digest_iterations, &mut digest);
-            if digest == self.digest {
+            if let Some(master) = self.master_in(area, slot, passphrase)? {
                 return Ok(Some((index, Cipher::new(self.spec, master)?)));
             }
         }
         Ok(None)
+    }
+
+    /// The slots that `passphrase` opens. They were within bounds when [`find`](Header::find) was
+    /// called.
+    pub fn opened_by(&self, area: &[u8], passphrase: &[u8]) -> Result<Vec<usize>> {
+        let mut opened = Vec::new();
+        for (index, slot) in self.slots.iter().enumerate().filter(|(_, slot)| slot.active) {
+            if self.master_in(area, slot, passphrase)?.is_some() {
+                opened.push(index);
+            }
+        }
+        Ok(opened)
+    }
+
+    /// The master key, where `passphrase` opens the slot.
+    fn master_in(
+        &self,
+        area: &[u8],
+        slot: &Slot,
+        passphrase: &[u8],
+    ) -> Result<Option<Zeroizing<Vec<u8>>>> {
+        let master = self.open_slot(area, slot, passphrase)?;
+        let mut digest = [0; DIGEST];
+        self.hash.stretch(&master, &self.digest_salt, self.digest_iterations, &mut digest);
+        Ok((digest == self.digest).then_some(master))
     }
 
     /// Keeps the master key under one more passphrase, in slot `index`. Changes `area`: the header
@@ -196,6 +223,33 @@ impl Header {
         pieces.truncate(key_len * STRIPES as usize);
         Ok(split::merge(self.hash, &pieces, key_len))
     }
+}
+
+/// Changes key slots. `area` is a header with its key material, as it stands in a file; `store`
+/// writes bytes at an offset within it, durably.
+///
+/// Key material is stored before the header that says it is there: stopped in between, the slots
+/// that were not meant still open.
+pub fn change(
+    area: &[u8],
+    change: impl FnOnce(&mut Header, &mut [u8]) -> Result<()>,
+    store: impl Fn(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let mut header = Header::parse(area)?;
+    let mut new = area.to_vec();
+    change(&mut header, &mut new)?;
+    let (begin, sector) = (SECTOR as usize * 2, SECTOR as usize);
+    let mut at = begin;
+    while at < new.len() {
+        let differs = |at: &usize| area.get(*at..*at + sector) != new.get(*at..*at + sector);
+        let run = (at..new.len()).step_by(sector).take_while(differs).count() * sector;
+        let end = (at + run).min(new.len());
+        if run > 0 {
+            store(at as u64, &new[at..end])?;
+        }
+        at = end.max(at + sector);
+    }
+    store(0, &new[..begin.min(new.len())])
 }
 
 /// Bytes of a slot's key material, whole sectors.

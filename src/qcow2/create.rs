@@ -242,14 +242,11 @@ pub fn create(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<Imag
     let data_file = options.data_file.as_ref().map(|file| file.storage.clone());
     let open = OpenOptions { read_only: false, data_file, ..OpenOptions::default() };
     let mut image = Image::open(storage, open)?;
-    if options.encryption.is_some() {
-        image.data.set_crypt(Crypt::locked());
-    }
-    image.grow(options.size)?;
-    image.preallocate(0, options.preallocation)?;
     if let Some(encryption) = &options.encryption {
         image.encrypt(encryption)?;
     }
+    image.grow(options.size)?;
+    image.preallocate(0, options.preallocation)?;
     image.flush()?;
     Ok(image)
 }

@@ -51,7 +51,7 @@ pub fn contents(image: &Image) -> Vec<u8> {
 pub fn state(storage: &Arc<dyn Storage>) -> State {
     let image = Image::open(storage.clone(), OpenOptions::default()).unwrap();
     let read = |s: &qcow2::Snapshot| {
-        let old = Image::open_snapshot(storage.clone(), 1 << 20, &s.id()).unwrap();
+        let old = Image::open_snapshot(storage.clone(), OpenOptions::default(), &s.id()).unwrap();
         (s.id().into_owned(), s.name().into_owned(), contents(&old))
     };
     let snapshots = image.snapshots().unwrap().iter().map(read).collect();
@@ -402,7 +402,8 @@ fn an_unknown_snapshot_is_not_found_and_a_damaged_one_is_refused() {
         for step in [Step::Apply("1".into()), Step::Delete("1".into())] {
             assert_eq!(take(&storage, &step).unwrap_err().message(), message);
         }
-        let error = Image::open_snapshot(storage.clone(), 0, "one").err().unwrap();
+        let error =
+            Image::open_snapshot(storage.clone(), OpenOptions::default(), "one").err().unwrap();
         assert_eq!(error.message(), message);
         storage.write_all_at(at, &old).unwrap();
     }

@@ -8,6 +8,7 @@ use super::args::{self, Given, flag, long, value};
 use super::create_options::{self as options, Chosen};
 use super::fail::{Fail, Outcome, os_text, reason, report};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use super::keys;
 use super::name::Source;
 use super::open::{self, Use};
 use super::opts;
@@ -18,6 +19,8 @@ const SECTOR: u64 = 512;
 /// Incompatible features that do not stand in the way of an older version: not closed well, corrupt,
 /// and the way of compression as long as nothing is compressed.
 const IGNORED: u64 = 0b1011;
+/// How a header says that its data are encrypted by LUKS.
+const LUKS: u32 = 2;
 /// An incompatible feature: the data stands in another file.
 const DATA_FILE: u64 = 1 << 2;
 
@@ -49,6 +52,18 @@ fn amend_named(given: &Given, list: &str, progress: &mut Progress) -> Outcome {
     if help {
         return print_help(format);
     }
+    let force = given.has("force");
+    if let Some(image) = &opened.luks {
+        let chosen = Chosen::parse(options::of_amend(format)?, list)?;
+        let change = keys::read(&chosen, "", source.key.secret.as_deref())?;
+        progress.at(0.0);
+        if let Some(change) = change {
+            let done = image.change_keys(|header, area| change.make(header, area, force));
+            done.map_err(|e| keys::failed(&e))?;
+        }
+        progress.at(100.0);
+        return Ok(0);
+    }
     let Some(image) = &opened.qcow2 else {
         return Err(Fail::new(format!(
             "Format driver '{format}' does not support option amendment"
@@ -57,8 +72,11 @@ fn amend_named(given: &Given, list: &str, progress: &mut Progress) -> Outcome {
     let header = image.header();
     drop(opened);
     let chosen = Chosen::parse(options::of_amend(format)?, list)?;
+    let keys = change_of_keys(&source, &header, &chosen)?;
     progress.at(0.0);
     let amended = amend(&source, &header, &chosen, progress);
+    // Last: the passphrase that opens the image may be the one that goes.
+    let amended = amended.and_then(|()| change_keys(&source, keys, force));
     progress.at(100.0);
     amended.map(|()| 0)
 }
@@ -109,6 +127,32 @@ fn amend(
         change(source, &last, &mut watch)?;
     }
     Ok(())
+}
+
+/// Changes the passphrases of an encrypted image.
+fn change_keys(source: &Source, keys: Option<keys::Change>, force: bool) -> Outcome<()> {
+    let Some(keys) = keys else { return Ok(()) };
+    let opened = open::layer(source, Use::writing())?;
+    let Some(image) = &opened.qcow2 else { return Ok(()) };
+    let done = image.change_keys(|header, area| keys.make(header, area, force));
+    done.map_err(|e| keys::failed(&e))
+}
+
+/// What is to happen to the passphrases of an encrypted image.
+fn change_of_keys(
+    source: &Source,
+    header: &Header,
+    chosen: &Chosen,
+) -> Outcome<Option<keys::Change>> {
+    const PREFIX: &str = "encrypt.";
+    if chosen.given_with(PREFIX).next().is_none() {
+        return Ok(None);
+    }
+    match header.crypt_method {
+        0 => Err(Fail::new("Can't amend encryption options - encryption not present")),
+        LUKS => keys::read(chosen, PREFIX, source.key.secret.as_deref()),
+        _ => Err(Fail::new("Only LUKS encryption options can be amended")),
+    }
 }
 
 /// What goes with what, before anything is changed.

@@ -2,6 +2,7 @@
 //! unambiguous beginning, operands anywhere between.
 
 use super::fail::{Fail, Outcome};
+use super::secret;
 
 /// An option that a command knows.
 #[derive(Clone, Copy)]
@@ -63,6 +64,9 @@ pub fn parse(args: &[String], known: &[Opt]) -> Outcome<Given> {
         } else {
             given.names.push(arg.clone());
         }
+    }
+    for text in given.all("object") {
+        secret::define(text)?;
     }
     Ok(given)
 }

@@ -10,7 +10,7 @@ use vdisk::chain::{self, Chain, Descent, OpenOptions};
 use super::args::{self, Given, flag, value};
 use super::fail::{Fail, Outcome, reason};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
-use super::name::Source;
+use super::name::{Below, Source};
 use super::open::{self, Opened, Use, full_backing_name};
 use super::progress::Progress;
 use super::status;
@@ -74,6 +74,7 @@ fn split(source: &Source, opened: &Opened, base: Option<&str>) -> Outcome<(Chain
         })
     };
     let mut shown = opened.shown.clone();
+    let mut below = source.below.clone();
     loop {
         let recorded = upper.recorded().cloned().ok_or_else(not_found)?;
         // What an image names passes the library's gate: a path, and nothing else.
@@ -85,11 +86,14 @@ fn split(source: &Source, opened: &Opened, base: Option<&str>) -> Outcome<(Chain
             Some(base) => names(base, &shown, &recorded.name, &path),
         };
         if is_base {
-            let below = Source::named(&full, recorded.format.as_deref())?;
+            let below = match &below {
+                Below::Recorded => Source::named(&full, recorded.format.as_deref())?,
+                said => open::named_below(&upper, said)?.ok_or_else(not_found)?,
+            };
             let lower = open::chain(&below, Use::writing())?;
             return Ok((upper.finish(), lower));
         }
-        upper.step().map_err(failed)?;
+        open::step(&mut upper, &mut below, Use::reading(false))?;
         shown = full;
     }
 }

@@ -10,11 +10,11 @@ use vdisk::chain::Chain;
 use super::args::{self, Given, Opt, flag, long, value};
 use super::bitmaps;
 use super::copy::{Copying, Part, copy};
-use super::create;
+use super::create::{self, Place};
 use super::create_options::{self as options, Chosen};
 use super::fail::{Fail, Outcome};
 use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
-use super::name::{Protocol, Source};
+use super::name::{Key, Source};
 use super::open::{self, Use};
 use super::opts;
 use super::progress::Progress;
@@ -211,7 +211,7 @@ impl Request<'_> {
         Source::parse(self.target, (!options).then_some(self.format), options)
     }
 
-    /// The target; whether it stands on a backing file of its own, and whether it is new.
+    /// The target; whether it stands on a backing file of its own, and whether it is new and empty.
     fn target(&self, sources: &[Part]) -> Outcome<(Chain, bool, bool)> {
         let total: u64 = sources.iter().map(|p| p.size).sum();
         let backing = self.given.get("B");
@@ -223,7 +223,7 @@ impl Request<'_> {
             return Ok((chain, backing.is_some(), false));
         }
         let known = options::with_file(self.format)?;
-        let path = create::file_path(self.target)?;
+        let place = create::place(self.target)?;
         let mut chosen = Chosen::parse(known, self.list)?;
         chosen.add_defaults()?;
         chosen.set("size", &total.to_string())?;
@@ -242,18 +242,26 @@ impl Request<'_> {
             return Err(Fail::new("Use of backing file requires explicit backing format"));
         }
         self.check_compression(&chosen)?;
-        refuse_same_file(sources, &path)?;
-        create::make(&path, self.format, &chosen, false).map_err(|e| {
+        if let Place::File(path) = &place {
+            refuse_same_file(sources, path)?;
+        }
+        create::make(&place, self.format, &chosen).map_err(|e| {
             e.prefix(format!("{}: error while converting {}: ", self.target, self.format))
         })?;
+        let secret = chosen.text("key-secret").or(chosen.text("encrypt.key-secret"));
         let source = Source {
-            protocol: Protocol::File(path),
+            protocol: place.protocol(),
+            key: Key { secret: secret.map(str::to_owned), format: None },
             ..Source::named(self.target, Some(self.format))?
         };
         // As QEMU does unless told otherwise; an image that was there before is not risked for speed.
         let unsynced = self.given.get("t").is_none_or(|mode| mode == "unsafe");
         let chain = open::chain(&source, Use { unsynced, ..Use::writing() })?;
-        Ok((chain, chosen.has("backing_file"), true))
+        // What a new disk of that format holds is noise.
+        // What was behind an export stays there.
+        let in_file = matches!(place, Place::File(_));
+        let is_empty = self.format != "luks" && (in_file || self.format == "qcow2");
+        Ok((chain, chosen.has("backing_file"), is_empty))
     }
 
     fn check_compression(&self, chosen: &Chosen) -> Outcome<()> {
@@ -265,6 +273,9 @@ impl Request<'_> {
         }
         if chosen.text("preallocation").is_some_and(|p| p != "off") {
             return Err(Fail::new("Compression and preallocation not supported at the same time"));
+        }
+        if chosen.switch("encryption") == Some(true) || chosen.has("encrypt.format") {
+            return Err(Fail::new("Compression and encryption not supported at the same time"));
         }
         Ok(())
     }

@@ -3,14 +3,18 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use vdisk::formats::luks;
 use vdisk::image::Image as _;
+use vdisk::luks::Header;
+use vdisk::nbd::{self, Target};
 use vdisk::qcow2::{self, CreateOptions, DataFile, Preallocation};
 use vdisk::storage::{FileOptions, FileStorage, Storage};
 use vdisk::{Error, ErrorKind};
 
-use super::args::{self, Given, flag, value};
+use super::args::{self, flag, value};
 use super::create_foreign;
 use super::create_options::{self as options, Chosen};
+use super::crypt;
 use super::fail::{Fail, Outcome, os_text, reason};
 use super::format::{FORMAT, OBJECT, QUIET};
 use super::name::{Protocol, Source, protocol};
@@ -20,8 +24,6 @@ use super::size;
 
 /// What a guest reads and writes at least: sizes are rounded up to it.
 const SECTOR: u64 = 512;
-/// The largest qcow2 secret for AES, in bytes.
-const AES: u32 = 1;
 
 pub fn run(args: &[String]) -> Outcome {
     let known = [FORMAT, value("F"), value("b"), value("o"), flag("u"), QUIET, OBJECT];
@@ -49,17 +51,9 @@ pub fn run(args: &[String]) -> Outcome {
         backing_format: given.get("F"),
         unsafe_backing: given.has("u"),
         quiet: given.has("q"),
-        secrets: secrets(&given),
     };
     create(&request).map_err(|e| e.prefix(format!("{name}: ")))?;
     Ok(0)
-}
-
-/// The ids of the secrets that `--object` defines.
-fn secrets(given: &Given) -> Vec<String> {
-    let lists = given.all("object").map(|text| opts::List::parse(text, Some("qom-type")));
-    let secret = lists.filter(|l| l.get("qom-type") == Some("secret"));
-    secret.filter_map(|l| l.get("id").map(str::to_owned)).collect()
 }
 
 /// What to create.
@@ -72,12 +66,11 @@ struct Request<'a> {
     backing_format: Option<&'a str>,
     unsafe_backing: bool,
     quiet: bool,
-    secrets: Vec<String>,
 }
 
 fn create(request: &Request<'_>) -> Outcome<()> {
     let known = options::with_file(request.format)?;
-    let path = file_path(request.name)?;
+    let place = place(request.name)?;
     let mut chosen = Chosen::parse(known, request.list)?;
     chosen.add_defaults()?;
     if let Some(size) = request.size {
@@ -104,12 +97,55 @@ fn create(request: &Request<'_>) -> Outcome<()> {
     if !request.quiet {
         println!("Formatting '{}', fmt={}{}", request.name, request.format, chosen.listed());
     }
-    let aes = encryption(request, &chosen)?;
-    make(&path, request.format, &chosen, aes)
+    make(&place, request.format, &chosen)
+}
+
+/// Where an image can be made.
+pub enum Place {
+    /// A file, new or not.
+    File(PathBuf),
+    /// A server's export, which is there.
+    Export(Target),
+}
+
+impl Place {
+    /// What names it to those who open it.
+    pub fn protocol(&self) -> Protocol {
+        match self {
+            Place::File(path) => Protocol::File(path.clone()),
+            Place::Export(target) => Protocol::Nbd(target.clone()),
+        }
+    }
+
+    /// Opens it, a file emptied.
+    fn open(&self) -> Outcome<Arc<dyn Storage>> {
+        match self {
+            Place::File(path) => Ok(Arc::new(emptied(path)?)),
+            Place::Export(target) => {
+                let client = nbd::Client::connect(target, true).map_err(|e| {
+                    let why = reason(&e);
+                    Fail::new(format!(
+                        "Protocol driver 'nbd' does not support creating new images, so an existing \
+                         image must be selected as the target; however, opening the given target as \
+                         an existing image failed: {why}"
+                    ))
+                })?;
+                Ok(Arc::new(client))
+            }
+        }
+    }
+}
+
+/// The place that a name means.
+pub fn place(name: &str) -> Outcome<Place> {
+    match protocol(name)? {
+        Protocol::Nbd(target) => Ok(Place::Export(target)),
+        _ => file_path(name).map(Place::File),
+    }
 }
 
 /// The file that a name means.
-pub fn file_path(name: &str) -> Outcome<PathBuf> {
+fn file_path(name: &str) -> Outcome<PathBuf> {
     match protocol(name)? {
         Protocol::File(path) => Ok(path),
         _ => Err(Fail::new(format!("'{name}' is not the name of a file that could be made"))),
@@ -141,7 +177,7 @@ fn check_backing(request: &Request<'_>, chosen: &mut Chosen) -> Outcome<()> {
     }
     let full = full_backing_name(request.name, &backing);
     let opened = Source::named(&full, format.as_deref())
-        .and_then(|source| open::try_chain(&source, Use::reading(false)));
+        .and_then(|source| open::try_chain(&source, Use::looking(false)));
     let (opened, chain) =
         opened.map_err(|e| Fail::new(format!("{}\nCould not open backing image.", e.text())))?;
     if format.is_none() {
@@ -157,59 +193,33 @@ fn check_backing(request: &Request<'_>, chosen: &mut Chosen) -> Outcome<()> {
     Ok(())
 }
 
-/// Whether the image is to be encrypted by AES, the old way.
-fn encryption(request: &Request<'_>, chosen: &Chosen) -> Outcome<bool> {
-    let old = chosen.switch("encryption").unwrap_or(false);
-    let format = chosen.text("encrypt.format");
-    if chosen.has("encryption") && format.is_some() {
-        return Err(Fail::new(
-            "'encrypt.format' and its alias 'encryption' can't be used at the same time",
-        ));
-    }
-    match format {
-        None if !old => return Ok(false),
-        None | Some("aes") => {}
-        Some("luks") => return Err(Fail::new("Encryption with LUKS is not supported")),
-        Some(other) => {
-            return Err(Fail::new(format!(
-                "Invalid parameter '{other}'\nUnknown encryption format {other}"
-            )));
-        }
-    }
-    match chosen.text("encrypt.key-secret") {
-        None => Err(Fail::new("Parameter 'encrypt.key-secret' is required for cipher")),
-        Some(id) if request.secrets.iter().any(|s| s == id) => Ok(true),
-        Some(id) => Err(Fail::new(format!("No secret with id '{id}'"))),
-    }
-}
-
 /// Makes the image; a file that was to become one and did not is taken away.
-pub fn make(path: &Path, format: &str, chosen: &Chosen, aes: bool) -> Outcome<()> {
+pub fn make(place: &Place, format: &str, chosen: &Chosen) -> Outcome<()> {
     let size = chosen.number("size").unwrap_or(0);
     let size = size
         .checked_next_multiple_of(SECTOR)
         .filter(|s| *s <= i64::MAX as u64)
         .ok_or_else(|| Fail::new("Image size is too large"))?;
     let of_file = if format == "qcow2" { Preallocation::Off } else { file_preallocation(chosen)? };
-    let vmdk = match format {
-        "vmdk" => Some(create_foreign::vmdk_options(path, size, chosen)?),
-        _ => None,
-    };
-    let file = Arc::new(emptied(path)?);
-    if of_file == Preallocation::Metadata {
-        return Err(Fail::new("Unsupported preallocation mode: metadata"));
+    if matches!(format, "vmdk" | "vdi" | "vpc") {
+        return make_foreign(place, format, size, chosen, of_file);
+    }
+    let file = place.open()?;
+    if of_file == Preallocation::Metadata && format == "raw" {
+        return Err(unsupported_metadata());
     }
     let made = match format {
         "qcow2" => options::qcow2(chosen, size)
             .and_then(|o| with_data_file(o, chosen))
-            .and_then(|o| make_qcow2(file.clone(), &o, aes)),
-        "vmdk" => vmdk.map_or(Ok(()), |o| create_foreign::vmdk(&file, path, &o)),
-        "vdi" => create_foreign::vdi(&file, size, chosen),
-        "vpc" => create_foreign::vpc(&file, size, chosen),
-        _ => make_raw(&file, size, of_file),
+            .and_then(|o| make_qcow2(file.clone(), &o)),
+        "luks" => make_luks(&*file, size, chosen, of_file),
+        _ => make_raw(&*file, size, of_file),
     };
     made.inspect_err(|_| {
-        if format == "qcow2" && path.is_file() {
+        if let Place::File(path) = place
+            && format != "raw"
+            && path.is_file()
+        {
             // What stands there is no image; the failure that is reported is the first one.
             let _ = std::fs::remove_file(path);
         }
@@ -249,14 +259,39 @@ pub fn emptied_file(path: &Path) -> vdisk::Result<FileStorage> {
     }
 }
 
-fn make_qcow2(file: Arc<FileStorage>, options: &CreateOptions, aes: bool) -> Outcome<()> {
-    let made = qcow2::create(file, options).and_then(|image| {
-        if aes {
-            image.update_header(|h| h.crypt_method = AES)?;
-        }
-        image.flush()
-    });
+fn make_qcow2(file: Arc<dyn Storage>, options: &CreateOptions) -> Outcome<()> {
+    let made = qcow2::create(file, options).and_then(|image| image.flush());
     made.map_err(|e| Fail::new(reason(&e)))
+}
+
+fn unsupported_metadata() -> Fail {
+    Fail::new("Unsupported preallocation mode: metadata")
+}
+
+/// An image of another program's format, in a file.
+fn make_foreign(
+    place: &Place,
+    format: &str,
+    size: u64,
+    chosen: &Chosen,
+    of_file: Preallocation,
+) -> Outcome<()> {
+    let Place::File(path) = place else {
+        return Err(Fail::new(format!("An image of format '{format}' is made in a file only")));
+    };
+    let vmdk = match format {
+        "vmdk" => Some(create_foreign::vmdk_options(path, size, chosen)?),
+        _ => None,
+    };
+    let file = emptied(path)?;
+    if of_file == Preallocation::Metadata {
+        return Err(unsupported_metadata());
+    }
+    match (vmdk, format) {
+        (Some(options), _) => create_foreign::vmdk(&file, path, &options),
+        (None, "vdi") => create_foreign::vdi(&file, size, chosen),
+        (None, _) => create_foreign::vpc(&file, size, chosen),
+    }
 }
 
 /// The mode in which the file below a format is made.
@@ -266,19 +301,48 @@ fn file_preallocation(chosen: &Chosen) -> Outcome<Preallocation> {
         .map_err(|_| Fail::new(format!("invalid parameter value: {}", text.unwrap_or_default())))
 }
 
-fn make_raw(file: &FileStorage, size: u64, how: Preallocation) -> Outcome<()> {
+fn make_luks(file: &dyn Storage, size: u64, chosen: &Chosen, how: Preallocation) -> Outcome<()> {
+    let (passphrase, options) = crypt::for_luks(chosen)?;
+    if chosen.switch("detached-header") == Some(true) {
+        return Err(Fail::new("Parameter 'detached-header' is unexpected"));
+    }
+    let end = Header::area_len(options.spec).saturating_add(size);
+    // The header goes over what is reserved for it.
+    let made = match how {
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        Preallocation::Falloc => file.write_zeroes(0, end),
+        Preallocation::Full => write_zero_bytes(file, 0, end),
+    };
+    made.and_then(|()| luks::create(file, size, &passphrase, &options))
+        .map_err(|e| Fail::new(reason(&e)))
+}
+
+fn make_raw(file: &dyn Storage, size: u64, how: Preallocation) -> Outcome<()> {
     let made = file.set_len(size).and_then(|()| match how {
         Preallocation::Off | Preallocation::Metadata => raw_beginning(file, size),
         Preallocation::Falloc => file.write_zeroes(0, size),
-        Preallocation::Full => file.write_zero_bytes(0, size).and_then(|()| file.sync()),
+        Preallocation::Full => write_zero_bytes(file, 0, size).and_then(|()| file.sync()),
     });
     made.map_err(|e| Fail::new(reason(&e)))
 }
 
 /// Writes the first block of a new raw file of `size` bytes: what asks a file for the alignment that
 /// its host wants cannot tell it from a hole.
-pub fn raw_beginning(file: &FileStorage, size: u64) -> vdisk::Result<()> {
+pub fn raw_beginning(file: &dyn Storage, size: u64) -> vdisk::Result<()> {
     const BLOCK: u64 = 4096;
     let len = if size < BLOCK { SECTOR } else { BLOCK };
-    if size == 0 { Ok(()) } else { file.write_zero_bytes(0, len) }
+    if size == 0 { Ok(()) } else { write_zero_bytes(file, 0, len) }
+}
+
+/// Writes zeroes, whatever the host could do instead.
+fn write_zero_bytes(file: &dyn Storage, at: u64, len: u64) -> vdisk::Result<()> {
+    const PIECE: u64 = 1 << 20;
+    let zeroes = vec![0; len.min(PIECE) as usize];
+    let mut done = 0;
+    while done < len {
+        let part = &zeroes[..(len - done).min(PIECE) as usize];
+        file.write_all_at(at + done, part)?;
+        done += part.len() as u64;
+    }
+    Ok(())
 }

@@ -8,6 +8,7 @@ use vdisk::image::Backing;
 use vdisk::qcow2::{Compression, CreateOptions, Preallocation};
 
 use super::create_foreign;
+use super::crypt;
 use super::fail::{Fail, Outcome};
 use super::opts::{List, escaped};
 use super::size::{self, Bad};
@@ -102,6 +103,32 @@ const AMEND: &[Known] = &[
 
 const RAW: &[Known] = &[SIZE];
 
+/// In the order in which the values are listed.
+const LUKS: &[Known] = &[
+    SIZE,
+    known("key-secret", Kind::Text, "ID of the secret that provides the keyslot passphrase"),
+    known("cipher-alg", Kind::Text, "Name of encryption cipher algorithm"),
+    known("cipher-mode", Kind::Text, "Name of encryption cipher mode"),
+    known("ivgen-alg", Kind::Text, "Name of IV generator algorithm"),
+    known("ivgen-hash-alg", Kind::Text, "Name of IV generator hash algorithm"),
+    known("hash-alg", Kind::Text, "Name of encryption hash algorithm"),
+    known("iter-time", Kind::Number, "Time to spend in PBKDF in milliseconds"),
+    known("detached-header", Kind::Switch, "Create a detached LUKS header"),
+];
+
+/// What can be changed of a LUKS image.
+const AMEND_LUKS: &[Known] = &[
+    known("iter-time", Kind::Number, "Time to spend in PBKDF in milliseconds"),
+    known("keyslot", Kind::Number, "Select a single keyslot to modify explicitly"),
+    known(
+        "new-secret",
+        Kind::Text,
+        "New secret to set in the matching keyslots. Empty string to erase",
+    ),
+    known("old-secret", Kind::Text, "Select all keyslots that match this password"),
+    known("state", Kind::Text, "Select new state of affected keyslots (active/inactive)"),
+];
+
 /// What the file below any format knows; `size` and `preallocation` are the format's where it has
 /// them.
 const FILE: &[Known] = &[
@@ -112,8 +139,7 @@ const FILE: &[Known] = &[
 ];
 
 /// Formats that other programs make and this one does not.
-const NOT_MADE: &[&str] =
-    &["bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qed", "vhdx", "vvfat"];
+const NOT_MADE: &[&str] = &["bochs", "cloop", "dmg", "parallels", "qcow", "qed", "vhdx", "vvfat"];
 
 /// The format's own options.
 ///
@@ -126,6 +152,7 @@ pub fn of_format(format: &str) -> Outcome<&'static [Known]> {
         "vdi" => Ok(create_foreign::VDI),
         "vmdk" => Ok(create_foreign::VMDK),
         "vpc" => Ok(create_foreign::VPC),
+        "luks" => Ok(LUKS),
         other if NOT_MADE.contains(&other) => {
             Err(Fail::new(format!("Format driver '{other}' does not support image creation")))
         }
@@ -146,6 +173,9 @@ pub fn with_file(format: &str) -> Outcome<Vec<Known>> {
 
 /// What can be changed of an image of `format`.
 pub fn of_amend(format: &str) -> Outcome<Vec<Known>> {
+    if format == "luks" {
+        return Ok(AMEND_LUKS.to_vec());
+    }
     if format != "qcow2" {
         return Err(Fail::new(format!(
             "Format driver '{format}' does not support option amendment"
@@ -232,7 +262,12 @@ impl Chosen {
     /// Sets an option as the user would.
     pub fn set(&mut self, key: &str, value: &str) -> Outcome<()> {
         let unknown = || {
-            let for_creation = QCOW2.iter().any(|k| k.name == key) && self.knows("encrypt.state");
+            let creation = match () {
+                () if self.knows("encrypt.state") => QCOW2,
+                () if self.knows("state") => LUKS,
+                () => &[],
+            };
+            let for_creation = creation.iter().any(|k| k.name == key);
             let hint = if for_creation {
                 "\nThis option is only supported for image creation"
             } else {
@@ -286,6 +321,12 @@ impl Chosen {
     /// Whether the user, or a default, said anything about the option.
     pub fn has(&self, key: &str) -> bool {
         self.value(key).is_some()
+    }
+
+    /// The options that were given and whose names begin with `prefix`.
+    pub fn given_with<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'static str> + 'a {
+        let given = self.known.iter().zip(&self.values).filter(|(_, value)| value.is_some());
+        given.map(|(known, _)| known.name).filter(move |name| name.starts_with(prefix))
     }
 
     /// Whether the format has such an option.
@@ -393,7 +434,8 @@ pub fn qcow2(chosen: &Chosen, size: u64) -> Outcome<CreateOptions> {
         ..defaults
     };
     check(chosen, &options)?;
-    Ok(options)
+    let encryption = crypt::for_qcow2(chosen)?;
+    Ok(CreateOptions { encryption, ..options })
 }
 
 /// What goes with what, in the words that scripts know.

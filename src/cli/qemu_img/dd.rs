@@ -41,9 +41,8 @@ pub fn run(args: &[String]) -> Outcome {
         let mut chosen = Chosen::parse(known, "")?;
         chosen.add_defaults()?;
         chosen.set("size", &(end - start).to_string())?;
-        create::make(&create::file_path(output)?, format, &chosen, false).map_err(|e| {
-            e.prefix(format!("{output}: error while creating output image of type '{format}': "))
-        })?;
+        create::make(&create::place(output)?, format, &chosen)
+            .map_err(|e| e.prefix(format!("{output}: error while creating output image: ")))?;
     }
     let to = open::chain(&Source::named(output, Some(format))?, Use::writing())?;
     let mut bytes = vec![0; request.block.min(end - start) as usize];

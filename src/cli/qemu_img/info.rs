@@ -10,6 +10,7 @@ use vdisk::qcow2::{self, Snapshot};
 use vdisk::storage::Storage;
 
 use super::args::{self, long};
+use super::crypt;
 use super::fail::{Fail, Outcome, reason};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
 use super::info_foreign;
@@ -27,8 +28,8 @@ pub fn run(args: &[String]) -> Outcome {
     let given = args::parse(args, &[FORMAT, SHARED, OUTPUT, OBJECT, IMAGE_OPTS, chain])?;
     let output = given.output()?;
     let source = given.source(given.only_name()?)?;
-    let all =
-        collect(source, Use { describe: true, ..given.reading() }, given.has("backing-chain"))?;
+    let using = Use { describe: true, ..Use::looking(given.has("U")) };
+    let all = collect(source, using, given.has("backing-chain"))?;
     match output {
         Output::Human => {
             let texts: Vec<String> = all.iter().map(Info::text).collect();
@@ -60,7 +61,7 @@ fn collect(source: Source, using: Use, whole: bool) -> Outcome<Vec<Info>> {
             _ if !whole => None,
             (Below::Given(given), _) => Some((**given).clone()),
             (Below::Nothing, _) | (_, None) => None,
-            (Below::Recorded, Some(backing)) => {
+            (Below::Recorded | Below::Adjusted(_), Some(backing)) => {
                 // What an image names passes the library's gate: a path, and nothing else.
                 let child = source.path().unwrap_or(std::path::Path::new(""));
                 vdisk::chain::resolve(child, &backing.name).map_err(|e| Fail::new(reason(&e)))?;
@@ -76,9 +77,10 @@ fn collect(source: Source, using: Use, whole: bool) -> Outcome<Vec<Info>> {
     Ok(all)
 }
 
-/// The file that holds an image.
+/// What holds an image.
 pub struct FileInfo {
     pub name: String,
+    pub driver: &'static str,
     pub length: u64,
     pub allocated: Option<u64>,
 }
@@ -93,6 +95,8 @@ struct Info {
     encrypted: bool,
     dirty: bool,
     backing: Option<Backing>,
+    /// Whether that is the image itself, without a format.
+    bare: bool,
     /// Whether the directory of the image is known.
     has_directory: bool,
     snapshots: Vec<Snapshot>,
@@ -106,37 +110,49 @@ impl Info {
     fn of(source: &Source, opened: &Opened) -> Outcome<Info> {
         let failed = |e: vdisk::Error| Fail::new(reason(&e));
         let (layer, file) = (&opened.layer, &opened.layer.file);
-        let plain = matches!(source.protocol, Protocol::File(_));
-        let allocated = if plain { Some(file.allocated().map_err(failed)?) } else { None };
+        let allocated = match source.protocol {
+            Protocol::File(_) | Protocol::Null(_) => Some(file.allocated().map_err(failed)?),
+            _ => None,
+        };
         let header = opened.qcow2.as_ref().map(|q| q.header());
         let snapshots = opened.qcow2.as_ref().map(|q| q.snapshots()).transpose().map_err(failed)?;
         let beside = match &opened.vmdk {
             Some(image) => info_foreign::children(image, &opened.shown)?,
             None => Vec::new(),
         };
-        let specific = match (&opened.qcow2, &opened.vmdk) {
-            (Some(image), _) => Some(specific(image)?),
-            (None, Some(image)) => Some(info_foreign::vmdk(image, &opened.shown)),
-            (None, None) => None,
+        let specific = match (&opened.qcow2, &opened.vmdk, &opened.luks) {
+            (Some(image), ..) => Some(specific(image)?),
+            (_, Some(image), _) => Some(info_foreign::vmdk(image, &opened.shown)),
+            (.., Some(image)) => Some(Value::Object(crypt::describe(&image.header()))),
+            (None, None, None) => None,
         };
         let own = allocated;
         let more: u64 = beside.iter().filter_map(|(_, file)| file.allocated).sum();
         let allocated = allocated.map(|own| own.saturating_add(more));
         Ok(Info {
             shown: opened.shown.clone(),
-            format: layer.format.name(),
+            format: source.bare.unwrap_or(layer.format.name()),
+            bare: source.bare.is_some(),
             size: layer.image.size(),
             allocated,
             cluster: layer.image.block_size(),
-            encrypted: header.as_ref().is_some_and(|h| h.crypt_method != 0),
+            encrypted: layer.image.encrypted(),
             dirty: header.as_ref().is_some_and(qcow2::Header::is_dirty),
             backing: layer.image.backing(),
             has_directory: !matches!(source.protocol, Protocol::Quorum(_)),
             snapshots: snapshots.unwrap_or_default(),
             specific,
             file: FileInfo {
-                name: layer.path.display().to_string(),
-                length: file.len().map_err(failed)?.next_multiple_of(SECTOR),
+                name: match &source.protocol {
+                    Protocol::Nbd(target) => target.uri(),
+                    Protocol::Null(_) => "null-co://".to_owned(),
+                    _ => layer.path.display().to_string(),
+                },
+                driver: match &source.protocol {
+                    Protocol::Faulty { .. } | Protocol::Quorum(_) => "file",
+                    other => other.driver(),
+                },
+                length: opened.length.next_multiple_of(SECTOR),
                 allocated: own,
             },
             beside,
@@ -180,9 +196,10 @@ impl Info {
         for (node, file) in self.children() {
             let _ = write!(
                 out,
-                "Child node '/{node}':\n    filename: {}\n    protocol type: file\n    file length: {} \
-                 ({} bytes)\n    disk size: {}\n",
+                "Child node '/{node}':\n    filename: {}\n    protocol type: {}\n    file length: {} ({} \
+                 bytes)\n    disk size: {}\n",
                 file.name,
+                file.driver,
                 human(file.length),
                 file.length,
                 disk(file.allocated)
@@ -194,7 +211,7 @@ impl Info {
     /// All files, with the names of their nodes.
     fn children(&self) -> impl Iterator<Item = (&str, &FileInfo)> {
         let beside = self.beside.iter().map(|(node, file)| (node.as_str(), file));
-        beside.chain([("file", &self.file)])
+        beside.chain([("file", &self.file)]).filter(|_| !self.bare)
     }
 
     fn backing_text(&self, out: &mut String) {
@@ -214,25 +231,11 @@ impl Info {
     }
 
     fn json(&self) -> Value {
-        let child = |(node, file): (&str, &FileInfo)| {
-            json!({
-                "name": node,
-                "info": {
-                    "children": [],
-                    "virtual-size": file.length,
-                    "filename": file.name,
-                    "format": "file",
-                    "actual-size": file.allocated,
-                    "format-specific": { "type": "file", "data": {} },
-                    "dirty-flag": false,
-                }
-            })
-        };
         let mut map = Map::new();
         let mut put = |key: &str, value: Value| {
             map.insert(key.to_owned(), value);
         };
-        put("children", self.children().map(child).collect());
+        put("children", self.children().map(|(node, file)| file.json(node)).collect());
         put("virtual-size", json!(self.size));
         put("filename", json!(self.shown));
         put("format", json!(self.format));
@@ -260,8 +263,33 @@ impl Info {
         if let Some(specific) = &self.specific {
             put("format-specific", json!({ "type": self.format, "data": specific }));
         }
-        put("dirty-flag", json!(self.dirty));
+        let is_file = self.file.driver == "file";
+        if self.bare && is_file {
+            put("format-specific", json!({ "type": "file", "data": {} }));
+        }
+        if self.format != "raw" && !self.bare || is_file {
+            put("dirty-flag", json!(self.dirty));
+        }
         Value::Object(map)
+    }
+}
+
+impl FileInfo {
+    fn json(&self, node: &str) -> Value {
+        let mut info = json!({
+            "children": [],
+            "virtual-size": self.length,
+            "filename": self.name,
+            "format": self.driver,
+        });
+        if let (Some(allocated), Some(map)) = (self.allocated, info.as_object_mut()) {
+            map.insert("actual-size".to_owned(), json!(allocated));
+        }
+        if self.driver == "file" {
+            info["format-specific"] = json!({ "type": "file", "data": {} });
+            info["dirty-flag"] = json!(false);
+        }
+        json!({ "name": node, "info": info })
     }
 }
 
@@ -290,6 +318,9 @@ fn specific(image: &qcow2::Image) -> Outcome<Value> {
         "compression-type": header.compression.name(),
         "refcount-bits": 1u64 << header.refcount_order.min(6),
     });
+    if let Some(encrypt) = crypt::describe_qcow2(image)? {
+        all["encrypt"] = encrypt;
+    }
     if let (3.., Value::Object(map)) = (header.version, &mut all) {
         map.insert("lazy-refcounts".to_owned(), json!(header.has_lazy_refcounts()));
         if header.has_data_file() {

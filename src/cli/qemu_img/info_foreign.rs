@@ -55,7 +55,10 @@ pub fn children(image: &Vmdk, shown: &str) -> Outcome<Vec<(String, FileInfo)>> {
         let file = FileStorage::open(name.as_ref(), options).map_err(failed)?;
         let length = file.len().map_err(failed)?.next_multiple_of(SECTOR);
         let allocated = Some(file.allocated().map_err(failed)?);
-        all.push((format!("extents.{number}"), FileInfo { name, length, allocated }));
+        all.push((
+            format!("extents.{number}"),
+            FileInfo { name, driver: "file", length, allocated },
+        ));
     }
     all.reverse();
     Ok(all)

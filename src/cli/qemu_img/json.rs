@@ -1,4 +1,5 @@
-//! JSON as QEMU prints it: four spaces, one line for each member, members in its order.
+//! JSON as QEMU prints it: four spaces, one line for each member, or all in one line; members in its
+//! order.
 
 use serde_json::Value;
 
@@ -22,6 +23,22 @@ fn write(value: &Value, depth: usize, out: &mut String) {
             enclosed(('[', ']'), all.iter().map(|value| (None, value)), depth, out);
         }
         scalar => out.push_str(&scalar.to_string()),
+    }
+}
+
+/// The text of `value` in one line.
+pub fn inline(value: &Value) -> String {
+    match value {
+        Value::Object(_) => {
+            let all = members(value).into_iter();
+            let all = all
+                .map(|(name, value)| format!("{}: {}", Value::from(name.as_str()), inline(value)));
+            format!("{{{}}}", all.collect::<Vec<_>>().join(", "))
+        }
+        Value::Array(all) => {
+            format!("[{}]", all.iter().map(inline).collect::<Vec<_>>().join(", "))
+        }
+        scalar => scalar.to_string(),
     }
 }
 

@@ -18,12 +18,12 @@ pub fn run(args: &[String]) -> Outcome {
     let start = given.get("start-offset").map(|t| size::operand("start offset", t)).transpose()?;
     let most = given.get("max-length").map(|t| size::operand("max length", t)).transpose()?;
     let source = given.source(given.only_name()?)?;
-    let chain = open::chain(&source, given.reading())?;
+    let (opened, chain) = open::layer_and_chain(&source, given.reading())?;
     let layers = chain.all_layers();
     let size = chain.head().image.size();
     let start = start.unwrap_or(0).min(size);
     let end = most.map_or(size, |m| start.saturating_add(m).min(size));
-    let mut report = Report { output, layers: layers.clone() };
+    let mut report = Report { output, layers: layers.clone(), uri: opened.uri };
     report.begin();
     let (mut at, mut current): (u64, Option<(u64, Status)>) = (start, None);
     while at < end {
@@ -67,6 +67,8 @@ struct Report {
     output: Output,
     /// The layers, from the head down.
     layers: Vec<Layer>,
+    /// The name of what holds the head, where that is no file.
+    uri: Option<String>,
 }
 
 impl Report {
@@ -115,7 +117,8 @@ impl Report {
     /// The file of a layer that holds what the layer has at `host`, and where in it.
     fn place(&self, depth: usize, host: u64) -> (String, u64) {
         let Some(layer) = self.layers.get(depth) else { return (String::new(), host) };
-        let own = layer.path.display().to_string();
+        let uri = self.uri.as_ref().filter(|_| depth == 0);
+        let own = uri.cloned().unwrap_or_else(|| layer.path.display().to_string());
         match layer.image.place(HostOffset(host)) {
             Some((name, at)) => (open::full_backing_name(&own, name), at.0),
             // The name is the one that the image has for it.

@@ -3,11 +3,13 @@
 use serde_json::json;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
-use vdisk::qcow2::{BitmapInfo, CreateOptions, Preallocation};
+use vdisk::luks::Header;
+use vdisk::qcow2::{BitmapInfo, CreateOptions, Encryption, Method, Preallocation};
 
 use super::args::{self, long_value, value};
 use super::bitmaps;
 use super::create_options::{self as options, Chosen};
+use super::crypt;
 use super::fail::{Fail, Outcome, reason};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
 use super::json;
@@ -69,15 +71,16 @@ pub fn run(args: &[String]) -> Outcome {
         None => None,
         Some(name) => {
             let source = given.source(name)?;
+            let (opened, chain) = open::layer_and_chain(&source, given.reading())?;
+            let image = opened.qcow2.filter(|q| q.header().version >= 3);
+            let all = image.map(|q| q.bitmaps()).transpose();
+            bitmaps = all.map_err(|e| Fail::new(reason(&e)))?;
             Some(match given.get("l") {
-                Some(snapshot) => open::at_snapshot(&source, snapshot, given.reading())?,
-                None => {
-                    let (opened, chain) = open::layer_and_chain(&source, given.reading())?;
-                    let image = opened.qcow2.filter(|q| q.header().version >= 3);
-                    let all = image.map(|q| q.bitmaps()).transpose();
-                    bitmaps = all.map_err(|e| Fail::new(reason(&e)))?;
-                    chain
+                Some(snapshot) => {
+                    drop(chain);
+                    open::at_snapshot(&source, snapshot, given.reading())?
                 }
+                None => chain,
             })
         }
     };
@@ -86,6 +89,11 @@ pub fn run(args: &[String]) -> Outcome {
     let size = size.or_else(|| source.as_ref().map(|c| c.size())).unwrap_or(0);
     let room = match format {
         "qcow2" => qcow2(&chosen, size, source.as_ref(), bitmaps.as_deref())?,
+        "luks" => {
+            let (_, options) = crypt::for_luks(&chosen)?;
+            let all = Header::area_len(options.spec).saturating_add(size);
+            Room { required: all, full: all, bitmaps: None }
+        }
         _ => Room { required: size, full: size, bitmaps: None },
     };
     print(&room, output);
@@ -124,12 +132,19 @@ fn qcow2(
     if l2_tables.saturating_mul(8) > MAX_L1 {
         return Err(Fail::new("The image size is too large (try using a larger cluster size)"));
     }
-    let metadata = metadata(&options, virtual_size, l2_tables);
+    let keys = match &options.encryption {
+        Some(Encryption { method: Method::Luks(luks), .. }) => {
+            cluster.ceil(Header::area_len(luks.spec))
+        }
+        _ => 0,
+    };
+    let metadata = metadata(&options, virtual_size, l2_tables) + keys;
     let data = match (options.preallocation, source) {
         (Preallocation::Falloc | Preallocation::Full, _) => virtual_size,
         (_, None) => 0,
-        // What shows through from a backing file is not copied.
-        (_, Some(source)) => stored(source, &options, options.backing.is_some())?,
+        // How much of the source the new backing file would show is not known: perhaps nothing.
+        (_, Some(_)) if options.backing.is_some() => virtual_size,
+        (_, Some(source)) => stored(source, &options)?,
     };
     let required = metadata + data;
     // Version 2 has no place for them.
@@ -166,10 +181,9 @@ fn refcounts(options: &CreateOptions, bytes: u64) -> u64 {
 }
 
 /// The bytes of those clusters that hold anything.
-fn stored(source: &Chain, options: &CreateOptions, own_only: bool) -> Outcome<u64> {
+fn stored(source: &Chain, options: &CreateOptions) -> Outcome<u64> {
     let (cluster, size) = (options.cluster, source.size());
-    let layers = source.all_layers();
-    let layers = if own_only { &layers[..1] } else { &layers[..] };
+    let layers = &source.all_layers();
     let (mut at, mut bytes) = (0, 0);
     while at < size {
         let status = status::at(layers, at, size - at)?;

@@ -6,8 +6,10 @@
 
 mod amend;
 mod args;
+mod bench;
 mod bitmap;
 mod bitmaps;
+mod bottom;
 mod check;
 mod check_foreign;
 mod commit;
@@ -17,6 +19,7 @@ mod copy;
 mod create;
 mod create_foreign;
 mod create_options;
+mod crypt;
 mod data_file;
 mod dd;
 mod fail;
@@ -26,17 +29,21 @@ mod format;
 mod info;
 mod info_foreign;
 mod json;
+mod keys;
 mod map;
 mod measure;
 mod name;
+mod nbd;
 mod open;
 mod opts;
 mod progress;
 mod rebase;
 mod resize;
+mod secret;
 mod size;
 mod snapshot;
 mod status;
+mod tree;
 mod window;
 
 use std::ffi::OsString;
@@ -58,6 +65,7 @@ pub struct Args {
 /// The commands, as the help lists them.
 const COMMANDS: &[(&str, Command)] = &[
     ("amend", amend::run),
+    ("bench", bench::run),
     ("bitmap", bitmap::run),
     ("check", check::run),
     ("commit", commit::run),

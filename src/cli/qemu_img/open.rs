@@ -4,17 +4,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vdisk::chain::{self, Chain, Descent, Format, Layer, OpenOptions};
+use vdisk::formats::luks::Luks;
 use vdisk::formats::{raw, vhd, vmdk};
 use vdisk::image::Image;
+use vdisk::nbd;
 use vdisk::qcow2::{self, Preallocation};
 use vdisk::storage::draft::unsynced;
-use vdisk::storage::{Access, FileOptions, FileStorage, Storage};
+use vdisk::storage::{Access, FileOptions, Storage};
 use vdisk::{Error, ErrorKind};
 
+use super::bottom::{self, Bytes};
+use super::crypt;
 use super::data_file;
 use super::fail::{Fail, Outcome, open_reason, os_text, reason, report};
 use super::faults::Faults;
-use super::faulty::{Faulty, FaultyStorage};
+use super::faulty::Faulty;
 use super::name::{Below, Protocol, Source, has_protocol};
 use super::opts::List;
 use super::window::Window;
@@ -32,12 +36,19 @@ pub struct Use {
     pub describe: bool,
     /// What is written is left to the host's page cache.
     pub unsynced: bool,
+    /// Looks at what the image says of itself only: an encrypted one needs no key.
+    pub looks: bool,
 }
 
 impl Use {
     /// Only reads; `shared` although others write.
     pub fn reading(shared: bool) -> Use {
         Use { shared, ..Use::default() }
+    }
+
+    /// Reads what images say of themselves; `shared` although others write.
+    pub fn looking(shared: bool) -> Use {
+        Use { looks: true, ..Use::reading(shared) }
     }
 
     /// Reads and writes.
@@ -56,7 +67,7 @@ impl Use {
         }
     }
 
-    /// How its files are locked.
+    /// What it does to the file, and suffers others to do.
     pub fn access(self) -> Access {
         match (self.write, self.shared) {
             (true, _) => Access::Write,
@@ -74,6 +85,12 @@ pub struct Opened {
     pub qcow2: Option<Arc<qcow2::Image>>,
     /// The same as a VMDK image, where it is one.
     pub vmdk: Option<Arc<vmdk::Vmdk>>,
+    /// The same as a LUKS image, where it is one.
+    pub luks: Option<Arc<Luks>>,
+    /// Bytes of what holds it.
+    pub length: u64,
+    /// The name of what holds it, where that is no file.
+    pub uri: Option<String>,
     /// The name by which it is shown.
     pub shown: String,
 }
@@ -108,26 +125,43 @@ fn below(source: &Source, opened: &Opened, using: Use) -> Outcome<Chain> {
     let mut descent =
         Descent::from_head(opened.layer.clone(), &options).map_err(|e| Fail::new(reason(&e)))?;
     let mut below = source.below.clone();
-    loop {
-        let backing_failed =
-            |e: Fail, depth: usize| e.prefix("Could not open backing file: ".repeat(depth));
-        let depth = descent.depth();
-        let more = match below {
-            Below::Nothing => false,
-            Below::Recorded => {
-                let next = descent.step();
-                next.map_err(|e| backing_failed(below_reason(&e), depth))?
-            }
-            Below::Given(given) => {
-                let reading = Use::reading(using.shared);
-                let lower = try_layer(&given, reading).map_err(|e| backing_failed(e, depth))?;
-                descent.put(lower.layer).map_err(|e| Fail::new(reason(&e)))?;
-                below = given.below.clone();
-                continue;
-            }
-        };
-        if !more {
-            return Ok(descent.finish());
+    while step(&mut descent, &mut below, using)? {}
+    Ok(descent.finish())
+}
+
+/// Opens the layer below the lowest one, `below` says which; `false` where there is none.
+pub fn step(descent: &mut Descent, below: &mut Below, using: Use) -> Outcome<bool> {
+    let depth = descent.depth();
+    let failed = |e: Fail| e.prefix("Could not open backing file: ".repeat(depth));
+    if matches!(below, Below::Recorded) {
+        let more = descent.step().map_err(|e| failed(below_reason(&e)))?;
+        let lowest = descent.lowest();
+        if more && !using.looks && lowest.image.encrypted() {
+            return Err(failed(crypt::locked(lowest.format.name())));
+        }
+        return Ok(more);
+    }
+    let Some(source) = named_below(descent, below)? else { return Ok(false) };
+    let using = Use { looks: using.looks, ..Use::reading(using.shared) };
+    let lower = try_layer(&source, using).map_err(failed)?;
+    descent.put(lower.layer).map_err(|e| Fail::new(reason(&e)))?;
+    *below = source.below;
+    Ok(true)
+}
+
+/// What stands below the lowest layer, where the user said anything about it. What an image names
+/// passes the library's gate: a path, and nothing else.
+pub fn named_below(descent: &Descent, below: &Below) -> Outcome<Option<Source>> {
+    match below {
+        Below::Nothing => Ok(None),
+        Below::Given(given) => Ok(Some((**given).clone())),
+        Below::Recorded | Below::Adjusted(_) => {
+            let Some(recorded) = descent.recorded() else { return Ok(None) };
+            let path = chain::resolve(&descent.lowest().path, &recorded.name);
+            let path = path.map_err(|e| Fail::new(reason(&e)))?;
+            let none = List::default();
+            let options = if let Below::Adjusted(options) = below { options } else { &none };
+            Source::adjusted(&path, recorded.format.as_deref(), options).map(Some)
         }
     }
 }
@@ -147,7 +181,8 @@ fn below_reason(error: &Error) -> Fail {
 
 /// Opens the layer; the error does not name it.
 fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
-    let (mut storage, file) = storage(&source.protocol, using)?;
+    let Bytes { mut storage, file, export } = bottom::open(&source.protocol, using)?;
+    let length = storage.len().map_err(|e| Fail::new(reason(&e)))?;
     if using.unsynced {
         storage = unsynced(storage);
     }
@@ -164,6 +199,7 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
         })?,
     };
     let mut vmdk = None;
+    let mut luks = None;
     let (image, qcow2): (Arc<dyn Image>, _) = match format {
         Format::Qcow2 => {
             let options = using.options();
@@ -174,10 +210,11 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
                 cache: if using.write { options.cache / 4 } else { 1 << 20 },
                 repair: using.check && using.write,
                 data_file,
+                passphrase: crypt::of_qcow2(source, &header, using.looks)?,
                 ..qcow2::OpenOptions::default()
             };
-            let image =
-                Arc::new(qcow2::Image::with_header(storage, header, inner).map_err(failed)?);
+            let image = qcow2::Image::with_header(storage, header, inner);
+            let image = Arc::new(image.map_err(|e| crypt::open_failed(&e))?);
             if !using.check {
                 // A table of snapshots that is over the limits keeps an image from being used.
                 let over = image.snapshots().err().filter(|e| e.raw_os_error().is_some());
@@ -188,6 +225,10 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
             image.mended_on_opening().iter().for_each(|line| eprintln!("{line}"));
             (image.clone(), Some(image))
         }
+        Format::Raw if export.is_some() && source.window == (0, None) => match export {
+            Some(client) => (Arc::new(nbd::Disk::new(client, !using.write)), None),
+            None => return Err(Fail::new("No export")),
+        },
         Format::Raw => {
             let (offset, len) = source.window;
             let window = Window::new(storage, offset, len).map_err(failed)?;
@@ -203,6 +244,13 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
         Format::Vpc if !using.write => {
             (Arc::new(vhd::Vhd::open(storage, source.vhd_size).map_err(failed)?), None)
         }
+        Format::Luks => {
+            let passphrase = crypt::of_luks(source, using.looks)?;
+            let image = Luks::open(storage, !using.write, passphrase.as_ref());
+            let image = Arc::new(image.map_err(|e| crypt::open_failed(&e))?);
+            luks = Some(image.clone());
+            (image, None)
+        }
         _ => {
             let options = OpenOptions { format: Some(format), ..using.options() };
             let layer = chain::open_file(&path, file.clone(), &options).map_err(failed)?;
@@ -214,7 +262,11 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
     }
     let image = with_faults(source, image)?;
     let layer = Layer { path, format, image, file };
-    Ok(Opened { layer, qcow2, vmdk, shown: source.shown() })
+    let uri = match &source.protocol {
+        Protocol::Nbd(target) => Some(target.uri()),
+        _ => None,
+    };
+    Ok(Opened { layer, qcow2, vmdk, luks, length, uri, shown: source.shown() })
 }
 
 /// Opens a VMDK image, in as many files as it consists of.
@@ -249,16 +301,15 @@ fn warn_of_guess(source: &Source) {
         "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will \
          be restricted.\n         Specify the 'raw' format explicitly to remove the restrictions.",
-        source.given
+        source.shown()
     );
 }
 
 /// The bytes of the image's file.
 pub fn bytes(source: &Source, using: Use) -> Outcome<Arc<dyn Storage>> {
-    let opened = storage(&source.protocol, using);
-    let (storage, _) =
-        opened.map_err(|e| e.prefix(format!("Could not open '{}': ", source.given)))?;
-    Ok(storage)
+    let opened = bottom::open(&source.protocol, using);
+    let opened = opened.map_err(|e| e.prefix(format!("Could not open '{}': ", source.given)))?;
+    Ok(opened.storage)
 }
 
 /// The format that the image's first bytes show.
@@ -266,43 +317,6 @@ pub fn probe(source: &Source, using: Use) -> Outcome<Format> {
     let bytes = bytes(source, using)?;
     chain::probe(&*bytes)
         .map_err(|e| Fail::new(format!("Could not open '{}': {}", source.given, reason(&e))))
-}
-
-/// The bytes of a source, and the file at the bottom of it.
-fn storage(protocol: &Protocol, using: Use) -> Outcome<(Arc<dyn Storage>, Arc<FileStorage>)> {
-    match protocol {
-        Protocol::File(path) => {
-            let file = open_file(path, using)?;
-            Ok((file.clone(), file))
-        }
-        Protocol::Faulty { config, rules, image } => {
-            let (inner, file) = storage(image, using)?;
-            let faults = Faults::read(config.as_deref(), rules)?;
-            Ok((Arc::new(FaultyStorage::new(inner, faults)), file))
-        }
-        Protocol::Null(size) => {
-            // A file without blocks is all that it takes: it reads as zeroes, and says so.
-            let made = FileStorage::temporary(&std::env::temp_dir())
-                .and_then(|file| file.set_len(*size).map(|()| file));
-            let file = Arc::new(made.map_err(|e| Fail::new(reason(&e)))?);
-            Ok((file.clone(), file))
-        }
-        Protocol::Quorum(parts) => {
-            let first = parts.first().ok_or_else(|| Fail::new("No children"))?;
-            storage(first, using)
-        }
-    }
-}
-
-fn open_file(path: &Path, using: Use) -> Outcome<Arc<FileStorage>> {
-    let options = FileOptions { access: Some(using.access()), write: using.write };
-    let opened = FileStorage::open(path, options).map_err(|e| match e.kind() {
-        ErrorKind::Unsupported => {
-            Fail::new(format!("'file' driver requires '{}' to be a regular file", path.display()))
-        }
-        _ => Fail::new(open_reason(&e, path)),
-    });
-    opened.map(Arc::new)
 }
 
 /// Opens the disk as it was at an internal snapshot.
@@ -316,8 +330,14 @@ pub fn at_snapshot(source: &Source, which: &str, using: Use) -> Outcome<Chain> {
         let name = opened.layer.format;
         return Err(failed(format!("Device '{name}' does not support internal snapshots")));
     }
-    let (storage, file) = storage(&source.protocol, using)?;
-    let image = qcow2::Image::open_snapshot(storage, 1 << 20, named).map_err(|e| {
+    let Bytes { storage, file, .. } = bottom::open(&source.protocol, using)?;
+    let header = opened.qcow2.as_ref().map(|q| q.header());
+    let passphrase = match &header {
+        Some(header) => crypt::of_qcow2(source, header, using.looks)?,
+        None => None,
+    };
+    let inner = qcow2::OpenOptions { cache: 1 << 20, passphrase, ..qcow2::OpenOptions::default() };
+    let image = qcow2::Image::open_snapshot(storage, inner, named).map_err(|e| {
         failed(match e.kind() {
             ErrorKind::NotFound => "Can't find snapshot".to_owned(),
             _ => e.message().to_owned(),

@@ -61,6 +61,16 @@ pub fn at(layers: &[Layer], at: u64, len: u64) -> Outcome<Status> {
                     );
             }
         }
+        if let Some(stored) = layer.image.is_stored(&extent).map_err(failed)? {
+            status.data = stored;
+            if !stored && !status.zero {
+                (status.allocated, status.host) = (false, None);
+            }
+        }
+        if layer.image.encrypted() {
+            // What stands there is not what the disk shows.
+            status.host = None;
+        }
         return Ok(status);
     }
     Ok(nothing(len, layers.len().saturating_sub(1)))

@@ -55,12 +55,16 @@ impl Image {
     }
 
     /// Opens the image in `storage` for reading, as it was when the snapshot with this id, or else
-    /// this name, was taken. `cache` is as in [`OpenOptions`].
+    /// this name, was taken, whatever `options` say about writing.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] where there is no such snapshot.
-    pub fn open_snapshot(storage: Arc<dyn Storage>, cache: u64, which: &str) -> Result<Image> {
-        let options = OpenOptions { read_only: true, cache, ..OpenOptions::default() };
+    pub fn open_snapshot(
+        storage: Arc<dyn Storage>,
+        options: OpenOptions,
+        which: &str,
+    ) -> Result<Image> {
+        let options = OpenOptions { read_only: true, repair: false, ..options };
         let mut header = Header::read(&*storage)?;
         let snapshots = Table::read(&*storage, &header)?.snapshots;
         let snapshot = &snapshots[find(&snapshots, which)?];
