@@ -77,6 +77,8 @@ pub struct Source {
     pub format: Option<String>,
     /// What stands below it.
     pub below: Below,
+    /// The external data file, where the user said it.
+    pub data_file: Option<Protocol>,
     /// The host's page cache is passed by, which takes whole sectors.
     pub direct: bool,
     /// Which of its recorded sizes a VHD image has.
@@ -141,6 +143,7 @@ impl Source {
             protocol,
             format: format.map(str::to_owned),
             below: Below::Recorded,
+            data_file: None,
             direct: false,
             vhd_size: SizeBy::Creator,
             window: (0, None),

@@ -204,7 +204,7 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
         Format::Qcow2 => {
             let options = using.options();
             let header = qcow2::Header::read(&*storage).map_err(failed)?;
-            let data_file = data_file::open(&path, &file, &header, using)?;
+            let data_file = data_file::open(source, &file, &header, using)?;
             let inner = qcow2::OpenOptions {
                 read_only: !using.write,
                 cache: if using.write { options.cache / 4 } else { 1 << 20 },

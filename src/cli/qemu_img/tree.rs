@@ -45,6 +45,7 @@ impl Tree {
             protocol: Protocol::Null(0),
             format: driver.clone(),
             below: Below::Recorded,
+            data_file: None,
             direct: false,
             vhd_size: SizeBy::Creator,
             window: (0, None),
@@ -97,6 +98,8 @@ impl Tree {
             file.protocol()?
         };
         source.below = self.backing(text)?;
+        let mut data = self.below("data-file");
+        source.data_file = (!data.0.is_empty()).then(|| data.protocol()).transpose()?;
         source.vhd_size = self.vhd_size()?;
         source.key = self.key(driver.as_deref());
         source.window = (self.number("offset")?.unwrap_or(0), self.number("size")?);
