@@ -194,6 +194,11 @@ impl Image {
         let mut messages = Vec::new();
         let header = self.header();
         if !repair && header.incompatible & incompatible::DIRTY != 0 {
+            if self.is_tangled()? {
+                let message = "the image was not closed well, and is damaged in ways that are not \
+                               repaired on opening: run check";
+                return Err(Error::corrupt(message));
+            }
             let check = self.check(Repair::All)?;
             messages = check.messages;
             if check.corruptions > 0 || check.errors > 0 {
@@ -202,14 +207,16 @@ impl Image {
             }
             self.update_header(|h| h.incompatible &= !incompatible::DIRTY)?;
         }
-        self.survey()?;
+        let sound = self.survey().and_then(|()| self.track_bitmaps());
+        if !repair {
+            sound?;
+        }
         // Without a data file, none is raw.
         let raw = if self.data.is_external() { 0 } else { autoclear::RAW_DATA };
         let kept = autoclear::KEPT & !raw;
         if header.autoclear & !kept != 0 {
             self.update_header(|h| h.autoclear &= kept)?;
         }
-        self.track_bitmaps()?;
         Ok(messages)
     }
 

@@ -99,9 +99,14 @@ impl Tables {
         Ok(Some(Place { slice: table.host.0 + entry - in_slice, index }))
     }
 
-    /// The host offsets of all L2 tables.
+    /// The host offsets of all L2 tables, in order; more than once where one of several entries
+    /// claims the table for itself.
     pub fn offsets(&self) -> impl Iterator<Item = u64> {
-        self.l1.iter().map(|entry| entry & OFFSET).filter(|offset| *offset != 0)
+        let mut found: Vec<u64> = self.l1.iter().map(|entry| entry & (OFFSET | COPIED)).collect();
+        found.sort_unstable_by_key(|entry| entry.rotate_left(1));
+        // A table that is copied before it changes may have several entries.
+        found.dedup_by(|a, b| a == b && *a & COPIED == 0);
+        found.into_iter().map(|entry| entry & OFFSET).filter(|offset| *offset != 0)
     }
 
     /// How far the part of the disk goes that has no L2 table, from `at` on; at most `len` bytes.

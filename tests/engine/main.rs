@@ -25,6 +25,7 @@ mod model;
 mod processes;
 mod property;
 mod recorder;
+mod repair;
 mod reshape;
 // It reads a traced command's registers.
 #[cfg(target_arch = "x86_64")]

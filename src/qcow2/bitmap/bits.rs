@@ -17,7 +17,7 @@ const ALL_ONES: u64 = 1;
 
 /// What one entry of the bitmap's table stands for.
 #[derive(Debug, Clone)]
-pub(super) enum Part {
+pub(in crate::qcow2) enum Part {
     Zero,
     One,
     /// In the file, at this offset.
@@ -28,7 +28,7 @@ pub(super) enum Part {
 
 /// The bits of a bitmap over a disk of `size` bytes.
 #[derive(Debug, Clone)]
-pub(super) struct Bits {
+pub(in crate::qcow2) struct Bits {
     pub parts: Vec<Part>,
     granularity: Unit,
     cluster: Unit,

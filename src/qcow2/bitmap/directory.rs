@@ -10,7 +10,7 @@ use crate::qcow2::header::{Header, autoclear};
 use crate::storage::Storage;
 
 /// The bitmap was not stored when its last writer stopped: its bits mean nothing.
-pub(super) const IN_USE: u32 = 1;
+pub(in crate::qcow2) const IN_USE: u32 = 1;
 /// The bitmap is to be kept right by whoever writes to the disk.
 pub(super) const AUTO: u32 = 1 << 1;
 /// Extra data that is not understood does no harm.
@@ -32,7 +32,7 @@ const EXTENSION: usize = 24;
 
 /// One bitmap, as the directory has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(in crate::qcow2) struct Entry {
     pub table_offset: u64,
     /// Entries of its table.
     pub table_size: u32,
@@ -61,14 +61,14 @@ impl Entry {
 }
 
 /// Where the directory stands, and its length in bytes; `None` where no bitmap is valid.
-pub(super) fn place(header: &Header) -> Option<(u64, u64)> {
+pub(in crate::qcow2) fn place(header: &Header) -> Option<(u64, u64)> {
     let valid = header.version >= 3 && header.autoclear & autoclear::BITMAPS != 0;
     let data = header.extension(BITMAPS).filter(|data| valid && data.len() >= EXTENSION)?;
     Some((BigEndian::read_u64(&data[16..]), BigEndian::read_u64(&data[8..])))
 }
 
 /// Reads the directory. Bitmaps that other programs may have made stale are not in it.
-pub(super) fn read(storage: &dyn Storage, header: &Header) -> Result<Vec<Entry>> {
+pub(in crate::qcow2) fn read(storage: &dyn Storage, header: &Header) -> Result<Vec<Entry>> {
     let Some((offset, len)) = place(header) else { return Ok(Vec::new()) };
     let bad = |message: &str, at: u64| Err(Error::corrupt(message).at_offset(at));
     if len > MAX_DIRECTORY || offset.checked_add(len).is_none_or(|end| end > (1 << 56)) {
@@ -123,7 +123,7 @@ pub(super) fn read(storage: &dyn Storage, header: &Header) -> Result<Vec<Entry>>
 }
 
 /// The directory's bytes.
-pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
+pub(in crate::qcow2) fn encode(entries: &[Entry]) -> Vec<u8> {
     let mut out = Vec::new();
     for entry in entries {
         let mut fixed = [0; FIXED];
@@ -142,7 +142,7 @@ pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
 }
 
 /// The header extension for a directory of `count` bitmaps.
-pub(super) fn extension(count: usize, offset: u64, len: u64) -> Vec<u8> {
+pub(in crate::qcow2) fn extension(count: usize, offset: u64, len: u64) -> Vec<u8> {
     let mut data = vec![0; EXTENSION];
     BigEndian::write_u32(&mut data, count as u32);
     BigEndian::write_u64(&mut data[8..], len);

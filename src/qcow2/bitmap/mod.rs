@@ -6,8 +6,8 @@
 //! are written beside the old ones and switched by one header write. Specification: qcow2,
 //! "Bitmaps".
 
-mod bits;
-mod directory;
+pub(in crate::qcow2) mod bits;
+pub(in crate::qcow2) mod directory;
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;

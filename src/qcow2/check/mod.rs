@@ -4,11 +4,12 @@
 //! cluster is referred to ([`counts`]), and compares that with the refcounts. Leaks are clusters
 //! with a refcount above the count: only space is lost. A refcount below the count, or a table that
 //! points where it cannot, is a corruption. [`repair`] makes refcounts and COPIED flags what the
-//! count says.
+//! count says. What that cannot mend, [`salvage`] writes anew.
 
 pub(super) mod counts;
 mod rebuild;
 mod repair;
+mod salvage;
 mod snapshots;
 mod walk;
 
@@ -26,6 +27,12 @@ impl Image {
     /// # Errors
     /// Only where the check itself cannot go on; what it finds is in the [`Check`].
     pub fn check(&self, repair: Repair) -> Result<Check> {
+        self.check_with(repair, false)
+    }
+
+    /// Like [`check`](Image::check); where `overlaps`, tables that something else stands on are
+    /// wrong also where the refcounts know of both.
+    fn check_with(&self, repair: Repair, overlaps: bool) -> Result<Check> {
         if !self.read_only {
             self.write_back()?;
             self.release_freed()?;
@@ -39,7 +46,11 @@ impl Image {
         let snapshots = self.check_snapshot_table(&mut check, repair)?;
         let mut walk = walk::Walk::new(self, &mut check, repair)?;
         walk.run(&snapshots)?;
+        let shared = if overlaps { walk.overlaps() } else { Vec::new() };
         let counts = walk.finish();
+        for offset in shared {
+            check.corruption(format!("offset={offset:#x}: a table and something else overlap"));
+        }
         check.image_end_offset = counts.end() << self.shape.cluster.bits();
         self.compare_and_mend(&mut check, repair, &counts, &snapshots)?;
         if repair == Repair::All {
@@ -66,38 +77,50 @@ impl Image {
         }
         if found.lost && repair == Repair::All {
             check.say("Rebuilding refcount structure".to_owned());
-            self.rebuild_refcounts(counts)?;
+            self.rebuild_refcounts(counts, 0, |_| ())?;
             check.corruptions_fixed += check.corruptions - before.0;
             check.leaks_fixed += check.leaks - before.1;
             (check.corruptions, check.leaks) = before;
-            // Nothing refers to the old structures any more.
-            let mut again = Check::default();
-            let mut walk = walk::Walk::new(self, &mut again, none)?;
-            walk.run(snapshots)?;
-            let counts = walk.finish();
-            again.messages.into_iter().for_each(|said| check.say(said));
-            let mut freed = Check::default();
-            let leaks = Repair::Leaks;
-            repair::Compare { image: self, check: &mut freed, repair: leaks, counts: &counts }
-                .run()?;
-            freed.messages.into_iter().for_each(|said| check.say(said));
-            self.write_back()?;
-            return self.survey();
+            let said = self.drop_old_refcounts(snapshots)?;
+            said.into_iter().for_each(|said| check.say(said));
+            return Ok(());
         }
         (check.corruptions, check.leaks) = before;
         repair::Compare { image: self, check, repair, counts }.run()?;
         self.write_back()
     }
 
+    /// Gives the clusters back in which the refcounts stood before they were written anew: nothing
+    /// refers to them any more. Returns what there was to say.
+    fn drop_old_refcounts(&self, snapshots: &Table) -> Result<Vec<String>> {
+        let mut again = Check::default();
+        let mut walk = walk::Walk::new(self, &mut again, Repair::None)?;
+        walk.run(snapshots)?;
+        let counts = walk.finish();
+        let mut freed = Check::default();
+        let leaks = Repair::Leaks;
+        repair::Compare { image: self, check: &mut freed, repair: leaks, counts: &counts }.run()?;
+        self.write_back()?;
+        // Where tables overlap, what the survey found is not all there is; the next check says so.
+        let _ = self.survey();
+        Ok([again.messages, freed.messages].concat())
+    }
+
     /// Checks and mends, and checks again what was mended: the counts of what is still wrong are
     /// the second look's. An image that is right afterwards loses its dirty and corrupt marks.
     pub(super) fn check_and_mend(&self, repair: Repair) -> Result<Check> {
-        let mut check = self.check(repair)?;
+        let mut salvaged = Check::default();
+        if repair == Repair::All && self.is_tangled()? {
+            self.salvage(&mut salvaged)?;
+        }
+        let mut check = self.check_with(repair, true)?;
         if repair == Repair::None {
             return Ok(check);
         }
+        check.corruptions_fixed += salvaged.corruptions_fixed;
+        check.messages = [salvaged.messages, check.messages].concat();
         if check.corruptions_fixed > 0 || check.leaks_fixed > 0 {
-            let again = self.check(Repair::None)?;
+            let again = self.check_with(Repair::None, true)?;
             let (corruptions_fixed, leaks_fixed) = (check.corruptions_fixed, check.leaks_fixed);
             let mut messages = check.messages;
             messages.extend(again.messages.iter().cloned());

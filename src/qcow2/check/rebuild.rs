@@ -12,7 +12,7 @@ use nix::libc::EFBIG;
 
 use super::counts::Counted;
 use crate::error::{Error, Result};
-use crate::qcow2::header::MAX_REFCOUNT_TABLE;
+use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE};
 use crate::qcow2::image::{Image, lock};
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::refcount_bits::{max_refcount, set_in};
@@ -66,12 +66,18 @@ impl Site<'_> {
 }
 
 impl Image {
-    /// Replaces all refcounts by what was counted.
-    pub(super) fn rebuild_refcounts(&self, counts: &Counted) -> Result<()> {
+    /// Replaces all refcounts by what was counted, in clusters from number `floor` on; what else is
+    /// to `change` in the header becomes the image's at the same time.
+    pub(super) fn rebuild_refcounts(
+        &self,
+        counts: &Counted,
+        floor: u64,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<()> {
         let (header, cluster) = (self.header(), self.shape.cluster);
         let order = header.refcount_order;
         let block_bits = cluster.bits() + 3 - order;
-        let mut site = Site { counts, block_bits, blocks: BTreeMap::new(), table: (0, 0), next: 0 };
+        let mut site = Site { counts, block_bits, blocks: BTreeMap::new(), table: (0, 0), next: floor };
         loop {
             let needed = site.needed();
             let missing = needed.iter().find(|i| !site.blocks.contains_key(*i)).copied();
@@ -95,6 +101,7 @@ impl Image {
         self.metadata(|| {
             self.write_new_refcounts(&site, order)?;
             self.update_header(|h| {
+                change(h);
                 h.refcount_table_offset = site.table.0 << cluster.bits();
                 h.refcount_table_clusters = site.table.1 as u32;
             })

@@ -18,9 +18,9 @@ use crate::qcow2::refcount_bits::max_refcount;
 use crate::qcow2::snapshot::Table;
 
 /// Bits of an L1 entry that must be 0.
-const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+pub(super) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 /// Bits of a standard L2 entry that must be 0.
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+pub(super) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// The largest bitmap directory, in bytes.
 const MAX_BITMAP_DIRECTORY: u64 = 1 << 20;
 /// The largest table of one bitmap, in bytes.
@@ -42,6 +42,8 @@ pub(super) struct Walk<'a> {
     l2_index: HashMap<u64, usize>,
     /// The host cluster after the last data cluster seen, to tell fragments.
     next_data: u64,
+    /// Clusters of tables, and how often they are referred to as what they are.
+    metadata: HashMap<u64, u32>,
 }
 
 /// An L2 table, and how often it is referred to.
@@ -54,8 +56,17 @@ struct L2 {
 
 impl<'a> Walk<'a> {
     pub fn new(image: &'a Image, check: &'a mut Check, repair: Repair) -> Result<Walk<'a>> {
+        Walk::of(image.header(), image, check, repair)
+    }
+
+    /// A walk of what `header` reaches, which is to become the image's.
+    pub fn of(
+        header: Header,
+        image: &'a Image,
+        check: &'a mut Check,
+        repair: Repair,
+    ) -> Result<Walk<'a>> {
         let file_len = image.storage.len()?;
-        let header = image.header();
         let max = max_refcount(header.refcount_order);
         Ok(Walk {
             image,
@@ -68,7 +79,27 @@ impl<'a> Walk<'a> {
             l2: Vec::new(),
             l2_index: HashMap::new(),
             next_data: 0,
+            metadata: HashMap::new(),
         })
+    }
+
+    /// The host offsets of tables that something else uses as well: to write one is to damage the
+    /// other.
+    pub fn overlaps(&self) -> Vec<u64> {
+        let used = |(cluster, times): &(&u64, &u32)| self.counts.get(**cluster) > u64::from(**times);
+        let shared = self.metadata.iter().filter(used);
+        let mut found: Vec<u64> =
+            shared.map(|(cluster, _)| cluster << self.header.cluster.bits()).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Notes a table that nothing else may use.
+    fn own(&mut self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.file_len);
+        for cluster in self.header.cluster.index(offset)..self.header.cluster.count(end) {
+            self.metadata.entry(cluster).or_insert(1);
+        }
     }
 
     pub fn finish(self) -> Counted {
@@ -79,8 +110,10 @@ impl<'a> Walk<'a> {
         let header = self.header.clone();
         let cluster = header.cluster;
         self.check.total_clusters = cluster.count(header.size);
+        self.own(0, cluster.bytes());
         self.count(0, cluster.bytes());
         self.l1("active", header.l1_offset, header.l1_size, true)?;
+        self.own(header.snapshots_offset, snapshots.len);
         self.count(header.snapshots_offset, snapshots.len);
         for one in &snapshots.snapshots {
             let name = format!("snapshot {} ({})", one.id(), one.name());
@@ -92,6 +125,7 @@ impl<'a> Walk<'a> {
         self.crypto_header(&header);
         self.bitmaps(&header)?;
         let table = u64::from(header.refcount_table_clusters) * cluster.bytes();
+        self.own(header.refcount_table_offset, table);
         self.count(header.refcount_table_offset, table);
         let blocks = lock(&self.image.refcounts).blocks();
         for (index, offset) in blocks {
@@ -121,6 +155,7 @@ impl<'a> Walk<'a> {
         if !alone {
             self.check.corruption(format!("offset={offset:#x}: {what} overlaps other metadata"));
         }
+        self.own(offset, len);
         self.count(offset, len);
         alone
     }
@@ -216,6 +251,12 @@ impl<'a> Walk<'a> {
     fn note_l2(&mut self, offset: u64, active: bool) {
         if offset >= self.file_len {
             return;
+        }
+        let cluster = self.header.cluster.index(offset);
+        // What is something else already stays that: one reference too many.
+        if self.l2_index.contains_key(&offset) || !self.metadata.contains_key(&cluster) {
+            let times = self.metadata.entry(cluster).or_default();
+            *times = times.saturating_add(1);
         }
         let next = self.l2.len();
         let index = *self.l2_index.entry(offset).or_insert(next);
@@ -367,6 +408,7 @@ impl<'a> Walk<'a> {
     fn crypto_header(&mut self, header: &Header) {
         if let Some(data) = header.extension(extension::CRYPTO_HEADER).filter(|d| d.len() >= 16) {
             let len = header.cluster.ceil(BigEndian::read_u64(&data[8..]));
+            self.own(BigEndian::read_u64(data), len);
             self.count(BigEndian::read_u64(data), len);
         }
     }
@@ -377,6 +419,7 @@ impl<'a> Walk<'a> {
             return Ok(());
         };
         let (size, offset) = (BigEndian::read_u64(&data[8..]), BigEndian::read_u64(&data[16..]));
+        self.own(offset, size);
         self.count(offset, size);
         if size > MAX_BITMAP_DIRECTORY {
             self.check.corruption(format!("the bitmap directory has {size} bytes"));
@@ -414,6 +457,7 @@ impl<'a> Walk<'a> {
         };
         for entry in bytes.chunks_exact(8).map(BigEndian::read_u64) {
             if entry & OFFSET != 0 {
+                self.own(entry & OFFSET, self.header.cluster.bytes());
                 self.count(entry & OFFSET, self.header.cluster.bytes());
             }
         }
