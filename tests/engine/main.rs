@@ -7,9 +7,19 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../main/host.rs"]
+#[allow(dead_code, reason = "shared with the black-box tests")]
+mod host;
 #[path = "../main/require.rs"]
 #[allow(dead_code, reason = "shared with the black-box tests")]
 mod require;
+
+#[path = "../../fuzz/src/mutation.rs"]
+mod mutation;
+#[path = "../../fuzz/src/shapes.rs"]
+mod shapes;
+#[path = "../../fuzz/src/targets.rs"]
+mod targets;
 
 mod bitmaps;
 mod crash;
@@ -17,11 +27,13 @@ mod crash_data;
 mod dice;
 mod emptied;
 mod family;
+mod fuzz;
 mod hostile;
 mod internal;
 mod live;
 mod live_faults;
 mod model;
+mod outside;
 mod processes;
 mod property;
 mod recorder;

@@ -150,7 +150,12 @@ fn damage(file: &mut Vec<u8>, dice: &mut Dice) -> String {
     let copied = dice.below(2) << 63;
     let (what, at, value, bytes) = match dice.below(16) {
         0..=2 => ("a refcount", block + dice.below(unit), dice.next() & 0xff, 1),
-        3 => ("refcounts", block + dice.below(unit / 8) * 8, [0, dice.next(), u64::MAX][dice.below(3) as usize], 8),
+        3 => (
+            "refcounts",
+            block + dice.below(unit / 8) * 8,
+            [0, dice.next(), u64::MAX][dice.below(3) as usize],
+            8,
+        ),
         4 => ("a block", table + dice.below(2) * 8, dice.pick(&[0, target, cluster, l2]), 8),
         5 | 6 => ("an L1 entry", l1_entry, target | copied, 8),
         7 => ("an L1 flag", l1_entry, get(file, l1_entry) ^ 1 << 63, 8),
@@ -171,7 +176,11 @@ fn damage(file: &mut Vec<u8>, dice: &mut Dice) -> String {
         _ => {
             let directory = bitmap_directory(file);
             let at = if dice.once_in(2) { directory } else { get(file, directory) };
-            if directory == 0 { ("nothing", 4, get(file, 4), 8) } else { ("a bitmap", at, target, 8) }
+            if directory == 0 {
+                ("nothing", 4, get(file, 4), 8)
+            } else {
+                ("a bitmap", at, target, 8)
+            }
         }
     };
     put(file, at, value, bytes);
@@ -250,8 +259,7 @@ fn hold_against(what: &str, before: &Clusters, after: &Clusters) {
 fn round(dice: &mut Dice, dir: &Path, with_qemu: bool) -> bool {
     let victim = victim(dice);
     let mut file = victim.file.clone();
-    let kinds: Vec<String> =
-        (0..1 + dice.below(3)).map(|_| damage(&mut file, dice)).collect();
+    let kinds: Vec<String> = (0..1 + dice.below(3)).map(|_| damage(&mut file, dice)).collect();
     let Ok(before) = our_clusters(&victim, &file, None) else { return false };
     let path: PathBuf = dir.join("disk");
     std::fs::write(&path, &file).unwrap();

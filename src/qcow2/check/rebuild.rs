@@ -77,7 +77,8 @@ impl Image {
         let (header, cluster) = (self.header(), self.shape.cluster);
         let order = header.refcount_order;
         let block_bits = cluster.bits() + 3 - order;
-        let mut site = Site { counts, block_bits, blocks: BTreeMap::new(), table: (0, 0), next: floor };
+        let mut site =
+            Site { counts, block_bits, blocks: BTreeMap::new(), table: (0, 0), next: floor };
         loop {
             let needed = site.needed();
             let missing = needed.iter().find(|i| !site.blocks.contains_key(*i)).copied();

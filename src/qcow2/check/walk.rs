@@ -10,7 +10,7 @@ use byteorder::{BigEndian, ByteOrder};
 use super::counts::{Counted, Counts};
 use super::{Check, Repair};
 use crate::error::{Error, Result};
-use crate::qcow2::entry::{Entry, OFFSET, Shape};
+use crate::qcow2::entry::{COPIED, Entry, OFFSET, Shape};
 use crate::qcow2::extension;
 use crate::qcow2::header::{Header, MAX_L1};
 use crate::qcow2::image::{Image, lock, write};
@@ -86,7 +86,8 @@ impl<'a> Walk<'a> {
     /// The host offsets of tables that something else uses as well: to write one is to damage the
     /// other.
     pub fn overlaps(&self) -> Vec<u64> {
-        let used = |(cluster, times): &(&u64, &u32)| self.counts.get(**cluster) > u64::from(**times);
+        let used =
+            |(cluster, times): &(&u64, &u32)| self.counts.get(**cluster) > u64::from(**times);
         let shared = self.metadata.iter().filter(used);
         let mut found: Vec<u64> =
             shared.map(|(cluster, _)| cluster << self.header.cluster.bits()).collect();
@@ -205,7 +206,7 @@ impl<'a> Walk<'a> {
     /// Walks an L1 table and all below it; statistics count the active one only.
     fn l1(&mut self, name: &str, offset: u64, entries: u32, active: bool) -> Result<()> {
         let bytes = u64::from(entries) * 8;
-        if bytes == 0 {
+        if bytes == 0 && active {
             return Ok(());
         }
         if bytes > MAX_L1 {
@@ -220,7 +221,7 @@ impl<'a> Walk<'a> {
             ));
             return Ok(());
         }
-        if !self.count_once("L1 table", offset, bytes) {
+        if bytes == 0 || !self.count_once("L1 table", offset, bytes) {
             return Ok(());
         }
         let Ok(table) = self.read(offset, bytes) else {
@@ -234,6 +235,9 @@ impl<'a> Walk<'a> {
             }
             let l2 = entry & OFFSET;
             if l2 == 0 {
+                if entry & COPIED != 0 {
+                    self.check.corruption(format!("L1 entry {index} is a flag without a table"));
+                }
                 continue;
             }
             self.count(l2, self.header.cluster.bytes());
@@ -295,6 +299,13 @@ impl<'a> Walk<'a> {
                 shape.put(&mut table, at, spare);
                 mended = true;
             } else {
+                if entry.is_compressed() && entry.bitmap != 0 {
+                    self.check.corruption(format!(
+                        "compressed cluster {index} with non-zero subcluster allocation bitmap, \
+                         entry={:#x}",
+                        entry.descriptor
+                    ));
+                }
                 self.entry(shape, entry, active, times);
             }
         }

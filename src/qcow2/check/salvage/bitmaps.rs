@@ -77,7 +77,8 @@ impl Salvage<'_> {
                 self.say(&format!("bitmap {name}: removed, its table at {at:#x} is damaged"));
                 return Ok(false);
             }
-            if host == 0 || host < self.ground.file_len() && self.ground.claim(host, cluster.bytes())
+            if host == 0
+                || host < self.ground.file_len() && self.ground.claim(host, cluster.bytes())
             {
                 continue;
             }

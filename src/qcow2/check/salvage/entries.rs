@@ -80,7 +80,10 @@ impl Entries<'_, '_> {
         }
         if !self.shape.cluster.aligned(host) || host >= self.ground.file_len() {
             // Nothing stands there: what lies past the end reads as zeroes.
-            self.say(guest, &format!("the cluster at {host:#x} is let go: nothing is stored there"));
+            self.say(
+                guest,
+                &format!("the cluster at {host:#x} is let go: nothing is stored there"),
+            );
             return self.unplaced(new);
         }
         if self.ground.refer(host, self.shape.cluster.bytes(), times) {
@@ -121,7 +124,9 @@ impl Entries<'_, '_> {
     /// An entry that reads as zeroes.
     pub fn unread(&mut self) -> Result<Entry> {
         Ok(match (self.shape.version, self.backed) {
-            (3.., _) => self.shape.with_zero(Entry::default(), 0, self.shape.cluster.bytes(), false),
+            (3.., _) => {
+                self.shape.with_zero(Entry::default(), 0, self.shape.cluster.bytes(), false)
+            }
             (_, false) => Entry::default(),
             // Version 2 has no zero clusters.
             (_, true) => Entry { descriptor: self.ground.zeroes()?, bitmap: 0 },

@@ -82,7 +82,7 @@ impl Image {
         let mut work = Salvage { image: self, check, ground, l2: BTreeMap::new(), blank: None };
         work.fixed_places(&mut header)?;
         let mut roots = work.claim_roots(&header)?;
-        let mut bitmaps = work.claim_bitmaps(&header)?;
+        let bitmaps = work.claim_bitmaps(&header)?;
         work.mend_l2(header.backing.is_some())?;
         let backed = header.backing.is_some();
         if let Some(place) = work.rewrite_root(&roots.active, backed)? {
@@ -101,7 +101,7 @@ impl Image {
             header.snapshots_offset =
                 if bytes.is_empty() { 0 } else { work.ground.place(&bytes)? };
         }
-        work.rewrite_bitmaps(&mut bitmaps, &mut header)?;
+        work.rewrite_bitmaps(&bitmaps, &mut header)?;
         if header.version >= 3 {
             // COPIED flags follow.
             header.incompatible |= incompatible::DIRTY;
@@ -191,7 +191,8 @@ impl Salvage<'_> {
         for snapshot in table.snapshots {
             let bytes = u64::from(snapshot.l1_size) * 8;
             let place = snapshot.l1_offset;
-            if bytes > MAX_L1 || bytes > 0 && !self.ground.holds(place, bytes) {
+            let aligned = header.cluster.aligned(place);
+            if !aligned || bytes > MAX_L1 || bytes > 0 && !self.ground.holds(place, bytes) {
                 let (id, name) = (snapshot.id().into_owned(), snapshot.name().into_owned());
                 self.say(&format!(
                     "snapshot {id} ({name}): removed, its L1 table at {place:#x} cannot be read"
@@ -282,10 +283,12 @@ impl Salvage<'_> {
             return Ok(entry & !OFFSET | l2.place.unwrap_or(host));
         }
         if host == 0 {
-            return Ok(entry);
+            return Ok(0);
         }
         if self.image.shape.cluster.aligned(host) {
-            self.say(&format!("L1 entry {index}: its table at {host:#x} is past the end of the file"));
+            self.say(&format!(
+                "L1 entry {index}: its table at {host:#x} is past the end of the file"
+            ));
             return Ok(0);
         }
         self.say(&format!(
