@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vdisk::addr::{GuestOffset, Unit};
-use vdisk::image::{Id, Identity, Image as _, Label, Role};
+use vdisk::image::{Identity, Image as _, Label};
 use vdisk::luks::{self, Passphrase};
 use vdisk::qcow2::{
     self, Compression, CreateOptions, DataFile, Encryption, Image, Method, NewSnapshot, OpenOptions,
@@ -106,16 +106,7 @@ fn write(image: &Image, at: u64, bytes: &[u8]) {
 }
 
 fn label(image: &Image) {
-    let label = Label {
-        disk: Id::from_u128(1),
-        layer: Id::from_u128(2),
-        content: Id::from_u128(3),
-        parent: None,
-        role: Role::Head,
-        time: 0,
-        name: String::new(),
-        description: "to be damaged".to_owned(),
-    };
+    let label = Label { description: "to be damaged".to_owned(), ..Label::new() };
     // Headers in the smallest clusters have no room.
     let _ = image.set_identity(&Identity { label: Some(label), vouched: true, backing: None });
 }
