@@ -295,6 +295,12 @@ impl Image {
         write().inspect_err(|_| self.poisoned.store(true, Ordering::Release))
     }
 
+    /// Makes durable what was written before. A sync that fails is a failed write: the host may have
+    /// dropped what it could not write, and the next sync would succeed without it.
+    pub(super) fn barrier(&self) -> Result<()> {
+        self.metadata(|| self.storage.sync())
+    }
+
     pub(super) fn check_writable(&self) -> Result<()> {
         if self.read_only {
             return Err(Error::new(ErrorKind::ReadOnly, "the image is open for reading only"));

@@ -74,7 +74,7 @@ impl Image {
         if end < self.storage.len()? {
             self.storage.set_len(end)?;
             self.data.shortened();
-            self.storage.sync()?;
+            self.barrier()?;
         }
         Ok(())
     }

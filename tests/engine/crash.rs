@@ -13,10 +13,10 @@ use vdisk::image::{Backing, Image};
 use vdisk::qcow2::{self, CreateOptions, OpenOptions, Repair};
 use vdisk::storage::{FileStorage, MemoryStorage, Storage};
 
-use crate::dice::{Budget, Confess, Dice, seed};
+use crate::dice::{Budget, Confess, Dice, rounds, seed};
 use crate::model::{Model, Op, pattern, random_op, read};
 use crate::processes::{have_qemu, run};
-use crate::recorder::{Event, Fault, Faulty, Recorder, crash, replay};
+use crate::recorder::{Fault, Faulty, Recorder, crash_points, replay};
 
 /// What stands at the start of a run.
 pub struct Start {
@@ -33,9 +33,9 @@ pub struct Start {
 #[derive(Default)]
 pub struct Story {
     /// All of these bytes were durable after so many events.
-    durable: Vec<(usize, Vec<u8>)>,
+    pub durable: Vec<(usize, Vec<u8>)>,
     /// From so many events on, these bytes may stand there.
-    changes: Vec<(usize, u64, Vec<u8>)>,
+    pub changes: Vec<(usize, u64, Vec<u8>)>,
 }
 
 pub fn layer(image: Arc<dyn Image>, format: Format) -> Layer {
@@ -216,46 +216,16 @@ pub fn verify(file: Vec<u8>, start: &Start, story: &Story, events: usize) {
     assert!(check.is_clean(), "{:#?}", check.messages);
 }
 
-/// Crashes the run at every event: as it is, and with what was pending mixed up.
-fn crash_everywhere(start: &Start, log: &[Event], story: &Story, dice: &mut Dice) {
-    let mut settled = start.head.clone();
-    let mut since = 0;
-    for events in 0..=log.len() {
-        let pending = &log[since..events];
-        if let Some(Event::Sync) = pending.last() {
-            pending.iter().for_each(|event| replay(&mut settled, event));
-            since = events;
-        }
-        let pending = &log[since..events];
-        let mut whole = settled.clone();
-        pending.iter().for_each(|event| replay(&mut whole, event));
-        verify(whole, start, story, events);
-        for _ in 0..if pending.is_empty() { 0 } else { 2 } {
-            let mut file = settled.clone();
-            crash(&mut file, pending, dice);
-            verify(file, start, story, events);
-        }
-    }
-}
-
 fn crash_rounds(seconds: u64, make: impl Fn(&mut Dice) -> Start) {
-    let seed = seed();
-    let budget = Budget::new(seconds);
-    let mut done = 0;
-    while budget.goes_on(done) {
-        // Each round is a seed of its own, so that a failure is run again alone.
-        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
-        let _confess = Confess(seed);
-        let mut dice = Dice::new(seed);
-        let start = make(&mut dice);
+    rounds(seconds, |dice| {
+        let start = make(dice);
         let recorder = Arc::new(Recorder::new(start.head.clone()));
         let chain = disk(recorder.clone(), &start, false).unwrap();
-        let story = play(&chain, &|| recorder.events(), &start, &mut dice, false);
+        let story = play(&chain, &|| recorder.events(), &start, dice, false);
         drop(chain);
-        crash_everywhere(&start, &recorder.log(), &story, &mut dice);
-        done += 1;
-    }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+        let see = |file, events| verify(file, &start, &story, events);
+        crash_points(&start.head, &recorder.log(), dice, see);
+    });
 }
 
 #[test]

@@ -73,6 +73,20 @@ impl Budget {
     }
 }
 
+/// Runs `one` with a seed of its own each time, for some seconds: a failure is run again alone.
+pub fn rounds(seconds: u64, mut one: impl FnMut(&mut Dice)) {
+    let seed = seed();
+    let budget = Budget::new(seconds);
+    let mut done = 0;
+    while budget.goes_on(done) {
+        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
+        let _confess = Confess(seed);
+        one(&mut Dice::new(seed));
+        done += 1;
+    }
+    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+}
+
 /// Says the seed when the test panics.
 pub struct Confess(pub u64);
 

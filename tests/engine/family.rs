@@ -12,7 +12,7 @@ use vdisk::chain::{self, Base, OpenOptions, merge, snapshot};
 use vdisk::image::Role;
 use vdisk::qcow2::CreateOptions;
 
-use crate::dice::{Budget, Confess, Dice, seed};
+use crate::dice::{Dice, rounds};
 use crate::model::{Model, random_op};
 use crate::processes::{have_qemu, undisturbed};
 use crate::property::{check_layer, open_patiently};
@@ -309,14 +309,5 @@ fn round(dice: &mut Dice, with_qemu: bool) {
 #[test]
 fn snapshots_and_clones_read_as_the_moments_that_they_were_taken() {
     let with_qemu = have_qemu();
-    let seed = seed();
-    let budget = Budget::new(8);
-    let mut done = 0;
-    while budget.goes_on(done) {
-        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
-        let _confess = Confess(seed);
-        round(&mut Dice::new(seed), with_qemu);
-        done += 1;
-    }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+    rounds(8, |dice| round(dice, with_qemu));
 }

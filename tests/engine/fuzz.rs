@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use crate::dice::{Budget, Confess, Dice, seed};
+use crate::dice::rounds;
 use crate::hostile::{PATIENCE, greedy, use_it};
 use crate::processes::run;
 use crate::{mutation, shapes, targets};
@@ -28,23 +28,9 @@ fn bounded(name: &str, body: targets::Target, bytes: &[u8]) {
     assert!(took < PATIENCE, "{name}: one image kept us busy for {took:?}");
 }
 
-/// Runs `one` with a new seed each time, for some seconds.
-fn rounds(what: &str, seconds: u64, mut one: impl FnMut(&mut Dice)) {
-    let seed = seed();
-    let budget = Budget::new(seconds);
-    let mut done = 0;
-    while budget.goes_on(done) {
-        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
-        let _confess = Confess(seed);
-        one(&mut Dice::new(seed));
-        done += 1;
-    }
-    eprintln!("{what}: {done} cases, VDISK_SEED={seed:#x}");
-}
-
 fn qcow2_targets() {
     let shapes = shapes::all();
-    rounds("qcow2", 8, |dice| {
+    rounds(8, |dice| {
         let shape = &shapes[dice.below(shapes.len() as u64) as usize];
         let mut bytes = shape.bytes.clone();
         mutation::mutate(&mut bytes, dice);
@@ -81,7 +67,7 @@ fn compressed_clusters() {
         // A frame that asks for a window of 2 GiB.
         vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xa8, 0x03, 0, 0, 0, 0, 0],
     ];
-    rounds("compressed", 1, |dice| {
+    rounds(1, |dice| {
         let mut bytes = vec![dice.next() as u8];
         bytes.extend_from_slice(&seeds[dice.below(4) as usize]);
         if !dice.once_in(8) {
@@ -102,7 +88,7 @@ fn foreign_formats() {
     };
     let names = ["sparse.vmdk", "stream.vmdk", "dynamic.vhd", "fixed.vhd", "dynamic.vdi"];
     let seeds = names.map(|name| unpacked(&format!("{name}.gz")));
-    rounds("foreign", 2, |dice| {
+    rounds(2, |dice| {
         let mut bytes = seeds[dice.below(seeds.len() as u64) as usize].clone();
         let area = dice.pick(&[600, 4096, 70_000]);
         mutation::scramble(&mut bytes, area, dice);
@@ -114,7 +100,7 @@ fn luks_headers() {
     let shapes = shapes::all();
     let shape = shapes.iter().find(|shape| shape.name == "luks").unwrap();
     let at = shape.bytes.windows(4).position(|bytes| bytes == b"LUKS").unwrap();
-    rounds("luks", 1, |dice| {
+    rounds(1, |dice| {
         let mut bytes = shape.bytes[at..].to_vec();
         mutation::scramble(&mut bytes, 600, dice);
         bounded("luks", targets::luks, &bytes);
@@ -134,7 +120,7 @@ fn torture(dir: &Path) {
     luks_headers();
     let shapes = shapes::all();
     let path = dir.join("image");
-    rounds("chains", 3, |dice| {
+    rounds(3, |dice| {
         let mut bytes = shapes[dice.below(shapes.len() as u64) as usize].bytes.clone();
         mutation::mutate(&mut bytes, dice);
         std::fs::write(&path, &bytes).unwrap();

@@ -12,9 +12,9 @@ use vdisk::image::{Image as _, Mapping};
 use vdisk::qcow2::{self, CreateOptions, Image, NewSnapshot, OpenOptions, Repair};
 use vdisk::storage::{FileOptions, FileStorage, MemoryStorage, Storage};
 
-use crate::dice::{Budget, Confess, Dice, seed};
+use crate::dice::{Dice, rounds};
 use crate::model::{Model, random_op};
-use crate::recorder::{Event, Recorder, crash, replay};
+use crate::recorder::{Event, Recorder, crash_points, replay};
 use crate::require::{Need, have};
 
 /// The disk's bytes, and those of its snapshots by id.
@@ -209,21 +209,15 @@ fn we_and_qemu_take_apply_and_delete_snapshots_in_turn() {
     if !have(Need::Qemu) {
         return;
     }
-    let seed = seed();
-    let budget = Budget::new(25);
-    let mut done = 0;
-    while budget.goes_on(done) {
-        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
-        let _confess = Confess(seed);
-        let mut dice = Dice::new(seed);
+    rounds(25, |dice| {
         let (options, unit) = dice.pick(&KINDS);
         let size = (unit * 40).min(3 << 20) + 512 * dice.below(3);
         let dir = tempfile::tempdir().unwrap();
         let path = new_file(&dir, options, size);
         let mut now = State { now: vec![0; size as usize], snapshots: Vec::new() };
         for number in 0..12 {
-            scribble(&open_file(&path), &mut now, unit, &mut dice);
-            let step = random_step(&now, number, &mut dice);
+            scribble(&open_file(&path), &mut now, unit, dice);
+            let step = random_step(&now, number, dice);
             if dice.once_in(3) {
                 take_by_qemu(&path, &now, &step);
             } else {
@@ -239,9 +233,7 @@ fn we_and_qemu_take_apply_and_delete_snapshots_in_turn() {
             qemu_finds_it_clean(&path);
         }
         compare(&path, &now);
-        done += 1;
-    }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+    });
 }
 
 /// What a crash left is as before the step or as after it, with leaks at most once it was opened.
@@ -267,40 +259,26 @@ pub fn verify(file: Vec<u8>, accept: &dyn Fn(&State) -> bool) {
     assert!(state(&storage) == found, "opening or repairing it changed what it holds");
 }
 
+/// Crashes at every event of the log; each time the disk is as `accept` says.
 pub fn crash_everywhere(
     start: &[u8],
     log: &[Event],
     dice: &mut Dice,
     accept: &dyn Fn(&State) -> bool,
 ) {
-    let mut settled = start.to_vec();
-    let mut since = 0;
-    for events in 0..=log.len() {
-        if let Some(Event::Sync) = log[since..events].last() {
-            log[since..events].iter().for_each(|event| replay(&mut settled, event));
-            since = events;
-        }
-        let pending = &log[since..events];
-        let mut whole = settled.clone();
-        pending.iter().for_each(|event| replay(&mut whole, event));
-        verify(whole, accept);
-        for _ in 0..if pending.is_empty() { 0 } else { 2 } {
-            let mut file = settled.clone();
-            crash(&mut file, pending, dice);
-            verify(file, accept);
-        }
-    }
+    crash_points(start, log, dice, |file, _| verify(file, accept));
+}
+
+/// All bytes of a storage.
+pub fn bytes_of(storage: &Arc<dyn Storage>) -> Vec<u8> {
+    let mut file = vec![0; storage.len().unwrap() as usize];
+    storage.read_exact_at(0, &mut file).unwrap();
+    file
 }
 
 #[test]
 fn a_crash_while_snapshots_change_leaves_the_old_state_or_the_new_one() {
-    let seed = seed();
-    let budget = Budget::new(12);
-    let mut done = 0;
-    while budget.goes_on(done) {
-        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
-        let _confess = Confess(seed);
-        let mut dice = Dice::new(seed);
+    rounds(12, |dice| {
         let bits = dice.pick(&[9, 9, 12, 14]);
         let size = 40 << bits;
         let version = dice.pick(&[2, 3, 3]);
@@ -312,27 +290,23 @@ fn a_crash_while_snapshots_change_leaves_the_old_state_or_the_new_one() {
         };
         let memory: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
         drop(qcow2::create(memory.clone(), &options).unwrap());
-        let mut file = vec![0; memory.len().unwrap() as usize];
-        memory.read_exact_at(0, &mut file).unwrap();
+        let mut file = bytes_of(&memory);
         let mut now = State { now: vec![0; size as usize], snapshots: Vec::new() };
         for number in 0..8 {
             let before: Arc<dyn Storage> = Arc::new(MemoryStorage::new(file));
-            scribble(&before, &mut now, 1 << bits, &mut dice);
-            file = vec![0; before.len().unwrap() as usize];
-            before.read_exact_at(0, &mut file).unwrap();
-            let step = random_step(&now, number, &mut dice);
+            scribble(&before, &mut now, 1 << bits, dice);
+            file = bytes_of(&before);
+            let step = random_step(&now, number, dice);
             let recorder = Arc::new(Recorder::new(file.clone()));
             let storage: Arc<dyn Storage> = recorder.clone();
             take(&storage, &step).unwrap();
             let after = now.after(&step);
             let log = recorder.log();
-            crash_everywhere(&file, &log, &mut dice, &|found| *found == now || *found == after);
+            crash_everywhere(&file, &log, dice, &|found| *found == now || *found == after);
             log.iter().for_each(|event| replay(&mut file, event));
             now = after;
         }
-        done += 1;
-    }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+    });
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //!
 //! `VDISK_SEED=fresh VDISK_PROPTEST_CASES=1000` goes on for long with new images.
 
-use crate::dice::{Budget, Confess, Dice, seed};
+use crate::dice::rounds;
 use crate::host::{Done, VDISK, Work};
 use crate::mutation::{self, get, put};
 use crate::shapes;
@@ -54,17 +54,11 @@ fn bounded(work: &Work, words: &str) -> Done {
 
 #[test]
 fn no_small_image_costs_much_memory_or_time() {
-    let seed = seed();
-    let budget = Budget::new(8);
     let shapes = shapes::all();
-    let mut done = 0;
-    while budget.goes_on(done) {
-        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
-        let _confess = Confess(seed);
-        let mut dice = Dice::new(seed);
+    rounds(8, |dice| {
         let work = Work::new();
         let mut bytes = shapes[dice.below(shapes.len() as u64) as usize].bytes.clone();
-        mutation::mutate(&mut bytes, &mut dice);
+        mutation::mutate(&mut bytes, dice);
         work.put("image", &bytes);
         work.put("other", &bytes[..bytes.len() / 2]);
         work.put("data", vec![7; shapes::SIZE as usize]);
@@ -73,9 +67,7 @@ fn no_small_image_costs_much_memory_or_time() {
         }
         assert!(work.bytes("image") == bytes, "a look has changed the file");
         bounded(&work, dice.pick(&CHANGES));
-        done += 1;
-    }
-    eprintln!("{done} images, VDISK_SEED={seed:#x}");
+    });
 }
 
 /// A small image with data and a snapshot.

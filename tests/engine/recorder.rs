@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vdisk::storage::{MemoryStorage, Storage};
 use vdisk::{Error, Result};
@@ -27,20 +27,41 @@ pub enum Event {
     Sync,
 }
 
-/// Memory that keeps a log of all changes.
+/// Changes in the order in which they were made, each with the number of its file.
+type Log = Arc<Mutex<Vec<(usize, Event)>>>;
+
+/// Memory that keeps a log of all changes; several may keep one together.
 #[derive(Default)]
 pub struct Recorder {
     now: MemoryStorage,
-    log: Mutex<Vec<Event>>,
+    log: Log,
+    file: usize,
 }
 
 impl Recorder {
     pub fn new(bytes: Vec<u8>) -> Recorder {
-        Recorder { now: MemoryStorage::new(bytes), log: Mutex::default() }
+        Recorder { now: MemoryStorage::new(bytes), ..Recorder::default() }
     }
 
-    pub fn log(&self) -> Vec<Event> {
+    /// Another file, whose changes come into the same log.
+    pub fn beside(&self, bytes: Vec<u8>) -> Recorder {
+        let now = MemoryStorage::new(bytes);
+        Recorder { now, log: self.log.clone(), file: self.file + 1 }
+    }
+
+    /// The changes of all files, each with its file's number, from 0.
+    pub fn log_of_all(&self) -> Vec<(usize, Event)> {
         self.log.lock().unwrap().clone()
+    }
+
+    /// The changes of this file, where it has the log for itself.
+    pub fn log(&self) -> Vec<Event> {
+        self.log_of_all().into_iter().map(|(_, event)| event).collect()
+    }
+
+    /// All bytes as they are now.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.now.to_vec()
     }
 
     pub fn events(&self) -> usize {
@@ -51,7 +72,7 @@ impl Recorder {
     fn note(&self, event: Event, change: impl FnOnce() -> Result<()>) -> Result<()> {
         let mut log = self.log.lock().unwrap();
         change()?;
-        log.push(event);
+        log.push((self.file, event));
         Ok(())
     }
 }
@@ -137,6 +158,34 @@ pub fn crash(file: &mut Vec<u8>, pending: &[Event], dice: &mut Dice) {
     }
 }
 
+/// Shows what crashes may leave of a file that begins as `start`: after each event of the log all
+/// that was done, and what was pending mixed up in two ways. With it, the number of events.
+pub fn crash_points(
+    start: &[u8],
+    log: &[Event],
+    dice: &mut Dice,
+    mut see: impl FnMut(Vec<u8>, usize),
+) {
+    let mut settled = start.to_vec();
+    let mut since = 0;
+    for events in 0..=log.len() {
+        let pending = &log[since..events];
+        if let Some(Event::Sync) = pending.last() {
+            pending.iter().for_each(|event| replay(&mut settled, event));
+            since = events;
+        }
+        let pending = &log[since..events];
+        let mut whole = settled.clone();
+        pending.iter().for_each(|event| replay(&mut whole, event));
+        see(whole, events);
+        for _ in 0..if pending.is_empty() { 0 } else { 2 } {
+            let mut file = settled.clone();
+            crash(&mut file, pending, dice);
+            see(file, events);
+        }
+    }
+}
+
 /// A change, sector of the medium by sector.
 fn sectors(event: &Event) -> Vec<(u64, Event)> {
     let (offset, len) = match event {
@@ -170,6 +219,8 @@ pub enum Fault {
     Full,
     /// The `n`th call of any kind fails once.
     Io,
+    /// The `n`th sync fails once.
+    Sync,
 }
 
 /// Memory of which the `n`th call fails.
@@ -202,16 +253,20 @@ impl Faulty {
     }
 
     fn call(&self, changes: bool) -> Result<()> {
-        if self.fault == Fault::Full && !changes {
+        if self.fault == Fault::Sync || self.fault == Fault::Full && !changes {
             return Ok(());
         }
+        self.count()
+    }
+
+    fn count(&self) -> Result<()> {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
         let fail_at = self.fail_at.load(Ordering::Relaxed);
         match self.fault {
             Fault::Full if number >= fail_at => {
                 Err(Error::io("could not be written", io::ErrorKind::StorageFull.into()))
             }
-            Fault::Io if number == fail_at => {
+            Fault::Io | Fault::Sync if number == fail_at => {
                 Err(Error::io("failed", io::Error::from_raw_os_error(5)))
             }
             _ => Ok(()),
@@ -234,11 +289,13 @@ impl Storage for Faulty {
         self.now.read_at(offset, bufs)
     }
 
-    /// A write that fails has written a part.
+    /// A write that fails has written a part: whole sectors of the medium.
     fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
         self.call(true).inspect_err(|_| {
             let bytes: Vec<u8> = bufs.iter().flat_map(|b| b.to_vec()).collect();
-            let _ = self.now.write_at(offset, &[IoSlice::new(&bytes[..bytes.len() / 2])]);
+            let end = (offset + bytes.len() as u64 / 2) / 512 * 512;
+            let part = end.saturating_sub(offset) as usize;
+            let _ = self.now.write_at(offset, &[IoSlice::new(&bytes[..part])]);
         })?;
         self.now.write_at(offset, bufs)
     }
@@ -255,8 +312,8 @@ impl Storage for Faulty {
 
     fn sync(&self) -> Result<()> {
         // A full disk still syncs.
-        if self.fault == Fault::Io {
-            self.call(true)?;
+        if self.fault != Fault::Full {
+            self.count()?;
         }
         self.now.sync()
     }

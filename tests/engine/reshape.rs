@@ -14,9 +14,9 @@ use vdisk::qcow2::{self, Amend, CreateOptions, Image};
 use vdisk::storage::{MemoryStorage, Storage};
 
 use crate::crash::layer;
-use crate::dice::{Budget, Confess, Dice, seed};
+use crate::dice::{Dice, rounds};
 use crate::internal::{
-    KINDS, State, Step, WRITABLE, compare, crash_everywhere, new_file, open_file,
+    KINDS, State, Step, WRITABLE, bytes_of, compare, crash_everywhere, new_file, open_file,
     qemu_finds_it_clean, qemu_img, scribble, take,
 };
 use crate::model::{pattern, read};
@@ -67,26 +67,20 @@ fn an_image_of_any_shape_becomes_one_of_any_other() {
     if !have(Need::Qemu) {
         return;
     }
-    let seed = seed();
-    let budget = Budget::new(15);
-    let mut done = 0;
-    while budget.goes_on(done) {
-        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
-        let _confess = Confess(seed);
-        let mut dice = Dice::new(seed);
+    rounds(15, |dice| {
         let (options, unit) = dice.pick(&KINDS);
         let size = (unit * 40).min(3 << 20);
         let dir = tempfile::tempdir().unwrap();
         let path = new_file(&dir, options, size);
         let mut now = State { now: vec![0; size as usize], snapshots: Vec::new() };
         for number in 0..8 {
-            scribble(&open_file(&path), &mut now, unit, &mut dice);
+            scribble(&open_file(&path), &mut now, unit, dice);
             if dice.once_in(3) && now.snapshots.len() < 3 {
                 let step = Step::Create(format!("name {number}"));
                 take(&open_file(&path), &step).unwrap();
                 now = now.after(&step);
             }
-            let what = random_change(&now, unit, options.contains("extended"), &mut dice);
+            let what = random_change(&now, unit, options.contains("extended"), dice);
             let did = change(&open_file(&path), &what, &now);
             if let (true, Change::Resize(size)) = (did, &what) {
                 // What stands in the rest of a cluster that was cut is the caller's to zero.
@@ -102,26 +96,12 @@ fn an_image_of_any_shape_becomes_one_of_any_other() {
             qemu_finds_it_clean(&path);
         }
         compare(&path, &now);
-        done += 1;
-    }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
-}
-
-fn bytes_of(storage: &Arc<dyn Storage>) -> Vec<u8> {
-    let mut file = vec![0; storage.len().unwrap() as usize];
-    storage.read_exact_at(0, &mut file).unwrap();
-    file
+    });
 }
 
 #[test]
 fn a_crash_while_the_shape_changes_loses_nothing() {
-    let seed = seed();
-    let budget = Budget::new(10);
-    let mut done = 0;
-    while budget.goes_on(done) {
-        let seed = if done == 0 { seed } else { seed.wrapping_add(done) };
-        let _confess = Confess(seed);
-        let mut dice = Dice::new(seed);
+    rounds(10, |dice| {
         let bits = dice.pick(&[9, 9, 12]);
         let size = 40 << bits;
         let cluster = Unit::from_bits(bits);
@@ -130,14 +110,14 @@ fn a_crash_while_the_shape_changes_loses_nothing() {
         drop(qcow2::create(memory.clone(), &options).unwrap());
         let mut now = State { now: vec![0; size as usize], snapshots: Vec::new() };
         for number in 0..6 {
-            scribble(&memory, &mut now, 1 << bits, &mut dice);
+            scribble(&memory, &mut now, 1 << bits, dice);
             if number % 3 == 1 {
                 let step = Step::Create(format!("name {number}"));
                 take(&memory, &step).unwrap();
                 now = now.after(&step);
             }
             let mut file = bytes_of(&memory);
-            let what = random_change(&now, 1 << bits, false, &mut dice);
+            let what = random_change(&now, 1 << bits, false, dice);
             let recorder = Arc::new(Recorder::new(file.clone()));
             let storage: Arc<dyn Storage> = recorder.clone();
             let did = change(&storage, &what, &now);
@@ -150,16 +130,14 @@ fn a_crash_while_the_shape_changes_loses_nothing() {
                     && found.now.get(..kept) == now.now.get(..kept)
                     && [now.now.len(), after.now.len()].contains(&found.now.len())
             };
-            crash_everywhere(&file, &recorder.log(), &mut dice, &accept);
+            crash_everywhere(&file, &recorder.log(), dice, &accept);
             recorder.log().iter().for_each(|event| replay(&mut file, event));
             memory.set_len(0).unwrap();
             memory.write_all_at(0, &file).unwrap();
             assert!(did || after.now == now.now);
             now.now = after.now;
         }
-        done += 1;
-    }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+    });
 }
 
 #[test]

@@ -55,7 +55,7 @@ impl Image {
             visited(u64::from(l2.times));
             Ok(())
         })?;
-        self.storage.sync()?;
+        self.barrier()?;
         self.reload_tables()?;
         for (host, times) in kept {
             lock(&self.refcounts).subtract(shape.cluster.index(host.0), u64::from(times))?;

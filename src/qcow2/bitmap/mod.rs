@@ -242,7 +242,7 @@ impl Image {
             let flags = (entry.flags | IN_USE).to_be_bytes();
             self.metadata(|| self.storage.write_all_at(entry.flags_place(), &flags))?;
         }
-        self.storage.sync()?;
+        self.barrier()?;
         Ok(PendingBitmaps(Some(bitmaps)))
     }
 

@@ -53,11 +53,11 @@ impl Image {
         }
         check.image_end_offset = counts.end() << self.shape.cluster.bits();
         self.compare_and_mend(&mut check, repair, &counts, &snapshots)?;
+        repair::Flags { image: self, check: &mut check, repair, stored: repair::Stored::default() }
+            .run()?;
         if repair == Repair::All {
             self.mend_snapshot_table(&mut check, &snapshots)?;
         }
-        repair::Flags { image: self, check: &mut check, repair, stored: repair::Stored::default() }
-            .run()?;
         Ok(check)
     }
 

@@ -224,7 +224,7 @@ impl Flags<'_> {
         }
         if l1_changed {
             self.image.metadata(|| self.image.storage.write_all_at(header.l1_offset, &l1))?;
-            self.image.storage.sync()?;
+            self.image.barrier()?;
             write(&self.image.tables).replace_l1_entries(&l1);
         }
         Ok(())
@@ -263,7 +263,7 @@ impl Flags<'_> {
         }
         if changed {
             self.image.metadata(|| self.image.storage.write_all_at(offset, &table))?;
-            self.image.storage.sync()?;
+            self.image.barrier()?;
             write(&self.image.tables).forget(offset..offset + shape.cluster.bytes());
         }
         Ok(())

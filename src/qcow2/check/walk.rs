@@ -311,7 +311,7 @@ impl<'a> Walk<'a> {
         }
         if mended {
             self.image.metadata(|| self.image.storage.write_all_at(offset, &table))?;
-            self.image.storage.sync()?;
+            self.image.barrier()?;
             write(&self.image.tables).forget(offset..offset + bytes);
         }
         Ok(())

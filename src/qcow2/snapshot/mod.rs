@@ -217,7 +217,7 @@ impl Image {
                 let bytes = l1_bytes(&l1);
                 self.metadata(|| self.storage.write_all_at(header.l1_offset, &bytes))?;
             }
-            self.storage.sync()?;
+            self.barrier()?;
             self.set_dirty(false)?;
         }
         self.punch_freed(&freed);

@@ -21,7 +21,7 @@ use byteorder::{BigEndian, ByteOrder};
 use super::{Check, Repair, walk};
 use crate::error::Result;
 use crate::qcow2::crypt;
-use crate::qcow2::entry::OFFSET;
+use crate::qcow2::entry::{COPIED, OFFSET};
 use crate::qcow2::extension::CRYPTO_HEADER;
 use crate::qcow2::header::{Header, MAX_L1, incompatible};
 use crate::qcow2::image::{Image, write};
@@ -107,7 +107,7 @@ impl Image {
             header.incompatible |= incompatible::DIRTY;
         }
         let end = work.ground.end();
-        self.storage.sync()?;
+        self.barrier()?;
         Ok((header, end))
     }
 }
@@ -280,7 +280,8 @@ impl Salvage<'_> {
         let host = old & OFFSET;
         let entry = old & !walk::L1_RESERVED;
         if let Some(l2) = self.l2.get(&host) {
-            return Ok(entry & !OFFSET | l2.place.unwrap_or(host));
+            let shared = if l2.user.times > 1 { COPIED } else { 0 };
+            return Ok(entry & !(OFFSET | shared) | l2.place.unwrap_or(host));
         }
         if host == 0 {
             return Ok(0);
