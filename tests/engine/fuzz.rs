@@ -8,10 +8,9 @@
 use std::io::Read;
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
 use crate::dice::rounds;
-use crate::hostile::{PATIENCE, greedy, use_it};
+use crate::hostile::{greedy, patiently, use_it};
 use crate::processes::run;
 use crate::{mutation, shapes, targets};
 
@@ -19,14 +18,6 @@ use crate::{mutation, shapes, targets};
 const MEMORY_KIB: u64 = 256 << 10;
 /// Set in the child.
 const CHILD: &str = "VDISK_HOSTILE_DIR";
-
-/// One case, which takes no longer than it may.
-fn bounded(name: &str, body: targets::Target, bytes: &[u8]) {
-    let begin = Instant::now();
-    body(bytes);
-    let took = begin.elapsed();
-    assert!(took < PATIENCE, "{name}: one image kept us busy for {took:?}");
-}
 
 fn qcow2_targets() {
     let shapes = shapes::all();
@@ -36,7 +27,7 @@ fn qcow2_targets() {
         mutation::mutate(&mut bytes, dice);
         let (name, body) = dice.pick(&targets::QCOW2);
         let _named = Named(name, shape.name);
-        bounded(name, body, &bytes);
+        patiently(|| body(&bytes));
     });
 }
 
@@ -74,7 +65,7 @@ fn compressed_clusters() {
             let area = bytes.len();
             mutation::scramble(&mut bytes, area, dice);
         }
-        bounded("compressed", targets::compressed, &bytes);
+        patiently(|| targets::compressed(&bytes));
     });
 }
 
@@ -92,7 +83,7 @@ fn foreign_formats() {
         let mut bytes = seeds[dice.below(seeds.len() as u64) as usize].clone();
         let area = dice.pick(&[600, 4096, 70_000]);
         mutation::scramble(&mut bytes, area, dice);
-        bounded("foreign", targets::foreign, &bytes);
+        patiently(|| targets::foreign(&bytes));
     });
 }
 
@@ -103,7 +94,7 @@ fn luks_headers() {
     rounds(1, |dice| {
         let mut bytes = shape.bytes[at..].to_vec();
         mutation::scramble(&mut bytes, 600, dice);
-        bounded("luks", targets::luks, &bytes);
+        patiently(|| targets::luks(&bytes));
     });
 }
 

@@ -40,6 +40,8 @@ pub(super) struct Walk<'a> {
     l2: Vec<L2>,
     /// Where in `l2` a table with this host offset is.
     l2_index: HashMap<u64, usize>,
+    /// Where in `l2` the table is that was seen last.
+    last_l2: usize,
     /// The host cluster after the last data cluster seen, to tell fragments.
     next_data: u64,
     /// Clusters of tables, and how often they are referred to as what they are.
@@ -78,6 +80,7 @@ impl<'a> Walk<'a> {
             max,
             l2: Vec::new(),
             l2_index: HashMap::new(),
+            last_l2: 0,
             next_data: 0,
             metadata: HashMap::new(),
         })
@@ -121,6 +124,7 @@ impl<'a> Walk<'a> {
             self.l1(&name, one.l1_offset, one.l1_size, false)?;
         }
         for table in std::mem::take(&mut self.l2) {
+            self.metadata.entry(cluster.index(table.offset)).or_insert(table.times);
             self.l2(&table)?;
         }
         self.crypto_header(&header);
@@ -256,15 +260,15 @@ impl<'a> Walk<'a> {
         if offset >= self.file_len {
             return;
         }
-        let cluster = self.header.cluster.index(offset);
-        // What is something else already stays that: one reference too many.
-        if self.l2_index.contains_key(&offset) || !self.metadata.contains_key(&cluster) {
-            let times = self.metadata.entry(cluster).or_default();
-            *times = times.saturating_add(1);
+        // Whole stretches of entries may name one table.
+        let known = self.l2.get_mut(self.last_l2).filter(|table| table.offset == offset);
+        if let Some(table) = known {
+            table.times = table.times.saturating_add(1);
+            return;
         }
         let next = self.l2.len();
-        let index = *self.l2_index.entry(offset).or_insert(next);
-        match self.l2.get_mut(index) {
+        self.last_l2 = *self.l2_index.entry(offset).or_insert(next);
+        match self.l2.get_mut(self.last_l2) {
             Some(table) => table.times = table.times.saturating_add(1),
             None => self.l2.push(L2 { offset, times: 1, active }),
         }
