@@ -18,6 +18,7 @@ pub mod addr;
 pub mod block;
 pub mod chain;
 pub mod container;
+pub mod control;
 pub mod error;
 pub mod formats;
 pub mod image;

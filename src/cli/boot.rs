@@ -6,10 +6,14 @@ use std::sync::Arc;
 
 use clap::Args as ClapArgs;
 use nix::sys::signal::{SigSet, Signal};
+use vdisk::block::BlockDevice;
+use vdisk::chain::Chain;
+use vdisk::control::Server;
 use vdisk::vm::{Config, Control, Disk, Ended, Guest, MAX_DISKS, Streams};
 use vdisk::{Error, ErrorKind, Result};
 
 use super::disk::{self, Use};
+use super::holding::{self, Whole};
 use super::size;
 
 /// What every guest's kernel is told, before the disks and `--append`: later words win.
@@ -60,7 +64,7 @@ pub fn run(args: &Args) -> Result<u8> {
     };
     // Before any thread is started, so that the signals reach the one that waits for them.
     let signals = hold_signals()?;
-    let disks = open_disks(args)?;
+    let (disks, chains) = open_disks(args)?;
     let guest = Guest::new(Config {
         kernel,
         initrd: args.initrd.clone(),
@@ -71,7 +75,11 @@ pub fn run(args: &Args) -> Result<u8> {
         console: streams()?,
     })?;
     end_on(signals, guest.control())?;
-    match guest.run()? {
+    let controls = control(args, &guest, chains)?;
+    let ended = guest.run();
+    let done = ended.as_ref().map(drop).map_err(|e| Error::new(e.kind(), e.to_string()));
+    controls.into_iter().for_each(|control| control.end(&done));
+    match ended? {
         Ended::PowerOff | Ended::Reset => Ok(0),
         Ended::Stopped => {
             eprintln!("vdisk: the guest was ended; all it wrote is on its disks");
@@ -96,7 +104,19 @@ fn streams() -> Result<Streams> {
     })
 }
 
-fn open_disks(args: &Args) -> Result<Vec<Disk>> {
+/// Lets commands reach the disks that the guest writes.
+fn control(args: &Args, guest: &Guest, chains: Vec<Arc<Chain>>) -> Result<Vec<Server>> {
+    let paths = std::iter::once(&args.disk).chain(&args.more);
+    let serve = |(number, (path, chain)): (usize, (&PathBuf, &Arc<Chain>))| {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let doing = format!("disk {number} of a guest");
+        let kind = Whole::new(doing, "the guest", guest.announce_size(number));
+        holding::serve(chain, &path, Arc::new(kind)).transpose()
+    };
+    paths.zip(&chains).enumerate().filter_map(serve).collect()
+}
+
+fn open_disks(args: &Args) -> Result<(Vec<Disk>, Vec<Arc<Chain>>)> {
     if args.more.len() >= MAX_DISKS {
         return Err(Error::unsupported(format!("a guest can have {MAX_DISKS} disks at most")));
     }
@@ -105,7 +125,9 @@ fn open_disks(args: &Args) -> Result<Vec<Disk>> {
         .chain(&args.more)
         .map(|path| {
             let name = path.file_name().unwrap_or(path.as_os_str());
-            Ok(Disk { device: disk::open(path, &using)?, id: name.to_string_lossy().into_owned() })
+            let chain = disk::open(path, &using)?;
+            let device: Arc<dyn BlockDevice> = chain.clone();
+            Ok((Disk { device, id: name.to_string_lossy().into_owned() }, chain))
         })
         .collect()
 }

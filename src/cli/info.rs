@@ -9,12 +9,13 @@ use vdisk::chain::forest::Node;
 use vdisk::chain::snapshot;
 use vdisk::chain::tree::Family;
 use vdisk::chain::{self, Chain, Layer, OpenOptions};
+use vdisk::control::Request;
 use vdisk::image::{self, Identity, Role};
 use vdisk::storage::{Storage, holders};
 use vdisk::{ErrorKind, Result};
 
 use super::snapshot::show;
-use super::{output, size};
+use super::{held, output, size};
 
 /// Show what a disk is: format, sizes, what it stands on, who holds it.
 #[derive(ClapArgs)]
@@ -34,6 +35,9 @@ struct Report {
     #[serde(flatten)]
     layer: LayerReport,
     holders: Vec<Holder>,
+    /// What the process that holds it says, where it can be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held: Option<serde_json::Value>,
     /// Oldest first.
     snapshots: Vec<Snapshot>,
     /// What is kept aside for undo.
@@ -125,11 +129,18 @@ pub fn run(args: &Args) -> Result<u8> {
         }
     };
     let kept = Family::read(&args.disk)?.as_ref().map_or(Ok(None), snapshot::kept_aside)?;
+    // What cannot be asked is shown as its file says.
+    let held = held::ask(&args.disk, &Request::Info).unwrap_or_default();
+    let mut layer = LayerReport::of(&head)?;
+    if let Some(size) = held.as_ref().and_then(|h| h.get("virtual_size")?.as_u64()) {
+        layer.virtual_size = size;
+    }
     let report = Report {
         kept_aside: kept.as_ref().map(show::kept_value),
         kept: kept.as_ref().map(show::kept_text),
-        layer: LayerReport::of(&head)?,
+        layer,
         holders,
+        held,
         snapshots: snapshots(&args.disk)?,
         clones: clones(&args.disk)?,
         chain: layers,
@@ -293,6 +304,19 @@ impl Report {
         self.layer.text(&mut out);
         for Holder { pid, command } in &self.holders {
             let _ = writeln!(out, "in use by: {command} (pid {pid})");
+        }
+        let said = |of: &serde_json::Value, key: &str| Some(of.get(key)?.as_str()?.to_owned());
+        if let Some(doing) = self.held.as_ref().and_then(|h| said(h, "doing")) {
+            let _ = writeln!(out, "held as: {doing}");
+        }
+        if let Some(running) = self.held.as_ref().and_then(|h| h.get("running")) {
+            let number = |key: &str| running.get(key).and_then(serde_json::Value::as_u64);
+            if let Some(what) = said(running, "what") {
+                let (done, total) =
+                    (number("done").unwrap_or_default(), number("total").unwrap_or_default());
+                let (done, total) = (size::human(done), size::human(total));
+                let _ = writeln!(out, "under way: {what} ({done} of {total})");
+            }
         }
         for one in &self.snapshots {
             let _ = writeln!(out, "snapshot: {} ({})", one.name, size::human(one.allocated_size));

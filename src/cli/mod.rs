@@ -7,15 +7,17 @@ mod boot;
 mod bytes;
 mod check;
 mod clone;
+mod compact;
 mod compare;
 mod convert;
 mod create;
 mod disk;
+mod held;
+mod holding;
 mod info;
 mod map;
 mod memory;
 mod mount;
-mod mount_control;
 mod mount_daemon;
 mod mount_snapshots;
 mod output;
@@ -66,6 +68,7 @@ enum Verb {
     Info(info::Args),
     Check(check::Args),
     Map(map::Args),
+    Compact(compact::Args),
     Compare(compare::Args),
     Convert(convert::Args),
     Resize(resize::Args),
@@ -121,6 +124,7 @@ pub fn run() -> ExitCode {
         Verb::Info(args) => info::run(args),
         Verb::Check(args) => check::run(args),
         Verb::Map(args) => map::run(args),
+        Verb::Compact(args) => compact::run(args),
         Verb::Compare(args) => compare::run(args),
         Verb::Convert(args) => convert::run(args),
         Verb::Resize(args) => resize::run(args),

@@ -7,14 +7,16 @@ use std::sync::Arc;
 
 use nix::sys::signal::{SigSet, Signal};
 use vdisk::block::BlockDevice;
+use vdisk::chain::Chain;
+use vdisk::control::{self, Kind, place};
 use vdisk::mount::volume::{DeviceVolume, Lost};
 use vdisk::mount::{AttachOptions, Attached, attach, table, unmount};
 use vdisk::{Error, ErrorKind, Result};
 use vdisk_fuse::{Caching, Options, Server, Tree};
 
 use super::disk::{self, Use};
+use super::holding::{self, Bystander, Files, Whole};
 use super::mount::Args;
-use super::mount_control::Control;
 use super::{mount_snapshots, umount};
 
 /// The word on standard output when the mount can be used.
@@ -26,7 +28,8 @@ const THREADS: usize = 4;
 pub fn run(args: &Args) -> Result<u8> {
     leave_caller();
     let ending = catch_endings()?;
-    let device = open(args)?;
+    let chain = open(args)?;
+    let device: Arc<dyn BlockDevice> = chain.clone();
     let (mount, number) = if args.raw {
         let mount = Raw::mount(device, args)?;
         let number = table::at(&args.dir).map(|mount| mount.device);
@@ -42,7 +45,7 @@ pub fn run(args: &Args) -> Result<u8> {
     let number = number
         .ok_or_else(|| Error::new(ErrorKind::Io, "the mount is gone already").at_path(&args.dir));
     let started = number.and_then(|number| {
-        let control = Control::listen(&number)?;
+        let control = listen(&chain, args, &number)?;
         unmount_when_asked(ending, args.dir.clone(), number)?;
         announced(control)
     });
@@ -53,9 +56,24 @@ pub fn run(args: &Args) -> Result<u8> {
             return Err(error);
         }
     };
+    drop(chain);
     let result = mount.wait();
     control.end(&result);
     result.map(|()| 0)
+}
+
+/// Makes the mount's control socket: for `umount`, and for whoever wants something of the disk.
+fn listen(chain: &Arc<Chain>, args: &Args, number: &str) -> Result<control::Server> {
+    let doing = format!("mounted at {}", args.dir.display());
+    let kind: Arc<dyn Kind> = match args.raw {
+        true => Arc::new(Whole::new(doing, "who uses its file", || {})),
+        false => Arc::new(Files::new(doing, &args.dir, number)?),
+    };
+    let own = place::mount(number);
+    match holding::serve(chain, &args.disk, kind)? {
+        None => control::Server::listen(&own, Arc::new(Bystander)),
+        Some(server) => server.also(&own).map(|()| server),
+    }
 }
 
 /// What is served.
@@ -182,7 +200,7 @@ fn unmount_when_asked(ending: SigSet, dir: PathBuf, number: String) -> Result<()
 }
 
 /// Tells the caller that the mount can be used, and lets go of his output.
-fn announced(control: Control) -> Result<Control> {
+fn announced(control: control::Server) -> Result<control::Server> {
     let mut out = std::io::stdout();
     let failed = |e| Error::io("the caller is gone", e);
     writeln!(out, "{READY}").and_then(|()| out.flush()).map_err(failed)?;
@@ -192,7 +210,7 @@ fn announced(control: Control) -> Result<Control> {
     Ok(control)
 }
 
-fn open(args: &Args) -> Result<Arc<dyn BlockDevice>> {
+fn open(args: &Args) -> Result<Arc<Chain>> {
     let using = Use {
         write: args.ephemeral || !(args.read_only || args.snapshot.is_some()),
         ephemeral: args.ephemeral,
@@ -200,5 +218,5 @@ fn open(args: &Args) -> Result<Arc<dyn BlockDevice>> {
         format: None,
         ..Use::default()
     };
-    Ok(disk::open(&args.disk, &using)?)
+    disk::open(&args.disk, &using)
 }

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use vdisk::block::BlockDevice;
-use vdisk::{Error, Result};
+use vdisk::control::Request;
+use vdisk::{Error, ErrorKind, Result};
 
 use super::disk::{self, Use};
-use super::{output, size};
+use super::{held, output, size};
 
 /// Change the size of a disk.
 #[derive(ClapArgs)]
@@ -38,8 +39,15 @@ fn parse(text: &str) -> std::result::Result<Change, String> {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
-    let disk = disk::open(&args.disk, &Use::writing())?;
-    let old = disk.size();
+    // Who holds the disk knows its size; else it is opened.
+    let (disk, old) = match held::ask(&args.disk, &Request::Info)? {
+        Some(info) => (None, held::number(&info, "virtual_size")?),
+        None => {
+            let disk = disk::open(&args.disk, &Use::writing())?;
+            let old = disk.size();
+            (Some(disk), old)
+        }
+    };
     let new = match args.size {
         Change::To(size) => Some(size),
         Change::Grow(more) => old.checked_add(more).filter(|s| *s < 1 << 63),
@@ -57,7 +65,16 @@ pub fn run(args: &Args) -> Result<u8> {
         );
         return Err(Error::invalid(message).at_path(&args.disk));
     }
-    disk.resize(new)?;
+    match disk {
+        Some(disk) => disk.resize(new)?,
+        None => {
+            let asked = held::ask(&args.disk, &Request::Resize { size: new })?;
+            asked.ok_or_else(|| {
+                let text = "was in use a moment ago and is not any more: try again";
+                Error::new(ErrorKind::InUse, text).at_path(&args.disk)
+            })?;
+        }
+    }
     output::text(&format!("{}: {old} -> {new} bytes\n", args.disk.display()))?;
     Ok(0)
 }

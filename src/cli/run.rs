@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args as ClapArgs;
 use vdisk::Result;
@@ -10,6 +11,7 @@ use vdisk::container::{self, Limits, Space, Spec};
 use vdisk::mount::{self, AttachOptions};
 
 use super::disk::{self, Use};
+use super::holding::{self, Files};
 use super::size;
 
 /// Run a command as a container whose root is a disk.
@@ -84,12 +86,21 @@ pub fn run(args: &Args) -> Result<u8> {
         ..AttachOptions::default()
     };
     let root = space.root();
-    let attached = mount::attach(device, &options, &root).map_err(|e| e.at_path(&args.disk))?;
+    let attached =
+        mount::attach(device.clone(), &options, &root).map_err(|e| e.at_path(&args.disk))?;
     // Another disk's `umount` is not to wait until this container ends.
     mount::table::drop_copies(&root);
+    let doing = format!("the root of a container ({})", args.command[0].to_string_lossy());
+    let files = Files::new(doing, &root, &attached.loop_device())?;
+    let disk = std::path::absolute(&args.disk).unwrap_or_else(|_| args.disk.clone());
+    let control = holding::serve(&device, &disk, Arc::new(files))?;
+    drop(device);
     let outcome = space.run(&root, &spec(args));
     // A write that was lost must not hide behind the command's success.
     let detached = attached.detach().map_err(|e| e.at_path(&args.disk));
+    if let Some(control) = control {
+        control.end(&detached);
+    }
     let outcome = outcome?;
     if let Some(error) = outcome.not_started {
         eprintln!("vdisk: {error}");

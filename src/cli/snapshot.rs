@@ -1,5 +1,6 @@
 //! `vdisk snapshot`: restore points of a disk, which is named by its head.
 
+mod live;
 pub mod show;
 
 use std::io::IsTerminal;
@@ -38,6 +39,8 @@ enum Verb {
     Merge(MergeArgs),
     /// Give a snapshot another name.
     Rename(RenameArgs),
+    /// List what was written since NAME, or between NAME and NAME2.
+    Diff(live::DiffArgs),
     /// Take back the last delete, merge or revert, while what it dropped is kept aside.
     Undo(UndoArgs),
     /// Let go of what is kept aside for undo, and give its space back.
@@ -53,6 +56,9 @@ struct CreateArgs {
     /// What to remember about it.
     #[arg(long, default_value = "")]
     description: String,
+    /// Bring the mounted file system to rest for the moment of the snapshot.
+    #[arg(long)]
+    freeze: bool,
 }
 
 #[derive(ClapArgs)]
@@ -126,6 +132,9 @@ struct MergeArgs {
     disk: PathBuf,
     /// The snapshot.
     name: String,
+    /// Copy at most so much in a second while the disk is in use, such as 50M.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    rate: Option<u64>,
     /// Give back what was copied as soon as it is durable, though there is space for all of it.
     #[arg(long)]
     in_batches: bool,
@@ -165,6 +174,9 @@ struct RenameArgs {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
+    if live::run(args)? {
+        return Ok(0);
+    }
     match &args.verb {
         Verb::Create(a) => snapshot::create(&a.disk, &a.name, &a.description)?,
         Verb::List(a) => list(a)?,
@@ -184,6 +196,7 @@ pub fn run(args: &Args) -> Result<u8> {
         Verb::Rename(a) => snapshot::rename_snapshot(&a.disk, &a.old, &a.new)?,
         Verb::Undo(a) => carry_out(&snapshot::plan_undo(&a.disk, a.keep.as_deref())?, &a.plan)?,
         Verb::Forget(a) => carry_out(&snapshot::plan_forget(&a.disk)?, &a.plan)?,
+        Verb::Diff(a) => live::diff(a)?,
     }
     Ok(0)
 }

@@ -1,18 +1,15 @@
 //! `vdisk umount`: ends a mount of `vdisk mount`; returns when everything is durable and the
 //! disk is free.
 
-use std::io::{ErrorKind as IoErrorKind, Read};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
+use vdisk::control::{self, Connection, Request, place};
 use vdisk::mount::table::{self, Kind};
 use vdisk::mount::{busy, unmount};
 use vdisk::{Error, ErrorKind, Result};
-
-use super::mount_control::{DONE, FAILED, connect};
 
 /// How long the serving process may take to end. What programs have written is durable before
 /// this begins.
@@ -38,7 +35,9 @@ pub fn run(args: &Args) -> Result<u8> {
         return Err(Error::invalid(text).at_path(&args.dir));
     };
     let device = kind.device();
-    match (connect(device)?, release(&dir, &kind)) {
+    // Asked before: what happens from then on is told.
+    let server = control::ask_at(&place::mount(device), &Request::Wait)?;
+    match (server, release(&dir, &kind)) {
         (Some(server), result) => {
             result?;
             wait(server, device).map_err(|error| error.at_path(&args.dir))?;
@@ -109,29 +108,15 @@ fn fusermount(dir: &Path, options: &[&str]) -> Result<()> {
 }
 
 /// Waits for the serving process to say how it ended.
-fn wait(mut server: UnixStream, device: &str) -> Result<()> {
-    let broken = |e| Error::io("lost the process that served the mount", e);
+fn wait(server: Connection, device: &str) -> Result<()> {
     let begun = Instant::now();
-    let mut said = Vec::new();
-    let mut told = false;
-    server.set_read_timeout(Some(QUIET)).map_err(broken)?;
-    loop {
-        match server.read_to_end(&mut said) {
-            Ok(_) => return ended(&String::from_utf8_lossy(&said)),
-            Err(e) if matches!(e.kind(), IoErrorKind::WouldBlock | IoErrorKind::Interrupted) => {}
-            Err(e) => return Err(broken(e)),
+    let (mut told, mut next, mut holders) = (false, QUIET, Vec::new());
+    let ended = control::wait_for(server, &mut |_, _| {
+        if begun.elapsed() < next {
+            return true;
         }
-        let holders = busy::namespaces(device);
-        if begun.elapsed() > PATIENCE {
-            let text = match holders.is_empty() {
-                true => "unmounted, but the process that serves the disk has not ended".into(),
-                false => format!(
-                    "unmounted here, but still mounted in the mount namespace of {}",
-                    holders.join(", ")
-                ),
-            };
-            return Err(Error::new(ErrorKind::InUse, text));
-        }
+        next += QUIET;
+        holders = busy::namespaces(device);
         if !told {
             match holders.is_empty() {
                 true => eprintln!("vdisk: waiting until everything is durable"),
@@ -142,18 +127,23 @@ fn wait(mut server: UnixStream, device: &str) -> Result<()> {
             }
             told = true;
         }
+        begun.elapsed() < PATIENCE
+    });
+    if begun.elapsed() > PATIENCE {
+        let text = match holders.is_empty() {
+            true => "unmounted, but the process that serves the disk has not ended".into(),
+            false => format!(
+                "unmounted here, but still mounted in the mount namespace of {}",
+                holders.join(", ")
+            ),
+        };
+        return Err(Error::new(ErrorKind::InUse, text));
     }
-}
-
-fn ended(said: &str) -> Result<()> {
-    let said = said.trim_end();
-    if said == DONE {
-        return Ok(());
-    }
-    let text = match said.strip_prefix(FAILED) {
-        Some(why) => format!("unmounted, but not without loss: {why}"),
-        None => "unmounted, but the process that served it died before everything was durable"
-            .to_owned(),
+    let lost = |_| {
+        let text = "unmounted, but the process that served it died before everything was durable";
+        Error::new(ErrorKind::Io, text)
     };
-    Err(Error::new(ErrorKind::Io, text))
+    ended
+        .map_err(lost)?
+        .map_err(|why| Error::new(ErrorKind::Io, format!("unmounted, but not without loss: {why}")))
 }

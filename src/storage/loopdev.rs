@@ -8,8 +8,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use linux_raw_sys::loop_device::{
-    _bindgen_ty_1 as Flag, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64, loop_config,
-    loop_info64,
+    _bindgen_ty_1 as Flag, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64, LOOP_SET_CAPACITY,
+    loop_config, loop_info64,
 };
 use nix::errno::Errno;
 
@@ -23,6 +23,7 @@ mod ioctl {
 
     nix::ioctl_none_bad!(ctl_get_free, LOOP_CTL_GET_FREE);
     nix::ioctl_write_ptr_bad!(configure, LOOP_CONFIGURE, loop_config);
+    nix::ioctl_none_bad!(set_capacity, LOOP_SET_CAPACITY);
     nix::ioctl_read_bad!(get_status, LOOP_GET_STATUS64, loop_info64);
 }
 
@@ -116,6 +117,21 @@ fn config(file: BorrowedFd<'_>, options: &LoopOptions) -> Result<loop_config> {
         *to = *from;
     }
     Ok(config)
+}
+
+/// Makes the loop device at `path` as long as its file is by now.
+pub fn update_size(path: &Path) -> Result<()> {
+    let failed = |e| Error::io("cannot change the loop device's size", e).at_path(path);
+    let device = File::options().read(true).write(true).open(path).map_err(failed)?;
+    // SAFETY: the struct is plain numbers and arrays of them; all zeroes is its empty value.
+    let mut info: loop_info64 = unsafe { std::mem::zeroed() };
+    // To say what it shows, the kernel asks for the file's attributes: its size is known then.
+    // SAFETY: the kernel writes at most the struct, which outlives the call.
+    unsafe { ioctl::get_status(device.as_raw_fd(), &mut info) }
+        .map_err(|e| failed(io::Error::from(e)))?;
+    // SAFETY: this request takes no argument.
+    let done = unsafe { ioctl::set_capacity(device.as_raw_fd()) };
+    done.map(drop).map_err(|e| failed(io::Error::from(e)))
 }
 
 /// The name that [`LoopOptions::name`] gave to the loop device at `path`; `None` where the

@@ -4,6 +4,7 @@
 
 pub mod draft;
 mod file;
+pub mod freeze;
 mod lend;
 mod lock;
 pub mod loopdev;

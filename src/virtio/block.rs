@@ -38,8 +38,8 @@ impl Id {
 
 /// A block device with one worker thread for each queue.
 ///
-/// Its configuration space stays as it was when the device was made: a disk that grows meanwhile
-/// is seen at its new size by the next device.
+/// Its configuration space stays as it was when the device was made, or last
+/// [refreshed](VirtioDevice::refresh): then a disk that has grown is seen at its new size.
 pub struct Block {
     disk: Arc<dyn BlockDevice>,
     id: Id,
@@ -73,6 +73,10 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         config::read(&self.space, offset, data);
+    }
+
+    fn refresh(&mut self) {
+        self.space = config::space(&*self.disk, self.queues);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {

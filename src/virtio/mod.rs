@@ -75,6 +75,9 @@ pub trait VirtioDevice: Send {
     /// Fills `data` from the configuration space at `offset`; zeroes past its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
+    /// Takes over into the configuration space what has changed since.
+    fn refresh(&mut self) {}
+
     /// Starts to serve the queues.
     fn activate(&mut self, activation: Activation) -> Result<()>;
 

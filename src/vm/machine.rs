@@ -57,6 +57,11 @@ impl Parts {
         Ok(Parts { memory, ports, registers: Bus::default(), console, transports: Vec::new() })
     }
 
+    /// The devices with their registers, in the order in which they were added.
+    pub fn transports(&self) -> Vec<Arc<Transport>> {
+        self.transports.iter().map(|slot| Arc::clone(&slot.transport)).collect()
+    }
+
     /// Where the devices are.
     pub fn places(&self) -> Vec<Place> {
         let place = |slot: &Slot| Place { base: slot.base, len: mmio::LEN, irq: slot.irq };

@@ -96,6 +96,9 @@ struct State {
     accepted_half: u32,
     queues: Vec<Queue>,
     selected: u32,
+    /// Changes with the configuration space, so that a driver notices that it has read parts of two
+    /// (virtio 2.5.1).
+    generation: u32,
 }
 
 impl Transport {
@@ -119,6 +122,7 @@ impl Transport {
             accepted_half: 0,
             queues,
             selected: 0,
+            generation: 0,
         };
         Ok(Transport { memory, line: Arc::new(line), kicks, offered, state: Mutex::new(state) })
     }
@@ -131,6 +135,17 @@ impl Transport {
     /// Signalled when the guest's interrupt is to be raised.
     pub fn irq(&self) -> &EventFd {
         &self.line.irq
+    }
+
+    /// Tells the driver that the device's configuration space has changed.
+    pub fn reconfigure(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.device.refresh();
+        state.generation = state.generation.wrapping_add(1);
+        // Before the driver has seen the device there is nothing to tell (virtio 2.1.2).
+        if state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            self.line.raise(VIRTIO_MMIO_INT_CONFIG);
+        }
     }
 
     /// Stops the device. When it returns, the device touches the guest's memory no more.
@@ -160,8 +175,7 @@ impl Transport {
             VIRTIO_MMIO_STATUS => self.status(state),
             // There is no shared memory: all ones for its length and its base (virtio 4.2.2.1).
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            // The configuration space of a running device never changes.
-            VIRTIO_MMIO_CONFIG_GENERATION => 0,
+            VIRTIO_MMIO_CONFIG_GENERATION => state.generation,
             _ => 0,
         }
     }

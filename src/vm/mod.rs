@@ -4,7 +4,7 @@
 //! guest prints, to where its caller says.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use kvm_ioctls::Kvm;
 
@@ -74,6 +74,7 @@ pub struct Config {
 pub struct Guest {
     machine: Machine,
     disks: Vec<Arc<dyn BlockDevice>>,
+    devices: Vec<Arc<Transport>>,
     console: Arc<Console>,
     input: OwnedFd,
     control: Arc<Control>,
@@ -114,13 +115,25 @@ impl Guest {
         let payload = Payload { kernel: config.kernel, initrd: config.initrd, command_line: line };
         acpi::write(&memory, config.cpus, &parts.places())?;
         let entry = boot::load(&memory, &payload)?;
+        let devices = parts.transports();
         let machine = Machine::new(&kvm, parts, config.cpus, entry)?;
-        Ok(Guest { machine, disks, console, input: config.console.input, control })
+        Ok(Guest { machine, disks, devices, console, input: config.console.input, control })
     }
 
     /// What ends the guest from outside, from any thread.
     pub fn control(&self) -> Arc<Control> {
         Arc::clone(&self.control)
+    }
+
+    /// What tells the guest that its disk number `disk`, from 0, has another size; from any thread,
+    /// and without effect once the guest has ended.
+    pub fn announce_size(&self, disk: usize) -> impl Fn() + Send + Sync + 'static {
+        let device = self.devices.get(disk).map(Arc::downgrade);
+        move || {
+            if let Some(device) = device.as_ref().and_then(Weak::upgrade) {
+                device.reconfigure();
+            }
+        }
     }
 
     /// Runs the guest to its end. When this returns, all it wrote is durable and the terminal is as

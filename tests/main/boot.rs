@@ -309,6 +309,29 @@ fn a_signal_ends_the_guest_and_its_writes_are_kept() {
 }
 
 #[test]
+fn the_disk_of_a_guest_takes_a_snapshot_and_grows_while_it_runs() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let mut booted = Booted::waiting(&work);
+    work.vdisk("snapshot create clone.qcow2 now").succeeds();
+    work.vdisk("snapshot create clone.qcow2 later --freeze").fails(&["the guest's", "fsfreeze"]);
+    let info = work.vdisk("info clone.qcow2").succeeds().out();
+    assert!(info.contains("held as: disk 0 of a guest"), "{info}");
+    work.vdisk("resize clone.qcow2 +1M").succeeds();
+    work.vdisk("snapshot merge clone.qcow2 now").succeeds();
+    booted.signal(Signal::SIGTERM);
+    assert_eq!(booted.status(), Some(0));
+    if have(Need::Qemu) {
+        work.qemu_img("check clone.qcow2").succeeds();
+    }
+    let size = work.vdisk("info clone.qcow2").succeeds().out();
+    assert!(size.contains(&(DISK + (1 << 20)).to_string()), "{size}");
+    assert_base_unchanged(&work);
+}
+
+#[test]
 fn a_guest_that_sleeps_takes_no_time_also_at_the_end_of_its_input() {
     if !can_boot() {
         return;

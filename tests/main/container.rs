@@ -407,6 +407,25 @@ fn a_signal_to_vdisk_ends_the_program_and_leaves_nothing() {
 }
 
 #[test]
+fn a_disk_in_a_container_takes_a_snapshot_and_grows() {
+    if !able() {
+        return;
+    }
+    let work = work();
+    let container = Container::start(&work, "", "echo before > /root/when;", "7411");
+    work.vdisk("snapshot create web.qcow2 before --freeze").succeeds();
+    let info = work.vdisk("info web.qcow2").succeeds().out();
+    assert!(info.contains("held as: the root of a container"), "{info}");
+    work.vdisk("resize web.qcow2 +16M").succeeds();
+    work.vdisk("snapshot revert web.qcow2 before --yes").fails(&["is in use"]);
+    work.run("kill", ["-9", &container.program.to_string()]).succeeds();
+    container.ends_clean();
+    work.vdisk("snapshot revert web.qcow2 before --yes").succeeds();
+    assert_eq!(sh(&work, "", "cat /root/when").succeeds().out(), "before\n");
+    work.qemu_img("check web.qcow2").succeeds();
+}
+
+#[test]
 fn a_signal_at_any_moment_of_the_start_ends_it() {
     if !able() {
         return;

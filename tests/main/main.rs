@@ -24,6 +24,7 @@ mod exports;
 mod formats;
 mod inspect;
 mod interop;
+mod live;
 mod mount;
 mod mount_raw;
 mod pictures;

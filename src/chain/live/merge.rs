@@ -11,9 +11,10 @@
 //! Then the layers are exchanged in memory in one moment, and after that the files say so. What a
 //! crash leaves at any point, the next open finishes, as for an idle disk.
 
+use std::fs::FileTimes;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::{Live, Turn};
 use crate::addr::GuestOffset;
@@ -93,7 +94,26 @@ impl Drop for Alone {
 /// A frozen layer of the chain that is written by a second way in. Nobody else has it meanwhile.
 struct Writer {
     chain: Chain,
+    _time: Option<KeptTime>,
     _alone: Alone,
+}
+
+/// Gives a file that shows what it showed the time of its last write back: clones that stand on it
+/// go on taking it for what it is.
+struct KeptTime(Arc<FileStorage>, SystemTime);
+
+impl KeptTime {
+    fn of(layer: &Layer) -> Option<KeptTime> {
+        let modified = layer.file.file().metadata().and_then(|meta| meta.modified()).ok()?;
+        Some(KeptTime(layer.file.clone(), modified))
+    }
+}
+
+impl Drop for KeptTime {
+    fn drop(&mut self) {
+        // Where that fails, the clones ask the user what to make of it.
+        let _ = self.0.file().set_times(FileTimes::new().set_modified(self.1));
+    }
 }
 
 impl Writer {
@@ -105,6 +125,7 @@ impl Writer {
             return Err(Error::unsupported(message).at_path(&layer.path));
         }
         let alone = Alone::with(layer)?;
+        let time = if same_contents { KeptTime::of(layer) } else { None };
         let options = FileOptions { access: None, write: true };
         let file = Arc::new(FileStorage::open(&layer.path, options)?);
         if file.identity()? != layer.file.identity()? {
@@ -114,7 +135,8 @@ impl Writer {
         let options = OpenOptions { same_contents, format: Some(layer.format), ..unprotected() };
         let head = open_file(&layer.path, file, &options)?;
         let memory = OpenOptions::default().cache / 2;
-        Ok(Writer { chain: Chain::new(head, layers[number + 1..].to_vec(), memory), _alone: alone })
+        let chain = Chain::new(head, layers[number + 1..].to_vec(), memory);
+        Ok(Writer { chain, _time: time, _alone: alone })
     }
 
     fn image(&self) -> Arc<dyn Image> {

@@ -75,7 +75,6 @@ impl Live {
         let frozen = user.map(|user| user.freeze().map(|()| Frozen(user))).transpose()?;
         let unsettled = self.chain.unsettle();
         let before = self.chain.put_on(next.layer.clone(), next.below.clone());
-        drop(frozen);
         let pause = before.pause;
         let old = next.below.clone();
         if let Err(error) = self.mark_old(&next) {
@@ -92,6 +91,8 @@ impl Live {
         // doubt if this fails: nothing more may be called durable.
         sync_directory(&self.path).inspect_err(|_| self.chain.lose())?;
         drop(unsettled);
+        // Only now: to go on, a file system flushes, and flushes wait until the new head is found.
+        drop(frozen);
         drop((before, next.below));
         self.let_others_read(old);
         Ok(pause)

@@ -1,0 +1,79 @@
+//! `vdisk compact`: a disk's unused space, given back to the host.
+
+use std::path::PathBuf;
+
+use clap::Args as ClapArgs;
+use serde_json::json;
+use vdisk::chain::Compacted;
+use vdisk::control::Request;
+use vdisk::image::Repair;
+use vdisk::{Error, Result};
+
+use super::disk::{self, Use};
+use super::output::{self, Progress};
+use super::{held, size, stop};
+
+/// Give a disk's unused space back to the host: clusters that read as zeroes, free clusters, the
+/// file's tail.
+///
+/// What the disk shows does not change, and it may be in use meanwhile. An interruption keeps what
+/// was given back by then.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The disk.
+    disk: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<u8> {
+    let stop = stop::on_signals()?;
+    let asked = held::ask_long(&args.disk, &Request::Compact, "compacting", &stop)?;
+    let done = match asked {
+        Some(answer) => Compacted {
+            zeroes: held::number(&answer, "zeroes")?,
+            before: held::number(&answer, "before")?,
+            after: held::number(&answer, "after")?,
+        },
+        None => idle(args, &stop)?,
+    };
+    let Compacted { zeroes, before, after } = done;
+    let freed = before.saturating_sub(after);
+    if args.json {
+        output::json(&json!({
+            "allocated_before": before,
+            "allocated_after": after,
+            "freed": freed,
+            "zeroes_unmapped": zeroes,
+        }))?;
+    } else {
+        let text = format!(
+            "{}: {} given back, {} left ({} of zeroes unmapped)\n",
+            args.disk.display(),
+            size::human(freed),
+            size::human(after),
+            size::human(zeroes)
+        );
+        output::text(&text)?;
+    }
+    Ok(0)
+}
+
+fn idle(args: &Args, stop: &stop::Stop) -> Result<Compacted> {
+    let disk = disk::open(&args.disk, &Use::writing())?;
+    // What is counted as free is punched: it had better be.
+    if disk.head().image.details().is_some() {
+        let check = disk.head().image.check(Repair::None)?;
+        if check.corruptions > 0 || check.errors > 0 {
+            let text = "is corrupt: `vdisk check --repair all` comes first";
+            return Err(Error::corrupt(text).at_path(&args.disk));
+        }
+    }
+    let mut bar: Option<Progress> = None;
+    disk.compact(&mut |done, total| {
+        bar.get_or_insert_with(|| Progress::new("compacting", total)).at(done);
+        !stop.asked()
+    })
+}

@@ -1,0 +1,198 @@
+//! What a command that holds a disk adds to its control: who its user is, and how he is told.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use vdisk::chain::Chain;
+use vdisk::chain::live::{Live, Quiesce};
+use vdisk::control::{Holder, Kind, Named, Request, Server, Service};
+use vdisk::storage::{freeze, loopdev};
+use vdisk::{Error, ErrorKind, Result};
+
+/// How long it may take until all that was written has reached the disk and the file system is at
+/// rest.
+const TO_FREEZE: Duration = Duration::from_secs(30);
+/// How long the kernel may believe the size of a file in our FUSE mounts.
+const BELIEF: Duration = Duration::from_millis(1200);
+
+/// Serves commands about `chain`, the disk at `path`, which is written for `kind`; nothing where its
+/// changes go elsewhere.
+pub fn serve(chain: &Arc<Chain>, path: &Path, kind: Arc<dyn Kind>) -> Result<Option<Server>> {
+    match Live::new(chain.clone(), path) {
+        Ok(live) => Holder::listen(live, kind).map(Some),
+        Err(e) if matches!(e.kind(), ErrorKind::ReadOnly | ErrorKind::Invalid) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// A process that only says when it ends: nothing can be done to its disk.
+pub struct Bystander;
+
+impl Service for Bystander {
+    fn holds(&self, _: Named) -> bool {
+        false
+    }
+
+    fn serve(&self, _: &Request, _: &mut dyn FnMut(u64, u64) -> bool) -> Result<serde_json::Value> {
+        Err(Error::unsupported("nothing can be done to what is mounted here"))
+    }
+}
+
+/// The file system in a disk, mounted on a loop device.
+pub struct Files {
+    /// What it is mounted for.
+    doing: String,
+    at: PathBuf,
+    /// The loop device's number.
+    number: u32,
+    /// What the mount's root says its device is: somebody else's mount may stand there by now.
+    device: u64,
+}
+
+impl Files {
+    /// The file system at `at`, on the loop device `7:N`.
+    pub fn new(doing: String, at: &Path, loop_device: &str) -> Result<Files> {
+        let number = loop_device.strip_prefix("7:").and_then(|n| n.parse().ok());
+        let number = number.ok_or_else(|| Error::invalid("a mount without a loop device"))?;
+        let device = apart(|| device_of(&open(at)?))?;
+        Ok(Files { doing, at: at.to_path_buf(), number, device })
+    }
+
+    /// Calls `work` with the root of the mount, if it is still there.
+    fn with_root(
+        at: &Path,
+        device: u64,
+        work: impl FnOnce(&File) -> Result<()> + Send,
+    ) -> Result<()> {
+        apart(|| {
+            let root = open(at)?;
+            if device_of(&root)? != device {
+                let text = "what is mounted there is not this disk's file system any more";
+                return Err(Error::new(ErrorKind::NotFound, text).at_path(at));
+            }
+            work(&root)
+        })
+    }
+}
+
+/// Runs what waits for file systems that this process serves itself.
+fn apart<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    vdisk_fuse::sys::apart(None, work).map_err(|e| Error::io("cannot start a thread", e)).flatten()
+}
+
+fn open(at: &Path) -> Result<File> {
+    File::open(at).map_err(|e| Error::io("could not be opened", e).at_path(at))
+}
+
+fn device_of(file: &File) -> Result<u64> {
+    Ok(file.metadata().map_err(|e| Error::io("could not be examined", e))?.dev())
+}
+
+impl Quiesce for Files {
+    fn freeze(&self) -> Result<()> {
+        let (told, heard) = mpsc::channel();
+        let given_up = Arc::new(AtomicBool::new(false));
+        let (at, device, over) = (self.at.clone(), self.device, given_up.clone());
+        let work = move || {
+            let done = Files::with_root(&at, device, freeze::freeze);
+            let frozen = done.is_ok();
+            let _ = told.send(done);
+            if frozen && over.load(Ordering::SeqCst) {
+                let _ = Files::with_root(&at, device, freeze::thaw);
+            }
+        };
+        std::thread::Builder::new()
+            .name("freeze".into())
+            .spawn(work)
+            .map_err(|e| Error::io("cannot start a thread", e))?;
+        match heard.recv_timeout(TO_FREEZE) {
+            Ok(done) => done,
+            Err(_) => {
+                given_up.store(true, Ordering::SeqCst);
+                // It may have come to rest in the meantime, before it could hear that.
+                if heard.try_recv().is_ok_and(|done| done.is_ok()) {
+                    self.thaw();
+                }
+                let text = format!(
+                    "the file system did not come to rest within {} seconds: no snapshot was taken",
+                    TO_FREEZE.as_secs()
+                );
+                Err(Error::new(ErrorKind::Io, text).at_path(&self.at))
+            }
+        }
+    }
+
+    fn thaw(&self) {
+        for _ in 0..3 {
+            if Files::with_root(&self.at, self.device, freeze::thaw).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Kind for Files {
+    fn doing(&self) -> String {
+        self.doing.clone()
+    }
+
+    fn quiesce(&self) -> Result<&dyn Quiesce> {
+        Ok(self)
+    }
+
+    fn resized(&self, _: u64) -> Result<()> {
+        let device = PathBuf::from(format!("/dev/loop{}", self.number));
+        let size = || std::fs::read_to_string(format!("/sys/block/loop{}/size", self.number)).ok();
+        let before = size();
+        apart(|| loopdev::update_size(&device))?;
+        if size() == before {
+            // The kernel may have asked for the size just before; a partition keeps its own.
+            std::thread::sleep(BELIEF);
+            apart(|| loopdev::update_size(&device))?;
+        }
+        Ok(())
+    }
+}
+
+/// A disk that its user sees as a whole, and whose file systems only he knows.
+pub struct Whole {
+    doing: String,
+    /// Whom to ask for rest.
+    user: &'static str,
+    resized: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Whole {
+    /// A disk used for `doing` by `user`; `resized` tells him that its size is another.
+    pub fn new(
+        doing: String,
+        user: &'static str,
+        resized: impl Fn() + Send + Sync + 'static,
+    ) -> Whole {
+        Whole { doing, user, resized: Box::new(resized) }
+    }
+}
+
+impl Kind for Whole {
+    fn doing(&self) -> String {
+        self.doing.clone()
+    }
+
+    fn quiesce(&self) -> Result<&dyn Quiesce> {
+        Err(Error::unsupported(format!(
+            "the file systems on the disk are {}'s: freeze them there (`fsfreeze`), or take the \
+             snapshot without --freeze",
+            self.user
+        )))
+    }
+
+    fn resized(&self, _: u64) -> Result<()> {
+        (self.resized)();
+        Ok(())
+    }
+}

@@ -1,0 +1,165 @@
+//! The asking side: finding the process that holds a disk, and asking it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, ErrorKind as IoErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::place;
+use super::wire::{MAX_ANSWER, Named, Question, Reply, Request};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How often a wait for an answer looks whether it is to go on.
+const BEAT: Duration = Duration::from_millis(100);
+/// How long a question may take to be taken.
+const TO_ASK: Duration = Duration::from_secs(10);
+/// How often a disk is looked for whose file changes while it is.
+const ATTEMPTS: usize = 5;
+
+/// Told the bytes done and to be done, and now and then nothing new; `false` cancels.
+pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
+
+/// Asks the process that holds `disk`, if there is one with a control socket.
+///
+/// # Errors
+/// What the holder says; [`ErrorKind::Interrupted`] where `progress` asked to stop.
+pub fn ask(disk: &Path, request: &Request, progress: &mut Progress<'_>) -> Result<Option<Value>> {
+    for _ in 0..ATTEMPTS {
+        let Ok(named) = place::named(disk) else { return Ok(None) };
+        for socket in sockets(&place::prefix(disk)?)? {
+            let Some(connection) = connect(&socket)? else { continue };
+            match connection.say(Some(named), request)?.answer(progress)? {
+                Answer::Done(answer) => return Ok(Some(answer)),
+                Answer::Failed(error) => return Err(error),
+                Answer::Elsewhere => {}
+            }
+        }
+        // A snapshot may have been taken while we looked: the disk is another file now.
+        if place::named(disk).ok() == Some(named) {
+            break;
+        }
+    }
+    Ok(None)
+}
+
+/// Asks at the socket `name`; `None` where nobody listens there.
+pub fn ask_at(name: &str, request: &Request) -> Result<Option<Connection>> {
+    match connect(&place::directory()?.join(name))? {
+        None => Ok(None),
+        Some(connection) => connection.say(None, request).map(Some),
+    }
+}
+
+/// Waits for what was asked: what the holder says in the end, how it ended. `progress` is called now
+/// and then and may stop the wait.
+///
+/// # Errors
+/// Where the holder cannot be heard any more.
+pub fn wait_for(connection: Connection, progress: &mut Progress<'_>) -> Result<Result<()>> {
+    connection.answer(progress).map(|answer| match answer {
+        Answer::Failed(error) => Err(error),
+        Answer::Done(_) | Answer::Elsewhere => Ok(()),
+    })
+}
+
+/// What a holder says in the end.
+enum Answer {
+    Done(Value),
+    Failed(Error),
+    Elsewhere,
+}
+
+impl Answer {
+    /// What a line says; `None` for one that does not end it.
+    fn of(reply: Reply) -> std::result::Result<Answer, (u64, u64)> {
+        match reply {
+            Reply::At { done, total } => Err((done, total)),
+            Reply::Done { result } => Ok(Answer::Done(result)),
+            Reply::Failed { kind, message } => Ok(Answer::Failed(Reply::error(&kind, message))),
+            Reply::Elsewhere => Ok(Answer::Elsewhere),
+        }
+    }
+}
+
+fn sockets(prefix: &str) -> Result<Vec<PathBuf>> {
+    let dir = place::directory()?;
+    let entries = fs::read_dir(&dir)
+        .map_err(|e| Error::io("cannot look for control sockets", e).at_path(&dir))?;
+    let names = entries.flatten().map(|e| e.file_name());
+    let ours = names.filter(|name| name.to_str().is_some_and(|name| name.starts_with(prefix)));
+    Ok(ours.map(|name| dir.join(name)).collect())
+}
+
+fn connect(socket: &Path) -> Result<Option<Connection>> {
+    match UnixStream::connect(socket) {
+        Ok(stream) => Ok(Some(Connection { stream, path: socket.to_path_buf() })),
+        Err(e) if e.kind() == IoErrorKind::NotFound => Ok(None),
+        // Left by a process that was killed.
+        Err(e) if e.kind() == IoErrorKind::ConnectionRefused => {
+            let _ = fs::remove_file(socket);
+            Ok(None)
+        }
+        Err(e) => Err(Error::io("cannot reach the process that holds the disk", e).at_path(socket)),
+    }
+}
+
+/// A connection to a holder.
+pub struct Connection {
+    stream: UnixStream,
+    path: PathBuf,
+}
+
+impl Connection {
+    fn say(self, disk: Option<Named>, request: &Request) -> Result<Connection> {
+        let question = Question { disk, request: request.clone() };
+        let mut line = serde_json::to_vec(&question)
+            .map_err(|e| Error::invalid(format!("cannot be asked: {e}")))?;
+        line.push(b'\n');
+        let mut stream = &self.stream;
+        let said = stream
+            .set_write_timeout(Some(TO_ASK))
+            .and_then(|()| stream.set_read_timeout(Some(BEAT)))
+            .and_then(|()| stream.write_all(&line));
+        said.map_err(|e| self.broken(e))?;
+        Ok(self)
+    }
+
+    fn broken(&self, e: std::io::Error) -> Error {
+        Error::io("lost the process that holds the disk", e).at_path(&self.path)
+    }
+
+    fn answer(self, progress: &mut Progress<'_>) -> Result<Answer> {
+        let mut reader = BufReader::new((&self.stream).take(MAX_ANSWER));
+        let (mut line, mut last, mut cancelled) = (Vec::new(), (0, 0), false);
+        loop {
+            match reader.read_until(b'\n', &mut line) {
+                Ok(_) if line.ends_with(b"\n") => match Answer::of(self.parse(&line)?) {
+                    Ok(answer) => return Ok(answer),
+                    Err(at) => last = at,
+                },
+                Ok(_) => return Err(self.broken(IoErrorKind::UnexpectedEof.into())),
+                Err(e)
+                    if matches!(e.kind(), IoErrorKind::WouldBlock | IoErrorKind::Interrupted) => {}
+                Err(e) => return Err(self.broken(e)),
+            }
+            if line.ends_with(b"\n") {
+                line.clear();
+            }
+            if !cancelled && !progress(last.0, last.1) {
+                // Anything said cancels; what becomes of it is still to be heard.
+                (&self.stream).write_all(b"cancel\n").map_err(|e| self.broken(e))?;
+                cancelled = true;
+            }
+        }
+    }
+
+    fn parse(&self, line: &[u8]) -> Result<Reply> {
+        serde_json::from_slice(line).map_err(|e| {
+            let text = format!("the process that holds the disk says nothing sensible: {e}");
+            Error::new(ErrorKind::Io, text).at_path(&self.path)
+        })
+    }
+}

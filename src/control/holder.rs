@@ -1,0 +1,141 @@
+//! A disk that this process holds, and what commands may ask of it.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::place;
+use super::server::{Names, Server, Service};
+use super::wire::{Named, Request};
+use crate::block::BlockDevice;
+use crate::chain::live::{Live, Quiesce};
+use crate::error::{Error, Result};
+
+/// What a disk is held for, and what has to follow when it changes.
+pub trait Kind: Send + Sync {
+    /// Such as `mounted at /mnt`.
+    fn doing(&self) -> String;
+
+    /// Who can bring the disk's file system to rest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) says why nobody here can.
+    fn quiesce(&self) -> Result<&dyn Quiesce>;
+
+    /// Tells the user of the disk its new size in bytes.
+    fn resized(&self, size: u64) -> Result<()>;
+}
+
+/// A disk held for something.
+pub struct Holder {
+    live: Live,
+    kind: Arc<dyn Kind>,
+    names: OnceLock<Names>,
+    /// What the names of its sockets begin with: a file without a label has another one from its
+    /// first snapshot on.
+    prefix: Mutex<String>,
+}
+
+impl Holder {
+    /// Listens for commands about the disk `live`.
+    pub fn listen(live: Live, kind: Arc<dyn Kind>) -> Result<Server> {
+        let prefix = place::prefix(live.path())?;
+        let name = socket(&prefix);
+        let (names, prefix) = (OnceLock::new(), Mutex::new(prefix));
+        let holder = Arc::new(Holder { live, kind, names, prefix });
+        let server = Server::listen(&name, holder.clone())?;
+        let _ = holder.names.set(server.names());
+        Ok(server)
+    }
+
+    /// Lets the disk be found by what it is called now.
+    fn follow_name(&self) -> Result<()> {
+        let now = place::prefix(self.live.path())?;
+        let mut prefix = self.prefix.lock().unwrap_or_else(|e| e.into_inner());
+        if *prefix != now {
+            self.names.get().map_or(Ok(()), |names| names.also(&socket(&now)))?;
+            *prefix = now;
+        }
+        Ok(())
+    }
+
+    fn info(&self) -> Value {
+        let info = self.live.info();
+        let running = info.running.map(|r| {
+            json!({
+                "what": r.what,
+                "seconds": r.since.elapsed().as_secs_f64(),
+                "done": r.done,
+                "total": r.total,
+            })
+        });
+        json!({
+            "pid": std::process::id(),
+            "doing": self.kind.doing(),
+            "disk": self.live.path(),
+            "virtual_size": info.size,
+            "layers": info.layers,
+            "running": running,
+        })
+    }
+
+    fn snapshot(&self, name: &str, description: &str, freeze: bool) -> Result<Value> {
+        let user = if freeze { Some(self.kind.quiesce()?) } else { None };
+        let pause = self.live.snapshot(name, description, user)?;
+        self.follow_name()?;
+        Ok(json!({ "pause_us": micros(pause) }))
+    }
+
+    fn diff(&self, from: &str, to: Option<&str>) -> Result<Value> {
+        let changes = self.live.diff(from, to)?;
+        let rows: Vec<Value> = changes.iter().map(|c| json!([c.start, c.len, c.zero])).collect();
+        Ok(json!({ "changes": rows }))
+    }
+
+    fn compact(&self, told: &mut dyn FnMut(u64, u64) -> bool) -> Result<Value> {
+        let done = self.live.compact(told)?;
+        Ok(json!({ "zeroes": done.zeroes, "before": done.before, "after": done.after }))
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A name of a socket that no other has.
+fn socket(prefix: &str) -> String {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    format!("{prefix}{}-{}.sock", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+impl Service for Holder {
+    fn holds(&self, disk: Named) -> bool {
+        let head = self.live.chain().head().file.identity();
+        head.is_ok_and(|head| head == (disk.device, disk.inode))
+    }
+
+    fn serve(&self, request: &Request, told: &mut dyn FnMut(u64, u64) -> bool) -> Result<Value> {
+        match request {
+            Request::Info => Ok(self.info()),
+            Request::Snapshot { name, description, freeze } => {
+                self.snapshot(name, description, *freeze)
+            }
+            Request::Merge { name, rate } => {
+                self.live.merge(name, *rate, told).map(|()| Value::Null)
+            }
+            Request::Delete { name, tree } => self.live.delete(name, *tree).map(|()| Value::Null),
+            Request::Revert { name } => Err(self.live.revert(name)),
+            Request::Resize { size } => {
+                let old = self.live.chain().size();
+                self.live.resize(*size)?;
+                self.kind.resized(*size)?;
+                Ok(json!({ "old": old, "new": size }))
+            }
+            Request::Compact => self.compact(told),
+            Request::Diff { from, to } => self.diff(from, to.as_deref()),
+            Request::Wait => Err(Error::invalid("the end is waited for elsewhere")),
+        }
+    }
+}
