@@ -69,7 +69,9 @@ struct Shared {
 impl Server {
     /// Listens for questions about what `service` holds.
     pub fn listen(name: &str, service: Arc<dyn Service>) -> Result<Server> {
-        let path = place::directory()?.join(name);
+        let dir = place::directory()?;
+        remove_stale(&dir);
+        let path = dir.join(name);
         let failed = |e| Error::io("cannot make the control socket", e).at_path(&path);
         clear(&path).map_err(failed)?;
         let listener = UnixListener::bind(&path).map_err(failed)?;
@@ -136,6 +138,23 @@ impl Names {
 impl Drop for Server {
     fn drop(&mut self) {
         self.finish(Err("the process that held the disk gave up".to_owned()));
+    }
+}
+
+/// Removes the sockets of processes that were killed, as far as their names tell.
+fn remove_stale(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|n| n.strip_suffix(".sock")?.rsplit('-').nth(1));
+        let pid = pid.filter(|pid| pid.bytes().all(|b| b.is_ascii_digit()));
+        // A process of another namespace is not seen here, but it answers.
+        let gone = pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
+        if gone
+            && UnixStream::connect(entry.path())
+                .is_err_and(|e| e.kind() == IoErrorKind::ConnectionRefused)
+        {
+            let _ = std::fs::remove_file(entry.path());
+        }
     }
 }
 
