@@ -130,7 +130,7 @@ pub fn snapshots(bytes: &[u8]) {
     let storage = memory(bytes);
     let list = image(&storage, true).and_then(|image| image.snapshots()).unwrap_or_default();
     for one in list.iter().take(4) {
-        let old = Image::open_snapshot(storage.clone(), 0, &one.id());
+        let old = Image::open_snapshot(storage.clone(), opening(true), &one.id());
         let _ = old.map(|old| walk(&old));
     }
     assert!(storage.to_vec() == bytes, "a look has changed the file");

@@ -196,7 +196,7 @@ fn our_clusters(victim: &Victim, file: &[u8], snapshot: Option<&str>) -> vdisk::
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new(file.to_vec()));
     let image = match snapshot {
         None => Image::open(storage, OpenOptions::default())?,
-        Some(id) => Image::open_snapshot(storage, 1 << 20, id)?,
+        Some(id) => Image::open_snapshot(storage, OpenOptions::default(), id)?,
     };
     let chain = Chain::new(layer(Arc::new(image), Format::Qcow2), below(&victim.base), 1 << 20);
     let read = |at: u64| {
