@@ -157,3 +157,58 @@ fn a_disk_that_was_cut_off_is_an_error_with_its_place() {
         assert!(done.err().contains("offset 0x"), "{file}: {}", done.err());
     }
 }
+
+#[test]
+fn an_image_that_qemu_img_converts_to_is_whole_for_qemu() {
+    if !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    // Data, holes inside of blocks and whole blocks of them, and an end inside a block.
+    let mut disk = vec![0; (9 << 20) + 512 * 7];
+    for (number, sector) in disk.chunks_mut(512).enumerate() {
+        let far = number / 128 % 3 == 1 && !(6000..12000).contains(&number);
+        if far || number % 700 < 3 {
+            sector.fill(number as u8 | 1);
+        }
+    }
+    work.put("src.raw", &disk);
+    for (format, options) in [
+        ("vdi", "static=off"),
+        ("vdi", "static=on"),
+        ("vpc", "subformat=dynamic,force_size=on"),
+        ("vpc", "subformat=dynamic"),
+        ("vpc", "subformat=fixed,force_size=on"),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "subformat=streamOptimized"),
+        ("vmdk", "subformat=monolithicFlat"),
+    ] {
+        let convert =
+            format!("qemu-img convert -f raw -O {format} -o {options} src.raw a.{format}");
+        work.vdisk(&convert).succeeds();
+        let compare = format!("compare -f raw -F {format} src.raw a.{format}");
+        work.qemu_img(&compare).succeeds();
+        work.vdisk(&format!("qemu-img {compare}")).succeeds();
+        if format != "vpc" {
+            work.qemu_img(&format!("check -f {format} a.{format}")).succeeds();
+        }
+    }
+    work.vdisk("qemu-img dd -f raw -O vdi if=src.raw of=b.vdi bs=64k").succeeds();
+    work.qemu_img("compare -f raw -F vdi src.raw b.vdi").succeeds();
+    let split = "qemu-img convert -f raw -O vmdk -o subformat=twoGbMaxExtentFlat src.raw s.vmdk";
+    work.vdisk(split).fails(&["several files"]);
+}
+
+#[test]
+fn a_vhdx_log_is_replayed_for_good_by_a_repair_only() {
+    if !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    work.qemu_img("create -q -f vhdx a.vhdx 64M").succeeds();
+    let before = work.bytes("a.vhdx");
+    work.vdisk("qemu-img check a.vhdx").succeeds();
+    work.vdisk("qemu-img check -r all a.vhdx").succeeds();
+    assert_eq!(work.bytes("a.vhdx"), before, "there was nothing to replay");
+    work.qemu_img("check a.vhdx").succeeds();
+}

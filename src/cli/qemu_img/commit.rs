@@ -33,6 +33,7 @@ pub fn run(args: &[String]) -> Outcome {
     let given = args::parse(args, &known)?;
     let name = given.only_name()?;
     given.check_cache("t", "cache")?;
+    given.check_rate()?;
     let source = given.source(name)?;
     let opened = open::layer(&source, Use::writing())?;
     let mut progress = Progress::begin(given.has("p") && !given.has("q"), 1.0);

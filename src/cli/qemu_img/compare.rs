@@ -50,7 +50,7 @@ fn compare(args: &[String], said: &mut Vec<String>, progress: &mut Option<Progre
         return Err(Fail::usage("Expecting two image file names"));
     };
     let progress = progress.insert(Progress::new(given.has("p") && !given.has("q"), 2.0));
-    given.check_cache("T", "source cache")?;
+    given.check_cache("T", "source cache").map_err(|e| e.with_code(FAILED))?;
     let side = |name: &String, format: Option<&str>| -> Outcome<Side> {
         let source = Source::parse(name, format, given.has("image-opts"))?;
         let chain = open::chain(&source, given.reading())?;

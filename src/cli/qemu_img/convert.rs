@@ -11,6 +11,7 @@ use super::args::{self, Given, Opt, flag, long, value};
 use super::bitmaps;
 use super::copy::{Copying, Part, copy};
 use super::create::{self, Place};
+use super::create_foreign;
 use super::create_options::{self as options, Chosen};
 use super::fail::{Fail, Outcome};
 use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
@@ -23,7 +24,7 @@ use super::size;
 /// The smallest run of zeroes that is looked for, in bytes, unless the user says otherwise.
 const SPARSE: u64 = 4096;
 /// Runs of zeroes of another length are not looked for.
-const MAX_SPARSE: u64 = 2 << 20;
+const MAX_SPARSE: u64 = 16 << 20;
 
 const KNOWN: &[Opt] = &[
     FORMAT,
@@ -65,6 +66,7 @@ pub fn run(args: &[String]) -> Outcome {
             )
         })?;
     }
+    given.check_rate()?;
     check_combination(&given)?;
     let mut names = VecDeque::from(given.names.clone());
     let target = names.pop_back();
@@ -106,12 +108,16 @@ fn convert(
         Some(name) => copied_bitmaps(given, &name, request.format)?,
         None => Vec::new(),
     };
+    if !given.has("n") {
+        // What cannot be made needs no source.
+        options::of_format(request.format)?;
+    }
     let sources = sources(given, names)?;
-    let (chain, has_backing, is_new) = request.target(&sources)?;
+    let Target { chain, has_backing, is_new, compress } = request.target(&sources)?;
     let copying = Copying {
         target: &chain,
         sparse,
-        compress: given.has("c"),
+        compress,
         has_backing,
         salvage: given.has("salvage"),
         out_of_order: given.has("W"),
@@ -198,6 +204,16 @@ fn sources(given: &Given, names: VecDeque<String>) -> Outcome<Vec<Part>> {
     Ok(parts)
 }
 
+/// Where to.
+struct Target {
+    chain: Chain,
+    /// It stands on a backing file of its own.
+    has_backing: bool,
+    is_new: bool,
+    /// Every cluster is written compressed.
+    compress: bool,
+}
+
 struct Request<'a> {
     given: &'a Given,
     target: &'a str,
@@ -211,8 +227,9 @@ impl Request<'_> {
         Source::parse(self.target, (!options).then_some(self.format), options)
     }
 
-    /// The target; whether it stands on a backing file of its own, and whether it is new and empty.
-    fn target(&self, sources: &[Part]) -> Outcome<(Chain, bool, bool)> {
+    /// Opens the target, or makes it.
+    fn target(&self, sources: &[Part]) -> Outcome<Target> {
+        let compress = self.given.has("c");
         let total: u64 = sources.iter().map(|p| p.size).sum();
         let backing = self.given.get("B");
         if self.given.has("n") {
@@ -220,7 +237,8 @@ impl Request<'_> {
             if chain.size() < total {
                 return Err(Fail::new("output file is smaller than input file"));
             }
-            return Ok((chain, backing.is_some(), false));
+            let has_backing = backing.is_some();
+            return Ok(Target { chain, has_backing, is_new: false, compress });
         }
         let known = options::with_file(self.format)?;
         let place = create::place(self.target)?;
@@ -242,33 +260,39 @@ impl Request<'_> {
             return Err(Fail::new("Use of backing file requires explicit backing format"));
         }
         self.check_compression(&chosen)?;
+        create_foreign::check_fillable(self.format, &chosen)?;
+        let compress = compress || create_foreign::only_compressed(self.format, &chosen);
         if let Place::File(path) = &place {
-            refuse_same_file(sources, path)?;
+            refuse_same_file(sources, path, self.format)?;
         }
         create::make(&place, self.format, &chosen).map_err(|e| {
             e.prefix(format!("{}: error while converting {}: ", self.target, self.format))
         })?;
-        let secret = chosen.text("key-secret").or(chosen.text("encrypt.key-secret"));
-        let source = Source {
-            protocol: place.protocol(),
-            key: Key { secret: secret.map(str::to_owned), format: None },
-            ..Source::named(self.target, Some(self.format))?
-        };
         // As QEMU does unless told otherwise; an image that was there before is not risked for speed.
         let unsynced = self.given.get("t").is_none_or(|mode| mode == "unsafe");
-        let chain = open::chain(&source, Use { unsynced, ..Use::writing() })?;
-        // What a new disk of that format holds is noise.
-        // What was behind an export stays there.
+        let chain = match create_foreign::filling(&place, self.format, &chosen, unsynced)? {
+            Some(chain) => chain,
+            None => {
+                let secret = chosen.text("key-secret").or(chosen.text("encrypt.key-secret"));
+                let source = Source {
+                    protocol: place.protocol(),
+                    key: Key { secret: secret.map(str::to_owned), format: None },
+                    ..Source::named(self.target, Some(self.format))?
+                };
+                open::chain(&source, Use { unsynced, ..Use::writing() })?
+            }
+        };
+        // What a new disk of that format holds is noise, and what was behind an export stays there.
         let in_file = matches!(place, Place::File(_));
-        let is_empty = self.format != "luks" && (in_file || self.format == "qcow2");
-        Ok((chain, chosen.has("backing_file"), is_empty))
+        let is_new = self.format != "luks" && (in_file || self.format == "qcow2");
+        Ok(Target { chain, has_backing: chosen.has("backing_file"), is_new, compress })
     }
 
     fn check_compression(&self, chosen: &Chosen) -> Outcome<()> {
         if !self.given.has("c") {
             return Ok(());
         }
-        if self.format != "qcow2" {
+        if self.format != "qcow2" && !create_foreign::only_compressed(self.format, chosen) {
             return Err(Fail::new("Compression not supported for this file format"));
         }
         if chosen.text("preallocation").is_some_and(|p| p != "off") {
@@ -282,7 +306,7 @@ impl Request<'_> {
 }
 
 /// A source that is also the target is locked: say so before it is emptied.
-fn refuse_same_file(sources: &[Part], path: &Path) -> Outcome<()> {
+fn refuse_same_file(sources: &[Part], path: &Path, format: &str) -> Outcome<()> {
     use std::os::unix::fs::MetadataExt;
     let identity = |p: &Path| std::fs::metadata(p).ok().map(|m| (m.dev(), m.ino()));
     let Some(own) = identity(path) else { return Ok(()) };
@@ -290,7 +314,7 @@ fn refuse_same_file(sources: &[Part], path: &Path) -> Outcome<()> {
     if layers.into_iter().any(|l| identity(&l.path) == Some(own)) {
         let name = path.display();
         return Err(Fail::new(format!(
-            "{name}: error while converting: Failed to get \"write\" lock\nIs another process using the \
+            "{name}: error while converting {format}: Failed to get \"write\" lock\nIs another process using the \
              image [{name}]?"
         )));
     }

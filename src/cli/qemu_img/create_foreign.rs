@@ -1,18 +1,22 @@
-//! New images of other programs' formats: their options, and the empty image. What stands in them is
-//! written by others; here they are only read.
+//! New images of other programs' formats: their options, the empty image, and filling it. An image
+//! that is there already is only read.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use vdisk::Error;
-use vdisk::chain::Format;
-use vdisk::formats::{vdi, vhd, vmdk};
-use vdisk::storage::{FileStorage, Storage};
+use vdisk::addr::GuestOffset;
+use vdisk::chain::{Chain, Descent, Format, Layer, OpenOptions};
+use vdisk::formats::{raw, vdi, vhd, vmdk};
+use vdisk::image::{Image, Mapping};
+use vdisk::storage::{Access, FileOptions, FileStorage, Storage, draft};
 
+use super::create::Place;
 use super::create_options::{Chosen, Kind, Known, SIZE, known, with_default};
 use super::fail::{Fail, Outcome, reason};
 use super::name::Source;
 use super::open::{self, Use, full_backing_name};
+use super::window::Window;
 
 /// What a VDI image is made with.
 pub const VDI: &[Known] =
@@ -143,4 +147,87 @@ pub fn vmdk(file: &FileStorage, path: &Path, options: &vmdk::CreateOptions) -> O
         Ok(Arc::new(super::create::emptied_file(&path.with_file_name(extent))?))
     };
     vmdk::create(file, &name, options, &mut beside).map_err(failed)
+}
+
+/// Whether a new image of the format takes whole compressed blocks, and nothing else.
+pub fn only_compressed(format: &str, chosen: &Chosen) -> bool {
+    format == "vmdk" && chosen.text("subformat") == Some(vmdk::Subformat::StreamOptimized.name())
+}
+
+/// Refuses what can be made, but not filled.
+pub fn check_fillable(format: &str, chosen: &Chosen) -> Outcome<()> {
+    let refused = |what: &str| Err(Fail::new(format!("{what} are only made empty here")));
+    match chosen.text("subformat") {
+        Some("twoGbMaxExtentSparse" | "twoGbMaxExtentFlat") => {
+            refused("VMDK images of several files")
+        }
+        _ if format == "vmdk" && chosen.has("backing_file") => {
+            refused("VMDK images with a backing file")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Opens the new image at `place` to be filled; `None` for formats that are written at any time.
+pub fn filling(
+    place: &Place,
+    format: &str,
+    chosen: &Chosen,
+    unsynced: bool,
+) -> Outcome<Option<Chain>> {
+    let format = match format {
+        "vdi" => Format::Vdi,
+        "vpc" => Format::Vpc,
+        "vmdk" => Format::Vmdk,
+        _ => return Ok(None),
+    };
+    let Place::File(path) = place else {
+        return Err(Fail::new(format!("'{format}' images are only made in files")));
+    };
+    let options = FileOptions { access: Some(Access::Write), write: true };
+    let open = |path: &Path| FileStorage::open(path, options).map(Arc::new).map_err(failed);
+    let file = open(path)?;
+    let lasting = |file: Arc<FileStorage>| -> Arc<dyn Storage> {
+        if unsynced { draft::unsynced(file) } else { file }
+    };
+    let storage = lasting(file.clone());
+    let whole = chosen.switch("static") == Some(true)
+        || matches!(chosen.text("subformat"), Some("fixed" | "monolithicFlat"));
+    let image: Arc<dyn Image> = match format {
+        _ if whole => {
+            let made = open::layer(
+                &Source::named(&path.display().to_string(), Some(format.name()))?,
+                Use::reading(true),
+            )?;
+            flat(&made.layer, |beside| open(beside).map(lasting), storage)?
+        }
+        Format::Vdi => Arc::new(vdi::fill(storage).map_err(failed)?),
+        Format::Vpc => Arc::new(vhd::fill(storage).map_err(failed)?),
+        _ => Arc::new(vmdk::fill(storage).map_err(failed)?),
+    };
+    let layer = Layer { path: path.to_owned(), format, image, file };
+    let options = OpenOptions { read_only: false, ..OpenOptions::default() };
+    Ok(Some(Descent::from_head(layer, &options).map_err(failed)?.finish()))
+}
+
+/// The disk of an image whose bytes stand in one file as they are.
+fn flat(
+    made: &Layer,
+    open: impl Fn(&Path) -> Outcome<Arc<dyn Storage>>,
+    own: Arc<dyn Storage>,
+) -> Outcome<Arc<dyn Image>> {
+    let size = made.image.size();
+    if size == 0 {
+        return Ok(Arc::new(raw::Image::open(own, true).map_err(failed)?));
+    }
+    let first = made.image.map(GuestOffset(0), size).map_err(failed)?;
+    let Mapping::Data { host, .. } = first.mapping else {
+        return Err(Fail::new("the new image does not hold its disk in one piece"));
+    };
+    let (storage, at) = match made.image.place(host) {
+        Some((name, at)) => (open(&made.path.with_file_name(name))?, at),
+        None => (own, host),
+    };
+    let window = Window::new(storage, at.0, Some(size)).map_err(failed)?;
+    Ok(Arc::new(raw::Image::open(Arc::new(window), false).map_err(failed)?))
 }

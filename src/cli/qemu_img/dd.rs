@@ -6,6 +6,7 @@ use vdisk::block::BlockDevice;
 
 use super::args::{self, flag, value};
 use super::create;
+use super::create_foreign;
 use super::create_options::{self as options, Chosen};
 use super::fail::{Fail, Outcome, reason};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, SHARED};
@@ -37,14 +38,20 @@ pub fn run(args: &[String]) -> Outcome {
     if request.start() > from.size() {
         super::fail::report(format!("{input}: cannot skip to specified offset"));
     }
+    let mut new = None;
     if !given.has("n") {
         let mut chosen = Chosen::parse(known, "")?;
         chosen.add_defaults()?;
         chosen.set("size", &(end - start).to_string())?;
-        create::make(&create::place(output)?, format, &chosen)
+        let place = create::place(output)?;
+        create::make(&place, format, &chosen)
             .map_err(|e| e.prefix(format!("{output}: error while creating output image: ")))?;
+        new = create_foreign::filling(&place, format, &chosen, false)?;
     }
-    let to = open::chain(&Source::named(output, Some(format))?, Use::writing())?;
+    let to = match new {
+        Some(chain) => chain,
+        None => open::chain(&Source::named(output, Some(format))?, Use::writing())?,
+    };
     let mut bytes = vec![0; request.block.min(end - start) as usize];
     let mut at = start;
     while at < end {

@@ -49,6 +49,14 @@ impl Given {
         Use::reading(self.has("U"))
     }
 
+    /// Refuses a rate limit that is none. Nothing here is slowed down.
+    pub fn check_rate(&self) -> Outcome<()> {
+        match self.get("r") {
+            Some(text) => super::size::operand("rate limit", text).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
     /// Refuses a cache mode that is none.
     pub fn check_cache(&self, key: &str, what: &str) -> Outcome<()> {
         match self.get(key) {

@@ -3,7 +3,7 @@
 use vdisk::addr::HostOffset;
 use vdisk::chain::{Format, Layer};
 
-use super::args::{self, long_value};
+use super::args::{self, value};
 use super::fail::{Fail, Outcome};
 use super::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
 use super::open;
@@ -11,17 +11,18 @@ use super::size;
 use super::status::{self, Status};
 
 pub fn run(args: &[String]) -> Outcome {
-    let range = [long_value("start-offset"), long_value("max-length")];
+    let range = [value("s").or("start-offset"), value("l").or("max-length")];
     let known = [FORMAT, SHARED, OUTPUT, OBJECT, IMAGE_OPTS, range[0], range[1]];
     let given = args::parse(args, &known)?;
     let output = given.output()?;
-    let start = given.get("start-offset").map(|t| size::operand("start offset", t)).transpose()?;
-    let most = given.get("max-length").map(|t| size::operand("max length", t)).transpose()?;
+    let start = given.get("s").map(|t| size::operand("start offset", t)).transpose()?;
+    let most = given.get("l").map(|t| size::operand("max length", t)).transpose()?;
     let source = given.source(given.only_name()?)?;
     let (opened, chain) = open::layer_and_chain(&source, given.reading())?;
     let layers = chain.all_layers();
     let size = chain.head().image.size();
-    let start = start.unwrap_or(0).min(size);
+    let wanted = start.unwrap_or(0);
+    let start = wanted.min(size);
     let end = most.map_or(size, |m| start.saturating_add(m).min(size));
     let mut report = Report { output, layers: layers.clone(), uri: opened.uri };
     report.begin();
@@ -38,8 +39,10 @@ pub fn run(args: &[String]) -> Outcome {
         }
         at += next.len;
     }
-    if let Some((from, status)) = current {
-        report.entry(from, &status, true)?;
+    match current {
+        Some((from, status)) => report.entry(from, &status, true)?,
+        // Nothing is mapped of nothing, and JSON says so.
+        None => report.entry(wanted, &Status::default(), true)?,
     }
     report.end();
     Ok(0)

@@ -66,6 +66,10 @@ pub fn run(args: &[String]) -> Outcome {
     }
     let format = given.get("O").unwrap_or("raw");
     let known = options::with_file(format)?;
+    if !matches!(format, "qcow2" | "raw" | "luks") {
+        let why = format!("Block driver '{format}' does not support size measurement");
+        return Err(Fail::new(why));
+    }
     let mut bitmaps: Option<Vec<BitmapInfo>> = None;
     let source = match name {
         None => None,
@@ -84,7 +88,10 @@ pub fn run(args: &[String]) -> Outcome {
             })
         }
     };
-    let mut chosen = Chosen::parse(known, list.as_deref().unwrap_or(""))?;
+    let mut chosen = Chosen::parse(known, list.as_deref().unwrap_or("")).map_err(|e| {
+        e.report();
+        Fail::new(format!("Invalid options for file format '{format}'"))
+    })?;
     chosen.add_defaults()?;
     let size = size.or_else(|| source.as_ref().map(|c| c.size())).unwrap_or(0);
     let room = match format {

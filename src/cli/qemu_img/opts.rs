@@ -7,7 +7,8 @@ use super::fail::{Fail, Outcome};
 pub struct List(pub Vec<(String, String)>);
 
 impl List {
-    /// Splits `text`. A key without value means "on"; the first element may leave out `implied`.
+    /// Splits `text`. A key without value means "on", or "off"
+    /// where it begins with "no"; the first element may leave out `implied`.
     pub fn parse(text: &str, implied: Option<&str>) -> List {
         let mut list = Vec::new();
         for (number, element) in elements(text).into_iter().enumerate() {
@@ -15,7 +16,10 @@ impl List {
                 Some((key, value)) => (key.to_owned(), value.to_owned()),
                 None => match implied.filter(|_| number == 0) {
                     Some(key) => (key.to_owned(), element),
-                    None => (element, "on".to_owned()),
+                    None => match element.strip_prefix("no") {
+                        Some(key) => (key.to_owned(), "off".to_owned()),
+                        None => (element, "on".to_owned()),
+                    },
                 },
             };
             list.push(pair);
@@ -71,7 +75,7 @@ pub fn joined<'a>(texts: impl Iterator<Item = &'a str>) -> Outcome<Option<String
 fn stands_alone(text: &str) -> bool {
     let trailing = text.len() - text.trim_end_matches(',').len();
     let empty = elements(text).iter().any(|e| e.is_empty() || e.starts_with(','));
-    !empty && !text.starts_with(',') && trailing.is_multiple_of(2)
+    !text.is_empty() && !empty && !text.starts_with(',') && trailing.is_multiple_of(2)
 }
 
 /// Whether the list asks for help about its keys.
@@ -94,12 +98,13 @@ mod tests {
         assert_eq!(list.get("backing_file"), Some("a,b"));
         assert_eq!((list.get("size"), list.get("lazy")), (Some("1M"), Some("on")));
         assert_eq!(List::parse("x,id=1", Some("driver")).get("driver"), Some("x"));
+        assert_eq!(List::parse("nolazy", None).get("lazy"), Some("off"));
         assert!(asks_for_help("a=1,?") && !asks_for_help("backing_file=a,,help"));
     }
 
     #[test]
     fn lists_that_would_join_with_others_are_refused() {
-        for bad in ["backing_file=x,", ",help", ",,", ","] {
+        for bad in ["", "backing_file=x,", ",help", ",,", ","] {
             assert!(joined([bad].into_iter()).is_err(), "{bad}");
         }
         let all = joined(["a=1", "b=2,,3"].into_iter()).unwrap();

@@ -73,7 +73,8 @@ fn apply(image: &mut Image, name: &str) -> Result<(), String> {
     if image.bitmaps().is_ok_and(|all| !all.is_empty()) {
         return Err("Device has active dirty bitmaps".to_owned());
     }
-    let id = find(image, name)?.ok_or_else(|| os_text(nix::libc::ENOENT))?;
+    let id = find(image, name)?
+        .ok_or_else(|| format!("Failed to load snapshot: {}", os_text(nix::libc::ENOENT)))?;
     image.apply_snapshot(&id).map_err(|e| match e.raw_os_error() {
         Some(errno) => {
             report(e.message());

@@ -7,7 +7,7 @@ use vdisk::image::Mapping;
 use super::fail::{Fail, Outcome, reason};
 
 /// How a stretch of a disk is held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Status {
     /// Bytes that are alike.
     pub len: u64,

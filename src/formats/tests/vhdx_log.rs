@@ -1,9 +1,13 @@
 //! A VHDX whose writer died with its log in use, built here; QEMU's own replay is the judge where
 //! there is QEMU.
 
+use std::sync::Arc;
+
 use super::{difference, fixture, flat, open, pattern, run};
 use crate::ErrorKind;
+use crate::formats::vhdx::replay_log;
 use crate::require::{Need, have};
+use crate::storage::{MemoryStorage, Storage};
 
 const ID: [u8; 16] = [0x5a; 16];
 const SECTOR: usize = 4096;
@@ -182,6 +186,29 @@ fn what_replay_shows_is_what_qemu_makes_of_the_log() {
     run("qemu-img", &["convert", "-f", "vhdx", "-O", "raw", path, raw]);
     let ours = open("vhdx", vhdx.file, &[]).unwrap();
     assert_eq!(difference(&flat(&*ours, &[]), &std::fs::read(raw).unwrap()), None);
+}
+
+#[test]
+fn a_log_that_is_replayed_for_good_is_replayed_once() {
+    let (vhdx, table) = dirty();
+    let bat = vhdx.bat as usize;
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+    storage.write_all_at(0, &vhdx.file).unwrap();
+    assert!(replay_log(storage.clone()).unwrap());
+    assert!(!replay_log(storage.clone()).unwrap(), "the headers still name the log");
+    let mut file = vec![0; storage.len().unwrap() as usize];
+    storage.read_exact_at(0, &mut file).unwrap();
+    assert_eq!(difference(&file[bat..bat + SECTOR], &table), None);
+    assert!(file[bat + 8192..bat + 12288].iter().all(|b| *b == 0));
+    let image = open("vhdx", file.clone(), &[]).unwrap();
+    assert_eq!(difference(&flat(&*image, &[]), &pattern()), None);
+    if have(Need::Qemu) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("replayed.vhdx");
+        std::fs::write(&path, file).unwrap();
+        // Without repair: a log in force would be refused.
+        run("qemu-img", &["check", "-q", "-f", "vhdx", path.to_str().unwrap()]);
+    }
 }
 
 #[test]

@@ -15,8 +15,10 @@ use crate::image::{Extent, Image, Mapping};
 use crate::storage::Storage;
 
 mod create;
+mod fill;
 
 pub use create::create;
+pub use fill::fill;
 
 /// Bytes of the header that hold fields.
 const HEADER: u64 = 512;

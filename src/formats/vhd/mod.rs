@@ -17,9 +17,11 @@ use crate::image::{Backing, Extent, Image, Mapping};
 use crate::storage::Storage;
 
 mod create;
+mod fill;
 mod footer;
 
 pub use create::{CreateOptions, create};
+pub use fill::fill;
 pub use footer::SizeBy;
 
 /// An entry of the block allocation table for a block without data.

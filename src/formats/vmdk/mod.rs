@@ -19,9 +19,11 @@ use crate::storage::Storage;
 
 mod create;
 mod descriptor;
+mod fill;
 mod sparse;
 
 pub use create::{CreateOptions, Subformat, create};
+pub use fill::fill;
 
 /// What lies between two files in the order of host offsets, at least.
 const GAP: Unit = Unit::from_bits(16);

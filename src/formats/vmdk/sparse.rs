@@ -41,8 +41,8 @@ pub(super) struct Header {
     pub(super) grain: Unit,
     /// Where the embedded descriptor stands and its length in bytes; 0 without one.
     pub(super) descriptor: (u64, u64),
-    entries: u32,
-    directory: u64,
+    pub(super) entries: u32,
+    pub(super) directory: u64,
     /// Bytes before the first grain.
     overhead: u64,
 }
