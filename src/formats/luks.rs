@@ -156,6 +156,10 @@ impl image::Image for Luks {
         Unit::from_bits(16)
     }
 
+    fn block_size(&self) -> Option<u64> {
+        None
+    }
+
     fn granularity(&self) -> Unit {
         Unit::from_bits(0)
     }

@@ -39,6 +39,10 @@ impl Image for Disk {
         Unit::from_bits(16)
     }
 
+    fn block_size(&self) -> Option<u64> {
+        None
+    }
+
     fn granularity(&self) -> Unit {
         Unit::from_bits(0)
     }
