@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::header::Compression;
 use super::image::{Image, lock};
+use super::refcount::Refcounts;
 use super::step;
 use crate::addr::{GuestOffset, HostOffset};
 use crate::block::fill_zero;
@@ -76,8 +77,17 @@ impl Image {
         let clearly_more = |stored: u64| (stored.saturating_mul(10) / 9).max(stored + 2);
         // What the host stores is quickly told, and mostly says enough.
         let (least, mut used, mut counts) = (clearly_more(bytes >> cluster.bits()), 0, [0; 512]);
+        // An image that is only read was opened without its refcounts.
+        let capacity = lock(&self.refcounts).capacity();
+        let mut own = match self.read_only {
+            true => Refcounts::open(self.storage.clone(), &self.header(), capacity).ok(),
+            false => None,
+        };
         for first in (0..cluster.count(len)).step_by(counts.len()) {
-            lock(&self.refcounts).get_all(first, &mut counts);
+            match &mut own {
+                Some(own) => own.get_all(first, &mut counts),
+                None => lock(&self.refcounts).get_all(first, &mut counts),
+            }
             used += counts.iter().filter(|count| **count != 0).count() as u64;
         }
         used >= least && self.stored_clusters().is_ok_and(|stored| used >= clearly_more(stored))
