@@ -5,6 +5,7 @@
 mod adopt;
 mod aside;
 mod clone;
+pub mod commit;
 mod compact;
 mod compare;
 mod convert;

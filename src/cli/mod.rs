@@ -7,6 +7,7 @@ mod boot;
 mod bytes;
 mod check;
 mod clone;
+mod commit;
 mod compact;
 mod compare;
 mod convert;
@@ -65,6 +66,7 @@ enum Verb {
     Snapshot(snapshot::Args),
     Tree(tree::Args),
     Rebase(rebase::Args),
+    Commit(commit::Args),
     Info(info::Args),
     Check(check::Args),
     Map(map::Args),
@@ -121,6 +123,7 @@ pub fn run() -> ExitCode {
         Verb::Snapshot(args) => snapshot::run(args),
         Verb::Tree(args) => tree::run(args),
         Verb::Rebase(args) => rebase::run(args),
+        Verb::Commit(args) => commit::run(args),
         Verb::Info(args) => info::run(args),
         Verb::Check(args) => check::run(args),
         Verb::Map(args) => map::run(args),

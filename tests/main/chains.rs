@@ -218,3 +218,43 @@ fn chains_of_a_hundred_deltas_read_and_write() {
     let chain = json(work.vdisk(&format!("info --chain --json {below}")));
     assert_eq!(chain["chain"].as_array().unwrap().len(), 101, "down to the base: {chain}");
 }
+
+#[test]
+fn a_commit_writes_the_delta_into_its_base_and_leaves_the_disk_as_it_was() {
+    if !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    let contents = base(&work);
+    work.vdisk("clone base.qcow2 clone.qcow2").succeeds();
+    let mut clone = Twin::of(&work, "clone.qcow2", contents);
+    clone.write(700, &noise(4, 900_000));
+    clone.write(SIZE - 5000, &noise(5, 5000));
+    let plan = json(work.vdisk("commit clone.qcow2 --dry-run --json"));
+    assert_eq!(plan["dry_run"], true);
+    assert!(plan["moved"].as_u64().unwrap() >= 900_000, "{plan}");
+    work.vdisk("commit clone.qcow2").succeeds();
+    clone.holds();
+    Twin::of(&work, "base.qcow2", clone.bytes.clone()).holds();
+    clean(&work, "base.qcow2");
+    clean(&work, "clone.qcow2");
+    let again = json(work.vdisk("commit clone.qcow2 --dry-run --json"));
+    assert_eq!(again["moved"], 0, "the disk holds nothing of its own any more");
+    // The base is sealed again, and the disk knows it as it is now.
+    work.vdisk_fed("write base.qcow2 0", b"x").fails(&["clones stand on it", "clone.qcow2"]);
+    clone.write(0, b"more");
+    clone.holds();
+}
+
+#[test]
+fn a_commit_into_a_base_that_others_stand_on_is_refused_by_their_names() {
+    let work = Work::new();
+    work.vdisk("create base.qcow2 1M").succeeds();
+    work.vdisk("clone base.qcow2 one.qcow2 two.qcow2").succeeds();
+    work.vdisk("commit one.qcow2").fails(&["two.qcow2"]);
+    work.vdisk("commit base.qcow2").fails(&["base.qcow2"]);
+    work.vdisk("snapshot create one.qcow2 monday").succeeds();
+    work.vdisk("commit one.qcow2").fails(&["snapshot merge"]);
+    work.vdisk("create alone.qcow2 1M").succeeds();
+    work.vdisk("commit alone.qcow2").fails(&["stands alone"]);
+}

@@ -18,6 +18,9 @@ use crate::dice::Dice;
 /// Bytes of each disk.
 const SIZE: u64 = 160 << 10;
 const CLUSTER: u64 = 4 << 10;
+/// The base of `alone.qcow2`: a commit writes it in place, so nobody is to look at it but through
+/// that disk.
+const BELOW: &str = "below.qcow2";
 
 /// A command that changes the directory.
 pub struct Operation {
@@ -56,7 +59,7 @@ fn write_to(path: &Path, dice: &mut Dice) {
 }
 
 /// Fills an empty directory: `base.qcow2`; `other.qcow2`, a clone of it; and `disk.qcow2`, another,
-/// with the snapshots a, b and c in a line and d as a branch on a.
+/// with the snapshots a, b and c in a line and d as a branch on a; `alone.qcow2` on a base of its own.
 pub fn build(dir: &Path, dice: &mut Dice) {
     let (base, disk, other) =
         (dir.join("base.qcow2"), dir.join("disk.qcow2"), dir.join("other.qcow2"));
@@ -66,6 +69,10 @@ pub fn build(dir: &Path, dice: &mut Dice) {
     };
     chain::create(&base, &options).unwrap();
     write_to(&base, dice);
+    chain::create(&dir.join(BELOW), &options).unwrap();
+    write_to(&dir.join(BELOW), dice);
+    Base::seal(&dir.join(BELOW)).unwrap().clone_to(&dir.join("alone.qcow2")).unwrap();
+    write_to(&dir.join("alone.qcow2"), dice);
     let sealed = Base::seal(&base).unwrap();
     sealed.clone_to(&disk).unwrap();
     sealed.clone_to(&other).unwrap();
@@ -114,13 +121,14 @@ pub fn operations() -> Vec<Operation> {
         many("clone other.qcow2 new1.qcow2 new2.qcow2"),
         one("clone --full disk.qcow2 copy.qcow2"),
         one("rebase other.qcow2 --flatten"),
+        one("commit alone.qcow2"),
         one("resize disk.qcow2 +64K"),
         one("convert disk.qcow2 new.qcow2 --compress"),
         one("create new.qcow2 1M"),
     ]
 }
 
-/// The disks of a directory: every name but those of frozen layers and drafts.
+/// The disks of a directory: every name but those of frozen layers and drafts, and [`BELOW`].
 pub fn disks(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
     let mut disks: Vec<_> = entries.filter(|p| is_disk(p)).collect();
@@ -130,7 +138,7 @@ pub fn disks(dir: &Path) -> Vec<PathBuf> {
 
 fn is_disk(path: &Path) -> bool {
     let name = path.file_name().unwrap().to_str().unwrap();
-    !name.starts_with('.') && !name.contains('@')
+    !name.starts_with('.') && !name.contains('@') && name != BELOW
 }
 
 /// The digest of what the disk at `path` shows, opened for reading.
