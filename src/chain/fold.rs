@@ -18,6 +18,8 @@ use crate::image::{Image, Mapping};
 
 /// Bytes that are copied at a time.
 const CHUNK: u64 = 2 << 20;
+/// Bytes that are said to be zero at a time.
+const ZEROES: u64 = 64 << 20;
 /// The most, and the fewest, bytes of data that are held twice by a fold in batches.
 const BATCH: (u64, u64) = (64 << 20, 1 << 20);
 
@@ -50,11 +52,18 @@ pub(super) struct Meter<'a, 'b> {
     total: u64,
     /// What the error says where the user stops it.
     state: &'static str,
+    /// Bytes that are copied at a time.
+    chunk: u64,
 }
 
 impl<'a, 'b> Meter<'a, 'b> {
     pub fn new(progress: &'a mut Progress<'b>, total: u64, state: &'static str) -> Self {
-        Meter { progress, done: 0, total, state }
+        Meter { progress, done: 0, total, state, chunk: CHUNK }
+    }
+
+    /// Copies `chunk` bytes at a time: whoever else uses the disk waits for no more than that.
+    pub fn in_chunks(self, chunk: u64) -> Self {
+        Meter { chunk, ..self }
     }
 
     fn add(&mut self, bytes: u64) -> Result<()> {
@@ -72,7 +81,12 @@ impl<'a, 'b> Meter<'a, 'b> {
 pub(super) fn up(chain: &Chain, source: &Source, progress: &mut Progress<'_>) -> Result<()> {
     let total = data_bytes(&*source.image)?;
     let mut meter = Meter::new(progress, total, "the disk and its snapshots are as they were");
-    up_range(chain, source, (0, chain.size()), &mut meter)
+    up_metered(chain, source, &mut meter)
+}
+
+/// As [`up`], with a meter of the caller's.
+pub(super) fn up_metered(chain: &Chain, source: &Source, meter: &mut Meter<'_, '_>) -> Result<()> {
+    up_range(chain, source, (0, chain.size()), meter)
 }
 
 fn up_range(
@@ -95,10 +109,14 @@ fn up_range(
         let mut len = len;
         match mapping {
             Mapping::Unallocated => {}
-            Mapping::Zero { .. } if source.keeps_zeroes => chain.adopt_zeroes(at, len)?,
+            Mapping::Zero { .. } if source.keeps_zeroes => {
+                len = len.min(ZEROES);
+                chain.adopt_zeroes(at, len)?;
+                meter.add(0)?;
+            }
             Mapping::Zero { .. } => {}
             Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                len = len.min(CHUNK);
+                len = len.min(meter.chunk);
                 if source.share {
                     chain.take_shared(&*source.image, at, len)?;
                 }
@@ -210,7 +228,7 @@ fn down_range(
     (from, to): (u64, u64),
     meter: &mut Meter<'_, '_>,
 ) -> Result<()> {
-    let mut buf = vec![0; CHUNK.min(to - from) as usize];
+    let mut buf = vec![0; meter.chunk.min(to - from) as usize];
     let mut at = from;
     while at < to {
         let extent = upper.map(GuestOffset(at), to - at)?;
@@ -219,7 +237,7 @@ fn down_range(
             Mapping::Unallocated => {}
             Mapping::Zero { .. } => lower.write_zeroes(at, len, true)?,
             Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                len = len.min(CHUNK);
+                len = len.min(meter.chunk);
                 let bytes = &mut buf[..len as usize];
                 upper.read(&extent, extent.start, &mut [IoSliceMut::new(bytes)])?;
                 lower.write_at(at, &[IoSlice::new(bytes)])?;

@@ -12,28 +12,25 @@
 //! crash leaves at any point, the next open finishes, as for an idle disk.
 
 use std::fs::FileTimes;
-use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::{Live, Turn};
-use crate::addr::GuestOffset;
 use crate::block::BlockDevice;
-use crate::chain::cost::{cost, data_bytes};
+use crate::chain::cost::{cost, data_bytes, look};
+use crate::chain::fold::{self, Meter, Source};
 use crate::chain::merge::{Progress, fold_up};
 use crate::chain::open::{OpenOptions, open_file, open_image, peek};
 use crate::chain::snapshot::unprotected;
-use crate::chain::tree::{Family, Member, clones_of, same_file};
+use crate::chain::tree::{Family, Member, refuse_clones, same_file};
 use crate::chain::{Chain, Layer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Image, Mapping, Role};
+use crate::image::{Image, Role};
 use crate::storage::draft::{remove, rename, sync_directory};
 use crate::storage::{Access, FileOptions, FileStorage};
 
 /// Bytes that are copied at a time: the guest waits for no more than that.
 const CHUNK: u64 = 256 << 10;
-/// Bytes that are said to be zero at a time.
-const ZEROES: u64 = 64 << 20;
 /// How often somebody who slows a merge down looks whether it is to stop.
 const NAP: Duration = Duration::from_millis(20);
 /// What a merge upwards leaves that did not end.
@@ -48,29 +45,45 @@ struct Pace<'a, 'p> {
     progress: &'a mut Progress<'p>,
     rate: Option<u64>,
     since: Instant,
-    done: u64,
+    /// Bytes that were copied into other layers before.
+    before: u64,
     total: u64,
-    left: &'static str,
 }
 
 impl Pace<'_, '_> {
-    /// Notes that `more` bytes were copied, and waits as long as the rate asks.
-    fn step(&mut self, more: u64) -> Result<()> {
-        self.done += more;
+    /// Notes that `done` bytes of this part were copied, and waits as long as the rate asks; `false`
+    /// where it is to stop.
+    fn goes_on(&mut self, done: u64) -> bool {
+        let done = self.before + done;
         loop {
-            self.turn.at(self.done, self.total);
-            if !(self.progress)(self.done, self.total) {
-                let message = format!("the merge was interrupted: {}", self.left);
-                return Err(Error::new(ErrorKind::Interrupted, message));
+            self.turn.at(done, self.total);
+            if !(self.progress)(done, self.total) {
+                return false;
             }
-            let Some(rate) = self.rate.filter(|r| *r > 0) else { return Ok(()) };
-            let due = Duration::from_secs_f64(self.done as f64 / rate as f64);
+            let Some(rate) = self.rate.filter(|r| *r > 0) else { return true };
+            let due = Duration::from_secs_f64(done as f64 / rate as f64);
             let early = due.saturating_sub(self.since.elapsed());
             if early.is_zero() {
-                return Ok(());
+                return true;
             }
             std::thread::sleep(early.min(NAP));
         }
+    }
+
+    /// Makes the head of `chain` hold what only `below`, the layer below it, holds.
+    fn copy_up(&mut self, chain: &Chain, below: &Layer) -> Result<()> {
+        let total = self.total;
+        let mut progress = |done, _| self.goes_on(done);
+        let mut meter = Meter::new(&mut progress, total, UNCHANGED).in_chunks(CHUNK);
+        fold::up_metered(chain, &Source::below(below, false), &mut meter)
+    }
+
+    /// Writes what `upper` holds into `lower`, durably.
+    fn copy_down(&mut self, upper: &Layer, lower: &Chain) -> Result<()> {
+        let total = self.total;
+        let mut progress = |done, _| self.goes_on(done);
+        let mut meter = Meter::new(&mut progress, total, UNFINISHED).in_chunks(CHUNK);
+        fold::down(upper, lower, false, &mut meter)
     }
 }
 
@@ -163,7 +176,7 @@ impl Live {
         let merging = |m: &&Member| m.label.role == Role::Merging && m.label.name == name;
         let unfinished = family.layers.iter().find(merging);
         let layer = unfinished.map_or_else(|| family.snapshot(name), Ok)?;
-        refuse_clones(&family, layer)?;
+        refuse_clones(layer)?;
         let children = family.children(layer.label.layer);
         if children.is_empty() {
             let message = format!(
@@ -172,8 +185,7 @@ impl Live {
             return Err(Error::invalid(message).at_path(&self.path));
         }
         let since = Instant::now();
-        let mut pace =
-            Pace { turn: &turn, progress, rate, since, done: 0, total: 0, left: UNCHANGED };
+        let mut pace = Pace { turn: &turn, progress, rate, since, before: 0, total: 0 };
         let layers = self.chain.all_layers();
         let number = layers.iter().position(|l| same_file(&l.path, &layer.path));
         if let Some(number) = number.filter(|n| *n > 1) {
@@ -199,12 +211,11 @@ impl Live {
         pace: &mut Pace<'_, '_>,
     ) -> Result<()> {
         let in_chain = |m: &&&Member| layers.iter().any(|l| same_file(&l.path, &m.path));
-        pace.total = u64::try_from(children.len()).unwrap_or(1) * stored(layer)?;
+        let held = data_bytes(&*look(layer)?.image)?;
+        pace.total = held.saturating_mul(children.len() as u64);
         for child in children.iter().filter(|m| !in_chain(m)) {
-            let before = pace.done;
-            fold_up(child, layer, false, &mut |done, _| {
-                pace.step((before + done).saturating_sub(pace.done)).is_ok()
-            })?;
+            fold_up(child, layer, false, &mut |done, _| pace.goes_on(done))?;
+            pace.before += held;
         }
         let Some(number) = number.filter(|n| *n > 0) else {
             // Beside the disk's own line; or the head holds all of it since an earlier attempt.
@@ -217,12 +228,12 @@ impl Live {
         let alone = Alone::with(&layers[number])?;
         let without: Vec<Layer> = [&layers[1..number], &layers[number + 1..]].concat();
         if number == 1 {
-            copy_up(&self.chain, &layers[1], pace)?;
+            pace.copy_up(&self.chain, &layers[1])?;
             self.chain.flush()?;
             return self.exchange_and_leave(layers, without, (layer, alone), None);
         }
         let writer = Writer::open(layers, number - 1, true)?;
-        copy_up(&writer.chain, &layers[number], pace)?;
+        pace.copy_up(&writer.chain, &layers[number])?;
         writer.chain.flush()?;
         writer.chain.flush()?;
         let mut without = without;
@@ -369,8 +380,7 @@ impl Live {
             label.role = Role::Merging;
         }
         image.set_identity(&identity).map_err(|e| e.at_path(&layer.path))?;
-        pace.left = UNFINISHED;
-        copy_down(&*upper.image, &lower.chain, pace)?;
+        pace.copy_down(upper, &lower.chain)?;
         lower.chain.flush()?;
         let missing = || Error::corrupt("has lost its label").at_path(&child.path);
         let mut identity = peek(&child.path)?.ok_or_else(missing)?.identity;
@@ -384,26 +394,6 @@ impl Live {
     }
 }
 
-fn refuse_clones(family: &Family, layer: &Member) -> Result<()> {
-    let clones = clones_of(&layer.path, Some(layer.label.disk))?;
-    if clones.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<String> = clones.iter().map(|p| p.display().to_string()).collect();
-    let message = format!(
-        "snapshot '{}' is not merged: clones stand on it: {}",
-        layer.label.name,
-        names.join(", ")
-    );
-    Err(Error::new(ErrorKind::Sealed, message).at_path(&family.head.path))
-}
-
-/// The bytes of data in a layer, whoever has it open.
-fn stored(layer: &Member) -> Result<u64> {
-    let options = OpenOptions { unprotected: true, shared: true, ..OpenOptions::default() };
-    data_bytes(&*open_image(&layer.path, &options)?.image)
-}
-
 /// Whether `layers[number]` takes in the layer above it for less than the other way round, and
 /// nothing of it that shows has to move for that.
 fn goes_down(layers: &[Layer], number: usize) -> Result<bool> {
@@ -414,61 +404,4 @@ fn goes_down(layers: &[Layer], number: usize) -> Result<bool> {
     }
     let cost = cost(upper, lower)?;
     Ok(cost.upper < cost.only_lower)
-}
-
-/// Makes the head of `chain` hold what only `below`, the layer below it, holds.
-fn copy_up(chain: &Chain, below: &Layer, pace: &mut Pace<'_, '_>) -> Result<()> {
-    let keeps_zeroes = below.image.backing().is_some();
-    let (mut at, end) = (0, chain.size());
-    while at < end {
-        let (len, mapping) = if at < below.image.size() {
-            let extent = below.image.map(GuestOffset(at), end - at)?;
-            (extent.len, extent.mapping)
-        } else {
-            // The layer ends here and hides what is below it.
-            (end - at, Mapping::Zero { host: None })
-        };
-        let mut len = len;
-        match mapping {
-            Mapping::Zero { .. } if keeps_zeroes => {
-                len = len.min(ZEROES);
-                chain.adopt_zeroes(at, len)?;
-                pace.step(0)?;
-            }
-            Mapping::Unallocated | Mapping::Zero { .. } => {}
-            Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                len = len.min(CHUNK);
-                chain.adopt(at, len)?;
-                pace.step(len)?;
-            }
-        }
-        at += len;
-    }
-    Ok(())
-}
-
-/// Writes what `upper` holds into the head of `lower`.
-fn copy_down(upper: &dyn Image, lower: &Chain, pace: &mut Pace<'_, '_>) -> Result<()> {
-    if upper.size() > lower.size() {
-        lower.resize(upper.size())?;
-    }
-    let mut buf = vec![0; CHUNK as usize];
-    let mut at = 0;
-    while at < upper.size() {
-        let extent = upper.map(GuestOffset(at), upper.size() - at)?;
-        let mut len = extent.len;
-        match extent.mapping {
-            Mapping::Unallocated => {}
-            Mapping::Zero { .. } => lower.write_zeroes(at, len, true)?,
-            Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                len = len.min(CHUNK);
-                let bytes = &mut buf[..len as usize];
-                upper.read(&extent, extent.start, &mut [IoSliceMut::new(bytes)])?;
-                lower.write_at(at, &[IoSlice::new(bytes)])?;
-                pace.step(len)?;
-            }
-        }
-        at += len;
-    }
-    Ok(())
 }
