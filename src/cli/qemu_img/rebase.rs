@@ -1,6 +1,7 @@
 //! `qemu-img rebase`: puts an image on another backing file, or on none.
 
 use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::path::Path;
 
 use vdisk::block::BlockDevice;
@@ -18,6 +19,8 @@ use super::status;
 
 /// Bytes that are compared at a time.
 const PIECE: u64 = 2 << 20;
+/// Bytes that are read at a time: they are still near the processor when they are compared.
+const STEP: u64 = 256 << 10;
 /// What differs is told apart by this many bytes.
 const SECTOR: u64 = 512;
 
@@ -68,8 +71,13 @@ fn rebase(given: &Given, name: &str, base: &str, progress: &mut Progress) -> Out
         return Err(Fail::new("Compression not supported for this file format"));
     }
     let new = new_base(&opened, base, format)?;
-    let job =
-        Job { layers: disk.all_layers(), disk: &disk, new: new.as_ref(), compress: given.has("c") };
+    let job = Job {
+        layers: disk.all_layers(),
+        disk: &disk,
+        new_layers: new.as_ref().map_or_else(Vec::new, Chain::all_layers),
+        new: new.as_ref(),
+        compress: given.has("c"),
+    };
     job.run(progress)?;
     disk.flush().map_err(|e| Fail::new(reason(&e)))?;
     let named = set_backing(&opened, base, format);
@@ -128,13 +136,41 @@ struct Job<'a> {
     /// The disk's layers from the head down.
     layers: Vec<Layer>,
     new: Option<&'a Chain>,
+    /// The new backing file's layers.
+    new_layers: Vec<Layer>,
     compress: bool,
+}
+
+/// What both sides show at a stretch of the disk.
+struct Both {
+    len: u64,
+    old_zero: bool,
+    new_zero: bool,
+    /// The same bytes of the same file.
+    shared: bool,
+}
+
+impl Both {
+    fn alike(&self) -> bool {
+        self.shared || self.old_zero && self.new_zero
+    }
+}
+
+/// The bytes of a stretch, as far as they are needed.
+#[derive(Default)]
+struct Bytes {
+    /// What the old backing file shows; zero wherever nothing was read.
+    ours: Vec<u8>,
+    theirs: Vec<u8>,
+    /// Which sectors, or clusters where they are compressed, differ.
+    differs: Vec<bool>,
 }
 
 impl Job<'_> {
     fn run(&self, progress: &mut Progress) -> Outcome<()> {
         let size = self.disk.size();
         let steps = size / size.clamp(1, PIECE);
+        let mut bytes = Bytes::default();
         let mut at = 0;
         while at < size {
             let status = status::at(&self.layers[..1], at, size - at)?;
@@ -145,7 +181,7 @@ impl Job<'_> {
                     let unit = self.disk.head().image.cluster();
                     len = (unit.ceil(at + len.max(1)) - at).min(size - at);
                 }
-                len = self.shown_by_both(at, len)?;
+                len = self.shown_by_both(at, len, &mut bytes)?;
                 progress.more(100.0 / steps.max(1) as f32);
             }
             at += len;
@@ -154,45 +190,76 @@ impl Job<'_> {
     }
 
     /// Looks at what no layer of the disk itself holds; returns how far it came.
-    fn shown_by_both(&self, at: u64, len: u64) -> Outcome<u64> {
-        let old = status::at(&self.layers, at, len)?;
-        let new_size = self.new.map_or(0, |n| n.size());
-        let mut new_zero = at >= new_size;
-        let mut both = old.len;
-        if let Some(new) = self.new.filter(|_| !new_zero) {
-            let status = status::at(&new.all_layers(), at, (new_size - at).min(len))?;
-            new_zero = status.zero;
-            both = both.min(status.len);
-        }
-        if old.zero && new_zero {
-            let unit = if self.compress { self.disk.head().image.cluster().bytes() } else { 1 };
-            if both >= unit {
-                return Ok(both - both % unit);
+    fn shown_by_both(&self, at: u64, len: u64, bytes: &mut Bytes) -> Outcome<u64> {
+        let both = self.look(at, len)?;
+        if both.alike() {
+            let unit = if self.compress { self.unit() } else { 1 };
+            if both.len >= unit {
+                return Ok(both.len - both.len % unit);
             }
         }
-        let (mut ours, mut theirs) = (vec![0; len as usize], vec![0; len as usize]);
-        read(self.disk, at, &mut ours)?;
-        if let Some(new) = self.new {
-            read(new, at, &mut theirs)?;
-        }
-        self.write_differences(at, &ours, &theirs)?;
+        bytes.prepare(len as usize, self.unit() as usize);
+        self.compare(at, len, bytes)?;
+        self.write_differences(at, len as usize, bytes)?;
+        bytes.ours[..len as usize].fill(0);
         Ok(len)
     }
 
-    fn write_differences(&self, at: u64, ours: &[u8], theirs: &[u8]) -> Outcome<()> {
+    /// What differs is told apart by this many bytes.
+    fn unit(&self) -> u64 {
+        if self.compress { self.disk.head().image.cluster().bytes() } else { SECTOR }
+    }
+
+    /// What both sides show at `at`, and how far; at most `len` bytes.
+    fn look(&self, at: u64, len: u64) -> Outcome<Both> {
+        let old = status::at(&self.layers, at, len)?;
+        let new_size = self.new.map_or(0, |n| n.size());
+        if at >= new_size {
+            return Ok(Both { len: old.len, old_zero: old.zero, new_zero: true, shared: false });
+        }
+        let new = status::at(&self.new_layers, at, (new_size - at).min(len))?;
+        let shared = old.host.is_some()
+            && (old.host, old.zero) == (new.host, new.zero)
+            && same_file(self.layers.get(old.depth), self.new_layers.get(new.depth));
+        let len = old.len.min(new.len);
+        Ok(Both { len, old_zero: old.zero, new_zero: new.zero, shared })
+    }
+
+    /// Notes where both sides differ within `len` bytes at `at`. Reads no more than it has to.
+    fn compare(&self, at: u64, len: u64, bytes: &mut Bytes) -> Outcome<()> {
+        let mut pos = at;
+        while pos < at + len {
+            let both = self.look(pos, (at + len - pos).min(STEP))?;
+            let (from, to) = ((pos - at) as usize, (pos - at + both.len) as usize);
+            pos += both.len;
+            // What is written with its neighbours has to be read even if it is alike.
+            let whole = !self.compress && (from as u64 | to as u64).is_multiple_of(SECTOR);
+            if both.old_zero && both.new_zero || both.shared && whole {
+                continue;
+            }
+            if !both.old_zero {
+                read(self.disk, at + from as u64, &mut bytes.ours[from..to])?;
+            }
+            match self.new.filter(|_| !both.new_zero) {
+                Some(new) => read(new, at + from as u64, &mut bytes.theirs[from..to])?,
+                None => bytes.theirs[from..to].fill(0),
+            }
+            bytes.note(from..to, self.unit() as usize);
+        }
+        Ok(())
+    }
+
+    fn write_differences(&self, at: u64, len: usize, bytes: &Bytes) -> Outcome<()> {
         let cluster = self.disk.head().image.cluster().bytes();
-        let unit = if self.compress { cluster } else { SECTOR } as usize;
-        let differs: Vec<bool> =
-            ours.chunks(unit).zip(theirs.chunks(unit)).map(|(a, b)| a != b).collect();
+        let unit = self.unit() as usize;
         let mut number = 0;
-        while number < differs.len() {
-            let run = differs[number..].iter().take_while(|d| **d == differs[number]).count();
-            if differs[number] {
-                let end = ((number + run) * unit).min(ours.len());
-                let bytes = &ours[number * unit..end];
+        for run in bytes.differs.chunk_by(|a, b| a == b) {
+            if run[0] {
+                let end = ((number + run.len()) * unit).min(len);
+                let bytes = &bytes.ours[number * unit..end];
                 self.write(at + (number * unit) as u64, bytes, cluster)?;
             }
-            number += run;
+            number += run.len();
         }
         Ok(())
     }
@@ -213,6 +280,36 @@ impl Job<'_> {
         }
         Ok(())
     }
+}
+
+impl Bytes {
+    fn prepare(&mut self, len: usize, unit: usize) {
+        self.ours.resize(self.ours.len().max(len), 0);
+        self.theirs.resize(self.theirs.len().max(len), 0);
+        self.differs.clear();
+        self.differs.resize(len.div_ceil(unit), false);
+    }
+
+    /// Notes where both sides differ within `range`.
+    fn note(&mut self, range: Range<usize>, unit: usize) {
+        let mut from = range.start;
+        while from < range.end {
+            let to = ((from / unit + 1) * unit).min(range.end);
+            self.differs[from / unit] |= self.ours[from..to] != self.theirs[from..to];
+            from = to;
+        }
+    }
+}
+
+/// Whether equal host offsets in both layers are the same bytes.
+fn same_file(a: Option<&Layer>, b: Option<&Layer>) -> bool {
+    // A raw layer may begin anywhere in its file.
+    let file = |layer: &Layer| {
+        let counts_from_start = layer.format == chain::Format::Qcow2;
+        counts_from_start.then(|| layer.file.identity().ok()).flatten()
+    };
+    let identity = a.and_then(file);
+    identity.is_some() && identity == b.and_then(file)
 }
 
 /// Reads; what lies past the disk's end is zero.
