@@ -4,9 +4,9 @@ use std::io::IoSliceMut;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::convert::{is_zero, work};
+use super::convert::is_zero;
 use crate::block::{BlockDevice, BlockStatus};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes that one thread compares at a time.
 const PIECE: u64 = 1 << 20;
@@ -101,4 +101,22 @@ fn read_or_zero(disk: &dyn BlockDevice, pos: u64, buf: &mut [u8]) -> Result<()> 
         back.fill(0);
     }
     if have == 0 { Ok(()) } else { disk.read_at(pos, &mut [IoSliceMut::new(front)]) }
+}
+
+/// Runs `job` in `threads` threads; the first error is the result.
+fn work(threads: usize, job: impl Fn() -> Result<()> + Sync) -> Result<()> {
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(&job)).collect();
+        let mut result = Ok(());
+        for thread in running {
+            let ended = thread.join().unwrap_or_else(|_| {
+                Err(Error::new(
+                    ErrorKind::Io,
+                    "a thread of the comparison ended by a fault in vdisk",
+                ))
+            });
+            result = result.and(ended);
+        }
+        result
+    })
 }

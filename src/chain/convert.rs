@@ -1,32 +1,29 @@
 //! Copying a flat disk into a new one: only what is not zero is written.
 //!
-//! Several threads each read a piece and write it, so that reads, compression and writes overlap.
+//! Several threads each read a piece and write it, so that reads and compression overlap with writes.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::create::refuse_existing;
+use super::queue::{self, PIECE, Turn};
 use super::{Chain, Format, Layer};
 use crate::block::{BlockDevice, BlockExtent, BlockStatus};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::formats::raw;
 use crate::image::Image;
 use crate::qcow2::{self, CreateOptions};
 use crate::storage::{Draft, Storage};
 
-/// Bytes that one thread copies at a time; at least one cluster.
-const PIECE: u64 = 2 << 20;
 /// How far ahead the source is asked where it stores anything.
 const WINDOW: u64 = 64 << 20;
 /// Zeroes are found in blocks of this many bytes.
 const BLOCK: u64 = 4096;
 /// Shorter stretches of zeroes are written along with what surrounds them.
 const MIN_GAP: u64 = 64 << 10;
-/// The most threads that copy at once.
-const MAX_THREADS: usize = 8;
 
 /// How to copy.
 #[derive(Clone, Copy)]
@@ -96,28 +93,13 @@ pub fn copy_into(source: &dyn BlockDevice, target: &Chain, how: &Copying<'_>) ->
         target,
         compress: how.compress.then_some(cluster),
         gap: u64::from(target.block_size()).clamp(BLOCK, MIN_GAP),
-        pieces: Mutex::new(Pieces::new(PIECE.max(cluster))),
         done: AtomicU64::new(0),
-        failed: AtomicBool::new(false),
         progress: how.progress,
     };
-    let cpus = std::thread::available_parallelism().map_or(2, usize::from);
-    work(cpus.clamp(2, MAX_THREADS), || copy.run())
-}
-
-/// Runs `job` in `threads` threads; the first error is the result.
-pub(super) fn work(threads: usize, job: impl Fn() -> Result<()> + Sync) -> Result<()> {
-    std::thread::scope(|scope| {
-        let running: Vec<_> = (0..threads).map(|_| scope.spawn(&job)).collect();
-        let mut result = Ok(());
-        for thread in running {
-            let ended = thread.join().unwrap_or_else(|_| {
-                Err(Error::new(ErrorKind::Io, "a thread of the copy ended by a fault in vdisk"))
-            });
-            result = result.and(ended);
-        }
-        result
-    })
+    // Compression takes long: small pieces keep all threads at it.
+    let mut pieces = Pieces::new(if how.compress { cluster } else { PIECE.max(cluster) });
+    let next = || pieces.take(source);
+    queue::run(queue::threads(), next, |piece, turn, buf| copy.piece(&piece, turn, buf))
 }
 
 /// One copy under way.
@@ -128,60 +110,43 @@ struct Copy<'a> {
     compress: Option<u64>,
     /// Shorter runs of zeroes are written.
     gap: u64,
-    pieces: Mutex<Pieces>,
     done: AtomicU64,
-    failed: AtomicBool,
     progress: &'a (dyn Fn(u64) + Sync),
 }
 
 impl Copy<'_> {
-    /// One thread's work.
-    fn run(&self) -> Result<()> {
-        let mut buf = Vec::new();
-        let result = loop {
-            if self.failed.load(Ordering::Relaxed) {
-                break Ok(());
-            }
-            let taken = self.pieces.lock().unwrap_or_else(|e| e.into_inner()).take(self.source);
-            let copied = match taken {
-                Ok(Some(piece)) => {
-                    let len = piece.range.end - piece.range.start + piece.skipped;
-                    self.piece(piece.range, &mut buf).map(|()| len)
-                }
-                Ok(None) => break Ok(()),
-                Err(error) => Err(error),
-            };
-            match copied {
-                Ok(len) => (self.progress)(self.done.fetch_add(len, Ordering::Relaxed) + len),
-                Err(error) => break Err(error),
-            }
-        };
-        if result.is_err() {
-            self.failed.store(true, Ordering::Relaxed);
-        }
-        result
-    }
-
-    fn piece(&self, range: Range<u64>, buf: &mut Vec<u8>) -> Result<()> {
-        let len = (range.end - range.start) as usize;
+    fn piece(&self, piece: &Piece, turn: &Turn<'_, Error>, buf: &mut Vec<u8>) -> Result<()> {
+        let Range { start, end } = piece.range;
+        let len = (end - start) as usize;
         buf.resize(buf.len().max(len), 0);
         let bytes = buf.get_mut(..len).unwrap_or_default();
-        if bytes.is_empty() {
-            return Ok(());
+        if !bytes.is_empty() {
+            self.source.read_at(start, &mut [IoSliceMut::new(bytes)])?;
         }
-        self.source.read_at(range.start, &mut [IoSliceMut::new(bytes)])?;
-        if let Some(cluster) = self.compress {
-            let offsets = (range.start..).step_by(cluster as usize);
-            for (offset, part) in offsets.zip(bytes.chunks(cluster as usize)) {
-                if !is_zero(part) {
-                    self.target.write_compressed(offset, part)?;
-                }
+        if self.compress.is_some() {
+            self.compressed(start, bytes, turn)?;
+        } else {
+            let runs = data_runs(bytes, self.gap as usize);
+            turn.wait()?;
+            for run in runs {
+                let at = start + run.start as u64;
+                self.target.write_at(at, &[IoSlice::new(bytes.get(run).unwrap_or_default())])?;
             }
-            return Ok(());
         }
-        for run in data_runs(bytes, self.gap as usize) {
-            let at = range.start + run.start as u64;
-            self.target.write_at(at, &[IoSlice::new(bytes.get(run).unwrap_or_default())])?;
+        let len = end - start + piece.skipped;
+        (self.progress)(self.done.fetch_add(len, Ordering::Relaxed) + len);
+        Ok(())
+    }
+
+    fn compressed(&self, start: u64, bytes: &[u8], turn: &Turn<'_, Error>) -> Result<()> {
+        let cluster = self.compress.unwrap_or(PIECE);
+        let offsets = (start..).step_by(cluster as usize);
+        for (offset, part) in offsets.zip(bytes.chunks(cluster as usize)) {
+            if !is_zero(part) {
+                let packed = self.target.pack(offset, part)?;
+                turn.wait()?;
+                self.target.write_packed(offset, part, packed.as_deref())?;
+            }
         }
         Ok(())
     }

@@ -179,12 +179,33 @@ impl Chain {
     /// # Errors
     /// [`ErrorKind::Unsupported`] where the head's format does not compress.
     pub fn write_compressed(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let packed = self.pack(offset, bytes)?;
+        self.write_packed(offset, bytes, packed.as_deref())
+    }
+
+    /// The compressed form of one whole cluster of the head at `offset`, or of its part up to the
+    /// disk's end; `None` where that would save nothing. Writes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the head's format does not compress.
+    pub fn pack(&self, offset: u64, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
+        let layers = self.layers();
+        let head = &layers.head;
+        check_range(offset, bytes.len() as u64, head.image.size())?;
+        head.image.pack(GuestOffset(offset), bytes).map_err(|e| e.at_path(&head.path))
+    }
+
+    /// Writes `bytes`, for which [`pack`](Chain::pack) returned `packed`.
+    pub fn write_packed(&self, offset: u64, bytes: &[u8], packed: Option<&[u8]>) -> Result<()> {
+        let Some(packed) = packed else {
+            return self.write_at(offset, &[IoSlice::new(bytes)]);
+        };
         let layers = self.layers();
         let head = &layers.head.image;
         check_range(offset, bytes.len() as u64, head.size())?;
         let _hold = head.hold();
         let entry = self.inflight.enter(offset..head.cluster().ceil(offset + bytes.len() as u64));
-        let done = head.write_compressed(GuestOffset(offset), bytes);
+        let done = head.write_packed(GuestOffset(offset), packed);
         drop(entry);
         match done {
             Ok(true) => Ok(()),

@@ -29,6 +29,7 @@ pub mod merge;
 mod open;
 mod parent;
 pub mod plan;
+pub mod queue;
 pub mod rebase;
 mod scan;
 mod sealed;

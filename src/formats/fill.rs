@@ -139,8 +139,13 @@ impl Image for Filling {
         }
     }
 
-    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
-        self.state().places.place_compressed(self.block.index(at.0), bytes)?;
+    fn pack(&self, _at: GuestOffset, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
+        // The format compresses a block where it gives it a place.
+        Ok(Some(bytes.to_vec()))
+    }
+
+    fn write_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool> {
+        self.state().places.place_compressed(self.block.index(at.0), packed)?;
         Ok(true)
     }
 

@@ -242,15 +242,34 @@ pub trait Image: Send + Sync {
         Err(Error::unsupported("this format holds nothing that could be checked"))
     }
 
-    /// Stores one whole cluster at `at` compressed; `bytes` are the cluster, or its part up to the
-    /// disk's end. `false`, and nothing done, where that would save nothing. Two writers of one
-    /// cluster are kept apart by the caller.
+    /// The compressed form of one whole cluster at `at`; `bytes` are the cluster, or its part up to
+    /// the disk's end. `None` where that would save nothing. Changes nothing.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] where the format does not compress.
-    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
+    fn pack(&self, at: GuestOffset, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
         let _ = (at, bytes);
         Err(Error::unsupported("this format does not compress"))
+    }
+
+    /// Stores what [`pack`](Image::pack) made of the cluster at `at`. `false`, and nothing done,
+    /// where there is no place that the format can tell. Two writers of one cluster are kept apart
+    /// by the caller.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the format does not compress.
+    fn write_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool> {
+        let _ = (at, packed);
+        Err(Error::unsupported("this format does not compress"))
+    }
+
+    /// Both at once; `false`, and nothing done, where compressing would save nothing.
+    ///
+    /// # Errors
+    /// As [`pack`](Image::pack) and [`write_packed`](Image::write_packed).
+    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
+        let packed = self.pack(at, bytes)?;
+        packed.map_or(Ok(false), |packed| self.write_packed(at, &packed))
     }
 
     /// Returns when every change that completed before the call is durable.

@@ -20,8 +20,9 @@ const WINDOW_BITS: u8 = 12;
 const DEFLATE_LEVEL: u32 = 6;
 
 impl Image {
-    /// See [`crate::image::Image::write_compressed`].
-    pub(super) fn store_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
+    /// See [`crate::image::Image::pack`].
+    pub(super) fn pack_cluster(&self, at: GuestOffset, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.check_writable()?;
         self.refuse_compression()?;
         let cluster = self.shape.cluster;
         let size = crate::image::Image::size(self);
@@ -29,12 +30,21 @@ impl Image {
         if !cluster.aligned(at.0) || whole == 0 || bytes.len() as u64 != whole {
             return Err(Error::invalid("only whole clusters are compressed"));
         }
-        let Some(packed) = self.deflate(bytes)? else { return Ok(false) };
+        self.deflate(bytes)
+    }
+
+    /// See [`crate::image::Image::write_packed`].
+    pub(super) fn store_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool> {
+        self.refuse_compression()?;
+        let whole = self.shape.cluster.bytes();
+        if !self.shape.cluster.aligned(at.0) || packed.is_empty() || packed.len() as u64 >= whole {
+            return Err(Error::invalid("only whole clusters are compressed"));
+        }
         self.relieve()?;
         self.ensure_table(at)?;
         let len = packed.len() as u64;
         let room = self.make_room(len)?;
-        if let Err(error) = self.data.write_compressed(room, &[IoSlice::new(&packed)]) {
+        if let Err(error) = self.data.write_compressed(room, &[IoSlice::new(packed)]) {
             self.give_up(room, len);
             return Err(error);
         }
@@ -62,7 +72,7 @@ impl Image {
     /// smaller.
     fn deflate(&self, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
         let size = self.shape.cluster.bytes() as usize;
-        let compression = self.header().compression;
+        let compression = lock(&self.header).compression;
         if bytes.len() == size {
             return compress(compression, bytes);
         }

@@ -502,10 +502,14 @@ impl image::Image for Image {
         self.check_and_mend(repair)
     }
 
-    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
+    fn pack(&self, at: GuestOffset, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.pack_cluster(at, bytes)
+    }
+
+    fn write_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool> {
         self.begin_change()?;
-        self.track(at.0, bytes.len() as u64)?;
-        self.store_compressed(at, bytes)
+        self.track(at.0, self.shape.cluster.bytes().min(self.size().saturating_sub(at.0)))?;
+        self.store_packed(at, packed)
     }
 
     fn flush(&self) -> Result<()> {

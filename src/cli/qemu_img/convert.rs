@@ -120,7 +120,6 @@ fn convert(
         compress,
         has_backing,
         salvage: given.has("salvage"),
-        out_of_order: given.has("W"),
         quiet: given.has("q"),
         progress,
         reads_zero: is_new && !has_backing || given.has("target-is-zero"),

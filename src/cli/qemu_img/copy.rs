@@ -2,24 +2,23 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 
 use vdisk::addr::GuestOffset;
 use vdisk::block::BlockDevice;
+use vdisk::chain::queue::{self, Turn};
 use vdisk::chain::{Chain, Layer};
 
 use super::fail::{Fail, Outcome, reason, report};
 use super::progress::Progress;
 use super::status;
 
-/// Bytes that are copied at a time.
-const PIECE: u64 = 2 << 20;
+/// How far a copy is, is told after so many bytes.
+const SHOWN: u64 = 2 << 20;
+/// Zeroes that are written at a time.
+const ZEROES: u64 = 2 << 20;
 /// Less data than this is copied by one thread: it takes no longer, and stands in its order.
 const ALONE: u64 = 16 << 20;
-/// Threads that copy at once: while some wait for the disk, others have work.
-const MIN_THREADS: usize = 4;
-/// The most of them.
-const MAX_THREADS: usize = 8;
 /// Zeroes are looked for by sectors.
 const SECTOR: u64 = 512;
 
@@ -54,8 +53,6 @@ pub struct Copying<'a> {
     pub reads_zero: bool,
     /// Read errors become zeroes.
     pub salvage: bool,
-    /// Data may stand in the target in another order than in the source: several threads copy.
-    pub out_of_order: bool,
     /// Say nothing about them.
     pub quiet: bool,
     /// Show how far it is.
@@ -97,9 +94,9 @@ pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
         at += len;
     }
     // What cannot be read is told in its order.
-    let alone = !copying.out_of_order || data < ALONE || copying.salvage;
-    let cpus = std::thread::available_parallelism().map_or(2, usize::from);
-    run.all(if alone { 1 } else { cpus.clamp(MIN_THREADS, MAX_THREADS) })?;
+    let alone = data < ALONE || copying.salvage;
+    let threads = if alone { 1 } else { queue::threads() };
+    queue::run(threads, run.steps(), |step, turn, buf| run.step(&step, turn, buf))?;
     target.flush().map_err(|e| Fail::new(reason(&e)))
 }
 
@@ -128,18 +125,6 @@ struct Run<'a> {
     holds_zeroes: bool,
 }
 
-/// How far the copy was given out, and why it ends early.
-#[derive(Default)]
-struct Given {
-    at: u64,
-    /// What the source was found to hold there, and where that ends: asking the host again for each
-    /// step costs it a walk over all that follows.
-    known: Option<(What, u64)>,
-    /// Bytes of what has to be copied that were given out.
-    work: u64,
-    failed: Option<Fail>,
-}
-
 /// What one thread copies at a time.
 struct Step {
     at: u64,
@@ -148,65 +133,45 @@ struct Step {
 }
 
 impl Run<'_> {
-    /// Copies everything. No two steps write the same byte, so their order is free.
-    fn all(&self, threads: usize) -> Outcome<()> {
-        let progress = Mutex::new(Given::default());
-        std::thread::scope(|scope| {
-            (1..threads).for_each(|_| drop(scope.spawn(|| self.work(&progress))));
-            self.work(&progress);
-        });
-        let ended = progress.into_inner().unwrap_or_else(|e| e.into_inner());
-        ended.failed.map_or(Ok(()), Err)
-    }
-
     /// Whether the target is written for it.
     fn is_work(&self, what: What) -> bool {
         what == What::Data || what == What::Zero && self.copying.sparse == 0
     }
 
-    /// One thread's work; it ends where any thread fails.
-    fn work(&self, progress: &Mutex<Given>) {
-        let mut buf = Vec::new();
-        loop {
-            let taken = self.take(lock(progress));
-            let done = match taken {
-                Ok(Some(step)) => self.step(&step, &mut buf),
-                Ok(None) => return,
-                Err(e) => Err(e),
-            };
-            if let Err(e) = done {
-                lock(progress).failed.get_or_insert(e);
-                return;
-            }
-        }
+    /// Says that so much of the work was begun.
+    fn tell(&self, work: u64) {
+        let part = 100.0 * work as f64 / self.work.max(1) as f64;
+        self.copying.progress.lock().unwrap_or_else(|e| e.into_inner()).at(part as f32);
     }
 
-    fn take(&self, mut progress: MutexGuard<'_, Given>) -> Outcome<Option<Step>> {
-        let at = progress.at;
-        if at >= self.total || progress.failed.is_some() {
-            return Ok(None);
-        }
-        let (what, len) = match progress.known {
-            Some((what, end)) if at < end => (what, end - at),
-            _ => self.look(at)?,
-        };
-        progress.known = Some((what, at + len));
-        let step = self.next(at, what, len);
-        progress.at += step.len;
-        if self.is_work(what) {
-            let end = progress.work + step.len;
-            // Compressed clusters go one by one.
-            let piece = match self.copying.compress {
-                true => self.copying.target.head().image.cluster().bytes(),
-                false => step.len,
-            };
-            while progress.work < end {
-                progress.work = (progress.work + piece).min(end);
-                let part = 100.0 * progress.work as f64 / self.work.max(1) as f64;
-                lock(self.copying.progress).at(part as f32);
+    /// Names the steps in order, from the start of the disk to its end.
+    fn steps(&self) -> impl FnMut() -> Outcome<Option<Step>> {
+        let (mut at, mut work) = (0, 0);
+        // What the source was found to hold, and where that ends: asking the host again for each step
+        // costs it a walk over all that follows.
+        let mut known = (What::Backing, 0);
+        move || {
+            while at < self.total {
+                if at >= known.1 {
+                    let (what, len) = self.look(at)?;
+                    known = (what, at + len);
+                }
+                let step = self.next(at, known.0, known.1 - at);
+                at += step.len;
+                if self.is_work(known.0) {
+                    work += step.len;
+                    // Compressed clusters go one by one, the rest in QEMU's steps.
+                    if self.copying.compress || at.is_multiple_of(SHOWN) || at >= known.1 {
+                        self.tell(work);
+                    }
+                }
+                let idle = step.what == What::Zero && self.reads_zero;
+                if step.what != What::Backing && !idle {
+                    return Ok(Some(step));
+                }
             }
+            Ok(None)
         }
-        Ok(Some(step))
     }
 
     /// The step that begins at `at`, where `len` bytes of the source are alike.
@@ -224,18 +189,51 @@ impl Run<'_> {
             what = What::Data;
         }
         if what == What::Data {
-            // To a boundary: threads meet in no cluster.
-            len = len.min(PIECE - at % PIECE);
+            // To a boundary.
+            let piece = self.piece();
+            len = len.min(piece - at % piece);
         }
         Step { at, len, what }
     }
 
-    fn step(&self, step: &Step, buf: &mut Vec<u8>) -> Outcome<()> {
-        match step.what {
-            What::Backing => Ok(()),
-            What::Zero => self.zeroes(step.at, step.len),
-            What::Data => self.data(step.at, step.len, buf),
+    /// The most bytes of data in one step, a power of two.
+    fn piece(&self) -> u64 {
+        let cluster = self.copying.target.head().image.cluster().bytes();
+        if self.copying.compress {
+            return cluster;
         }
+        // Clusters, and blocks that zeroes are looked for in, are written whole.
+        queue::PIECE.max(cluster).max(self.copying.sparse.next_power_of_two())
+    }
+
+    /// Reads side by side with other steps, and writes when its turn comes.
+    fn step(&self, step: &Step, turn: &Turn<'_, Fail>, buf: &mut Vec<u8>) -> Outcome<()> {
+        let &Step { at, len, what } = step;
+        match what {
+            What::Backing => return Ok(()),
+            What::Zero => {
+                turn.wait()?;
+                return self.zeroes(at, len);
+            }
+            What::Data => {}
+        }
+        buf.resize(buf.len().max(len as usize), 0);
+        let bytes = &mut buf[..len as usize];
+        self.read(at, bytes)?;
+        if !self.copying.compress {
+            let runs = data_runs(at, bytes, self.copying.sparse);
+            turn.wait()?;
+            return self.plain(at, bytes, runs);
+        }
+        if self.copying.sparse > 0 && is_zero(bytes) {
+            turn.wait()?;
+            return self.zeroes(at, len);
+        }
+        // Before its turn: that is what takes long.
+        let (target, failed) = (self.copying.target, |e| write_failed(at, &e));
+        let packed = target.pack(at, bytes).map_err(failed)?;
+        turn.wait()?;
+        target.write_packed(at, bytes, packed.as_deref()).map_err(failed)
     }
 
     /// What stands at `at`, and how far.
@@ -280,19 +278,12 @@ impl Run<'_> {
         if !self.holds_zeroes {
             return target.write_zeroes(at, len, true).map_err(|e| write_failed(at, &e));
         }
-        let bytes = vec![0; len.min(PIECE) as usize];
-        for pos in (at..at + len).step_by(PIECE as usize) {
-            let part = &bytes[..(at + len - pos).min(PIECE) as usize];
+        let bytes = vec![0; len.min(ZEROES) as usize];
+        for pos in (at..at + len).step_by(ZEROES as usize) {
+            let part = &bytes[..(at + len - pos).min(ZEROES) as usize];
             target.write_at(pos, &[IoSlice::new(part)]).map_err(|e| write_failed(pos, &e))?;
         }
         Ok(())
-    }
-
-    fn data(&self, at: u64, len: u64, buf: &mut Vec<u8>) -> Outcome<()> {
-        buf.resize(PIECE.max(len) as usize, 0);
-        let bytes = &mut buf[..len as usize];
-        self.read(at, bytes)?;
-        if self.copying.compress { self.compressed(at, bytes) } else { self.plain(at, bytes) }
     }
 
     /// Reads across the parts.
@@ -336,23 +327,9 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn compressed(&self, at: u64, bytes: &[u8]) -> Outcome<()> {
-        let target = self.copying.target;
-        let cluster = target.head().image.cluster().bytes();
-        for (number, part) in bytes.chunks(cluster as usize).enumerate() {
-            let pos = at + number as u64 * cluster;
-            if self.copying.sparse > 0 && is_zero(part) {
-                self.zeroes(pos, part.len() as u64)?;
-            } else {
-                target.write_compressed(pos, part).map_err(|e| write_failed(pos, &e))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn plain(&self, at: u64, bytes: &[u8]) -> Outcome<()> {
+    fn plain(&self, at: u64, bytes: &[u8], runs: Vec<Range<usize>>) -> Outcome<()> {
         let mut zero_from = 0;
-        for run in data_runs(at, bytes, self.copying.sparse) {
+        for run in runs {
             self.gap(at, zero_from..run.start)?;
             zero_from = run.end;
             let pos = at + run.start as u64;
@@ -368,10 +345,6 @@ impl Run<'_> {
         }
         self.zeroes(at + range.start as u64, range.len() as u64)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn write_failed(at: u64, error: &vdisk::Error) -> Fail {

@@ -56,6 +56,12 @@ impl Fail {
     }
 }
 
+impl From<vdisk::chain::queue::Stopped> for Fail {
+    fn from(_: vdisk::chain::queue::Stopped) -> Fail {
+        Fail::silent(1)
+    }
+}
+
 /// Writes an error or a warning.
 pub fn report(text: impl std::fmt::Display) {
     eprintln!("qemu-img: {text}");

@@ -98,10 +98,15 @@ impl Image for Faulty {
         self.inner.details()
     }
 
-    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
+    fn pack(&self, at: GuestOffset, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.inner.pack(at, bytes)
+    }
+
+    fn write_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool> {
         self.faults.happens("write_aio");
-        self.faults.strike(Doing::Write, at.0, bytes.len() as u64)?;
-        self.inner.write_compressed(at, bytes)
+        let whole = self.cluster().bytes().min(self.size().saturating_sub(at.0));
+        self.faults.strike(Doing::Write, at.0, whole)?;
+        self.inner.write_packed(at, packed)
     }
 
     fn flush(&self) -> Result<()> {
