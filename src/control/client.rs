@@ -97,11 +97,9 @@ fn connect(socket: &Path) -> Result<Option<Connection>> {
     match UnixStream::connect(socket) {
         Ok(stream) => Ok(Some(Connection { stream, path: socket.to_path_buf() })),
         Err(e) if e.kind() == IoErrorKind::NotFound => Ok(None),
-        // Left by a process that was killed.
-        Err(e) if e.kind() == IoErrorKind::ConnectionRefused => {
-            let _ = fs::remove_file(socket);
-            Ok(None)
-        }
+        // Left by a process that was killed, for the next holder to remove; or made a moment ago by
+        // one that does not listen yet.
+        Err(e) if e.kind() == IoErrorKind::ConnectionRefused => Ok(None),
         Err(e) => Err(Error::io("cannot reach the process that holds the disk", e).at_path(socket)),
     }
 }
