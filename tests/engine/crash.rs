@@ -277,7 +277,7 @@ fn a_host_that_fails_at_any_call_leaves_leaks_at_most_and_all_that_was_flushed()
         }
         done += 1;
     }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+    crate::dice::say_done(done, seed);
 }
 
 #[test]

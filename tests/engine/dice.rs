@@ -1,5 +1,6 @@
 //! Seeded randomness and the size of random tests.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// A small generator (splitmix64): the same seed, the same run, on every machine.
@@ -73,6 +74,22 @@ impl Budget {
     }
 }
 
+/// Operations on disks and trees that the random tests of this process have done.
+static OPERATIONS: AtomicU64 = AtomicU64::new(0);
+
+/// Counts one operation.
+pub fn operation() {
+    OPERATIONS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Says what a random test did.
+pub fn say_done(rounds: u64, seed: u64) {
+    let operations = OPERATIONS.load(Ordering::Relaxed);
+    eprintln!(
+        "{rounds} rounds, VDISK_SEED={seed:#x}\n{operations} operations so far, by all tests"
+    );
+}
+
 /// Runs `one` with a seed of its own each time, for some seconds: a failure is run again alone.
 pub fn rounds(seconds: u64, mut one: impl FnMut(&mut Dice)) {
     let seed = seed();
@@ -84,7 +101,7 @@ pub fn rounds(seconds: u64, mut one: impl FnMut(&mut Dice)) {
         one(&mut Dice::new(seed));
         done += 1;
     }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+    say_done(done, seed);
 }
 
 /// Says the seed when the test panics.

@@ -214,6 +214,7 @@ impl Family {
     }
 
     fn step(&mut self, dice: &mut Dice) {
+        crate::dice::operation();
         let name = self.some_name(dice);
         match (dice.below(24), name) {
             (0..8, _) => self.write(dice),

@@ -16,7 +16,7 @@ use vdisk::chain::tree::Family;
 use vdisk::chain::{self, Chain, OpenOptions, snapshot};
 use vdisk::qcow2::CreateOptions;
 
-use crate::dice::{Budget, Confess, Dice, seed};
+use crate::dice::{Budget, Confess, Dice, say_done, seed};
 use crate::model::{first_difference, pattern, read};
 use crate::processes::{have_qemu, undisturbed};
 use crate::property::{check_layer, open_patiently};
@@ -39,6 +39,7 @@ struct Worker {
 
 impl Worker {
     fn step(&mut self, disk: &Chain) {
+        crate::dice::operation();
         let number = self.dice.below(self.stripes.len() as u64) as usize;
         let (at, bytes) = &mut self.stripes[number];
         let len = bytes.len() as u64;
@@ -325,5 +326,6 @@ fn a_disk_whose_tree_changes_under_its_writers_keeps_every_moment() {
         longest = longest.max(round(&mut Dice::new(seed), with_qemu));
         done += 1;
     }
-    eprintln!("{done} rounds, longest pause {longest:?}, VDISK_SEED={seed:#x}");
+    eprintln!("longest pause {longest:?}");
+    say_done(done, seed);
 }

@@ -39,6 +39,7 @@ impl Model {
 
     /// Does `op` to `disk` and to the model, and compares what is read.
     pub fn apply(&mut self, disk: &dyn BlockDevice, op: &Op) -> Result<()> {
+        crate::dice::operation();
         match *op {
             Op::Write { at, len, fill } => {
                 let data = pattern(at, len, fill);

@@ -148,5 +148,5 @@ fn threads_that_share_clusters_keep_each_others_bytes() {
         round(&mut dice, with_qemu);
         done += 1;
     }
-    eprintln!("{done} rounds, VDISK_SEED={seed:#x}");
+    crate::dice::say_done(done, seed);
 }
