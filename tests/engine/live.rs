@@ -17,9 +17,10 @@ use vdisk::chain::{self, Chain, OpenOptions, snapshot};
 use vdisk::qcow2::CreateOptions;
 
 use crate::dice::{Budget, Confess, Dice, say_done, seed};
-use crate::model::{first_difference, pattern, read};
+use crate::model::{pattern, read};
 use crate::processes::{have_qemu, undisturbed};
 use crate::property::{check_layer, open_patiently};
+use crate::threads::{disturb, holds};
 
 const THREADS: usize = 4;
 
@@ -39,37 +40,10 @@ struct Worker {
 
 impl Worker {
     fn step(&mut self, disk: &Chain) {
-        crate::dice::operation();
         let number = self.dice.below(self.stripes.len() as u64) as usize;
         let (at, bytes) = &mut self.stripes[number];
-        let len = bytes.len() as u64;
-        let from = self.dice.below(len);
-        let part = self.dice.below(len - from + 1);
-        let range = from as usize..(from + part) as usize;
-        match self.dice.below(16) {
-            0..9 => {
-                let data = pattern(*at + from, part, self.dice.next());
-                disk.write_at(*at + from, &[IoSlice::new(&data)]).unwrap();
-                bytes[range].copy_from_slice(&data);
-            }
-            9..11 => {
-                disk.write_zeroes(*at + from, part, self.dice.once_in(2)).unwrap();
-                bytes[range].fill(0);
-            }
-            11..13 => {
-                disk.discard(*at + from, part).unwrap();
-                let now = read(disk, *at + from, part).unwrap();
-                let fair = bytes[range.clone()].iter().zip(&now).all(|(a, b)| a == b || *b == 0);
-                assert!(fair, "a discard at {at} shows other bytes");
-                bytes[range].copy_from_slice(&now);
-            }
-            13 if self.dice.once_in(3) => disk.flush().unwrap(),
-            _ => {
-                let got = read(disk, *at, len).unwrap();
-                if let Some(i) = first_difference(&got, bytes) {
-                    panic!("byte {} reads {:#04x}, not {:#04x}", *at + i as u64, got[i], bytes[i]);
-                }
-            }
+        if !disturb(disk, &mut self.dice, *at, bytes) {
+            holds(disk, *at, bytes);
         }
         self.steps.push(Step { stripe: number, bytes: self.stripes[number].1.clone() });
     }

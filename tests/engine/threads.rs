@@ -18,6 +18,45 @@ use crate::property::{check_layer, open_patiently};
 
 const THREADS: u64 = 6;
 
+/// Does something to the part of a disk at `at` that nobody else touches, and to `bytes`, which is
+/// what stands there; `false` where it did nothing.
+pub fn disturb(disk: &Chain, dice: &mut Dice, at: u64, bytes: &mut [u8]) -> bool {
+    crate::dice::operation();
+    let len = bytes.len() as u64;
+    let from = dice.below(len);
+    let part = dice.below(len - from + 1);
+    let range = from as usize..(from + part) as usize;
+    match dice.below(16) {
+        0..9 => {
+            let data = pattern(at + from, part, dice.next());
+            disk.write_at(at + from, &[IoSlice::new(&data)]).unwrap();
+            bytes[range].copy_from_slice(&data);
+        }
+        9..11 => {
+            disk.write_zeroes(at + from, part, dice.once_in(2)).unwrap();
+            bytes[range].fill(0);
+        }
+        11..13 => {
+            disk.discard(at + from, part).unwrap();
+            let now = read(disk, at + from, part).unwrap();
+            let fair = bytes[range.clone()].iter().zip(&now).all(|(a, b)| a == b || *b == 0);
+            assert!(fair, "a discard at {at} shows other bytes");
+            bytes[range].copy_from_slice(&now);
+        }
+        13 if dice.once_in(3) => disk.flush().unwrap(),
+        _ => return false,
+    }
+    true
+}
+
+/// Panics unless `bytes` stand at `at`.
+pub fn holds(disk: &Chain, at: u64, bytes: &[u8]) {
+    let got = read(disk, at, bytes.len() as u64).unwrap();
+    if let Some(i) = crate::model::first_difference(&got, bytes) {
+        panic!("byte {} reads {:#04x}, not {:#04x}", at + i as u64, got[i], bytes[i]);
+    }
+}
+
 /// What one thread owns: every `THREADS`th stripe of the disk, and what must stand there.
 struct Owner {
     stripes: Vec<(u64, Vec<u8>)>,
@@ -29,38 +68,14 @@ impl Owner {
     fn step(&mut self, disk: &Chain) {
         let number = self.dice.below(self.stripes.len() as u64) as usize;
         let (at, bytes) = &mut self.stripes[number];
-        let len = bytes.len() as u64;
-        let from = self.dice.below(len);
-        let part = self.dice.below(len - from + 1);
-        let range = from as usize..(from + part) as usize;
-        match self.dice.below(16) {
-            0..9 => {
-                let data = pattern(*at + from, part, self.dice.next());
-                disk.write_at(*at + from, &[IoSlice::new(&data)]).unwrap();
-                bytes[range].copy_from_slice(&data);
-            }
-            9..11 => {
-                disk.write_zeroes(*at + from, part, self.dice.once_in(2)).unwrap();
-                bytes[range].fill(0);
-            }
-            11..13 => {
-                disk.discard(*at + from, part).unwrap();
-                let now = read(disk, *at + from, part).unwrap();
-                let fair = bytes[range.clone()].iter().zip(&now).all(|(a, b)| a == b || *b == 0);
-                assert!(fair, "a discard at {at} shows other bytes");
-                bytes[range].copy_from_slice(&now);
-            }
-            13 if self.dice.once_in(3) => disk.flush().unwrap(),
-            _ => self.check(disk, number),
+        if !disturb(disk, &mut self.dice, *at, bytes) {
+            self.check(disk, number);
         }
     }
 
     fn check(&self, disk: &Chain, number: usize) {
         let (at, bytes) = &self.stripes[number];
-        let got = read(disk, *at, bytes.len() as u64).unwrap();
-        if let Some(i) = crate::model::first_difference(&got, bytes) {
-            panic!("byte {} reads {:#04x}, not {:#04x}", at + i as u64, got[i], bytes[i]);
-        }
+        holds(disk, *at, bytes);
     }
 }
 

@@ -137,7 +137,8 @@ impl Source {
         Source::named(text, format).map_err(failed)
     }
 
-    fn new(text: &str, protocol: Protocol, format: Option<&str>) -> Source {
+    /// An image at a place, without any option.
+    pub fn new(text: &str, protocol: Protocol, format: Option<&str>) -> Source {
         Source {
             given: text.to_owned(),
             protocol,

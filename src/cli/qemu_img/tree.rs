@@ -40,20 +40,8 @@ impl Tree {
     pub fn image(&mut self, text: &str) -> Outcome<Source> {
         let all = List(self.0.clone());
         let driver = self.take("driver");
-        let mut source = Source {
-            given: text.to_owned(),
-            protocol: Protocol::Null(0),
-            format: driver.clone(),
-            below: Below::Recorded,
-            data_file: None,
-            direct: false,
-            vhd_size: SizeBy::Creator,
-            window: (0, None),
-            key: Key::default(),
-            above: None,
-            bare: None,
-            rest: all,
-        };
+        let made = Source::new(text, Protocol::Null(0), driver.as_deref());
+        let mut source = Source { rest: all, ..made };
         if driver.as_deref() == Some("blkdebug")
             && let Some(format) = self.value("image.driver")
             && FORMATS.contains(&format)
