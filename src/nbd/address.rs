@@ -1,12 +1,13 @@
 //! Where servers listen, and the way there.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::stream::Stream;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long to wait for a server to accept a connection.
@@ -33,12 +34,6 @@ impl fmt::Display for Address {
             Address::Tcp { host, port } => write!(f, "{host}:{port}"),
         }
     }
-}
-
-/// A connection to a server.
-pub(super) enum Stream {
-    Unix(UnixStream),
-    Tcp(TcpStream),
 }
 
 impl Address {
@@ -87,37 +82,4 @@ fn words(error: &io::Error) -> String {
         text.truncate(at);
     }
     text
-}
-
-impl Stream {
-    /// Lets each wait for bytes end after `time`.
-    pub fn set_patience(&self, time: Duration) -> io::Result<()> {
-        let time = Some(time);
-        match self {
-            Stream::Unix(s) => s.set_read_timeout(time).and_then(|()| s.set_write_timeout(time)),
-            Stream::Tcp(s) => s.set_read_timeout(time).and_then(|()| s.set_write_timeout(time)),
-        }
-    }
-}
-
-impl Read for Stream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Stream::Unix(s) => s.read(buf),
-            Stream::Tcp(s) => s.read(buf),
-        }
-    }
-}
-
-impl Write for Stream {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Stream::Unix(s) => s.write(buf),
-            Stream::Tcp(s) => s.write(buf),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

@@ -6,9 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Target;
-use super::address::Stream;
 use super::handshake::{self, Export, send};
 use super::replies::{self, Wanted};
+use super::stream::Stream;
 use super::wire::{self, Request, command, flag};
 use crate::addr::Unit;
 use crate::block::{check_range, total, total_mut, window, window_mut};
@@ -89,9 +89,9 @@ impl Client {
     pub fn connect(target: &Target, write: bool) -> Result<Client> {
         let mut stream = target.address.connect()?;
         let no_timeout = |e| Error::io("the socket takes no timeout", e);
-        stream.set_patience(HANDSHAKE).map_err(no_timeout)?;
+        stream.set_patience(Some(HANDSHAKE)).map_err(no_timeout)?;
         let export = handshake::negotiate(&mut stream, target)?;
-        stream.set_patience(REPLY).map_err(no_timeout)?;
+        stream.set_patience(Some(REPLY)).map_err(no_timeout)?;
         if write && export.flags & flag::READ_ONLY != 0 {
             // The words are the host's for what is not permitted, as other clients say it.
             let message = "Could not open image: Permission denied";

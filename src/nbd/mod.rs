@@ -2,7 +2,8 @@
 //!
 //! [`wire`] knows the numbers and layouts of the protocol, [`handshake`] agrees on an export,
 //! [`Client`] asks and understands [`replies`], [`Disk`] is the export as an image. Whatever a server
-//! sends is checked and bounded before it is believed; every wait ends. Specification: "The NBD
+//! sends is checked and bounded before it is believed; every wait ends. The server is another room,
+//! which speaks the same [`wire`] over the same [`stream`]. Specification: "The NBD
 //! protocol" (fixed newstyle, structured replies, metadata contexts).
 
 mod address;
@@ -10,7 +11,8 @@ mod client;
 mod disk;
 mod handshake;
 mod replies;
-mod wire;
+pub(crate) mod stream;
+pub(crate) mod wire;
 
 #[cfg(test)]
 mod tests;
