@@ -5,14 +5,10 @@
 //! file that QEMU opens, and QEMU's files open here.
 //!
 //! Rooms, from the ground up: [`addr`], [`error`] and [`mountinfo`] serve every floor; [`storage`]
-//! keeps bytes; [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files
-//! in it; [`container`] runs the programs among them; [`virtio`] carries it into a guest, and
-//! [`vm`] is such a guest.
-//! Rooms, from the ground up: [`addr`] and [`error`] serve every floor; [`storage`] keeps bytes, and
-//! [`nbd`] asks another program for them;
-//! [`image`] is one layer; [`block`] is a flat guest disk; [`mount`] shows the files in it;
-//! [`container`] runs the programs among them; [`virtio`] carries it into a guest, and [`vm`] is
-//! such a guest.
+//! keeps bytes, and [`nbd`] asks another program for them; [`image`] is one layer; [`block`] is a
+//! flat guest disk; [`mount`] shows the files in it; [`container`] runs the programs among them;
+//! [`virtio`] carries it into a guest, and [`vm`] is such a guest; [`serve`] carries it to other
+//! people's programs.
 
 pub mod addr;
 pub mod block;
@@ -27,6 +23,7 @@ pub mod mount;
 pub mod mountinfo;
 pub mod nbd;
 pub mod qcow2;
+pub mod serve;
 pub mod storage;
 pub mod virtio;
 pub mod vm;

@@ -28,6 +28,7 @@ mod qemu_img;
 mod rebase;
 mod resize;
 mod run;
+mod serve;
 mod size;
 mod snapshot;
 mod stop;
@@ -78,6 +79,7 @@ enum Verb {
     Umount(umount::Args),
     Write(bytes::WriteArgs),
     Run(run::Args),
+    Serve(serve::Args),
     /// Do as qemu-img does: `vdisk qemu-img --help` says more.
     #[command(name = qemu_img::NAME, disable_help_flag = true)]
     QemuImg(qemu_img::Args),
@@ -135,6 +137,7 @@ pub fn run() -> ExitCode {
         Verb::Umount(args) => umount::run(args),
         Verb::Write(args) => bytes::write(args),
         Verb::Run(args) => run::run(args),
+        Verb::Serve(args) => serve::run(args),
         Verb::QemuImg(args) => return qemu_img::run(args.words.iter().cloned()),
         Verb::ContainerStage(args) => run::stage(args),
     };

@@ -30,6 +30,7 @@ mod mount_raw;
 mod pictures;
 mod scale;
 mod secrets;
+mod serve;
 mod snapshots;
 mod space;
 mod undo;

@@ -13,6 +13,8 @@ pub enum Need {
     Fuse,
     /// QEMU's tools: `qemu-img` and `qemu-io`.
     Qemu,
+    /// libnbd's tools: `nbdcopy` and `nbdinfo`.
+    Nbd,
     /// The superuser, and `mkfs.xfs`: a file system whose files can share their space.
     Xfs,
     /// The superuser: loop devices, and file systems of the kernel's own.
@@ -26,6 +28,7 @@ impl Need {
             Need::Kvm => "kvm",
             Need::Fuse => "fuse",
             Need::Qemu => "qemu",
+            Need::Nbd => "nbd",
             Need::Xfs => "xfs",
             Need::Root => "root",
         }
@@ -38,6 +41,7 @@ impl Need {
             Need::Fuse => unopenable("/dev/fuse")
                 .or_else(|| if is_root() { None } else { unrunnable("fusermount3") }),
             Need::Qemu => unrunnable("qemu-img").or_else(|| unrunnable("qemu-io")),
+            Need::Nbd => unrunnable("nbdcopy").or_else(|| unrunnable("nbdinfo")),
             Need::Xfs => Need::Root.missing().or_else(|| match run(&["mkfs.xfs", "-V"]) {
                 true => None,
                 false => Some("mkfs.xfs does not run".to_owned()),

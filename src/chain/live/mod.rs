@@ -175,7 +175,8 @@ impl Live {
 
     fn stop_first(&self, why: &str) -> Error {
         let message = format!(
-            "is in use, and {why}: stop it first (`vdisk umount`, the container's or the guest's end)"
+            "is in use, and {why}: stop it first (`vdisk umount`, or the end of the container, the \
+             guest or the server)"
         );
         Error::new(ErrorKind::InUse, message).at_path(&self.path)
     }
