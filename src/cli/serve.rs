@@ -9,7 +9,9 @@ use nix::sys::signal::{SigSet, Signal};
 use vdisk::chain::Chain;
 use vdisk::control;
 use vdisk::serve::nbd::{Export, Server};
-use vdisk::serve::socket::Listener;
+use vdisk::serve::socket::{Listener, UnixSocket};
+use vdisk::serve::vhost::{self, MAX_QUEUES};
+use vdisk::virtio::Id;
 use vdisk::{Error, Result};
 
 use super::disk::{self, Use};
@@ -28,6 +30,7 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Protocol {
     Nbd(NbdArgs),
+    VhostUser(VhostArgs),
 }
 
 /// Serve a disk over NBD: for nbdcopy, qemu, the kernel.
@@ -44,6 +47,24 @@ struct NbdArgs {
     /// The export's name that clients have to ask for; none by default
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     export: String,
+}
+
+/// Serve a disk as a virtio-blk device: for QEMU, cloud-hypervisor.
+///
+/// Serves one virtual machine after the other until it is ended by SIGTERM or SIGINT (Ctrl-C); then
+/// all that was written is durable. When one can connect it writes one line to standard output:
+/// "ready", and the socket's path. The virtual machine has to share its memory (QEMU:
+/// `-object memory-backend-memfd,share=on`).
+#[derive(ClapArgs)]
+struct VhostArgs {
+    #[command(flatten)]
+    disk: DiskArgs,
+    /// Listen on a socket at this path, which only its owner can use
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Queues that the device offers, one for each processor of this host by default
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    queues: Option<u16>,
 }
 
 /// Which disk, and how.
@@ -78,7 +99,31 @@ struct Place {
 pub fn run(args: &Args) -> Result<u8> {
     match &args.protocol {
         Protocol::Nbd(args) => nbd(args),
+        Protocol::VhostUser(args) => vhost_user(args),
     }
+}
+
+fn vhost_user(args: &VhostArgs) -> Result<u8> {
+    let signals = hold_signals()?;
+    let chain = args.disk.open()?;
+    let socket = UnixSocket::bind(&args.socket)?;
+    let place = socket.path().display().to_string();
+    let id = Id::new(&args.disk.name());
+    let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+    let queues = args.queues.unwrap_or_else(|| processors().min(MAX_QUEUES.into()) as u16);
+    let control = args.disk.control(&chain, format!("served at {place}"), "the guest")?;
+    let server = vhost::Server::start(chain, id, queues, socket)?;
+    ready(&place);
+    wait(&signals)?;
+    ended(server.stop(), control)
+}
+
+/// Tells who waits for the end of the server how it ended.
+fn ended(result: Result<()>, control: Option<control::Server>) -> Result<u8> {
+    if let Some(control) = control {
+        control.end(&result);
+    }
+    result.map(|()| 0)
 }
 
 fn nbd(args: &NbdArgs) -> Result<u8> {
@@ -90,25 +135,23 @@ fn nbd(args: &NbdArgs) -> Result<u8> {
     let chain = args.disk.open()?;
     let listener = args.place.listen()?;
     let uri = uri(&listener, &args.export)?;
-    let name = args.disk.disk.file_name().unwrap_or(args.disk.disk.as_os_str());
-    let export = Export {
-        device: chain.clone(),
-        name: args.export.clone(),
-        description: name.to_string_lossy().into_owned(),
-    };
+    let export =
+        Export { device: chain.clone(), name: args.export.clone(), description: args.disk.name() };
     let control = args.disk.control(&chain, format!("served at {uri}"), "its client")?;
     drop(chain);
     let server = Server::start(export, listener)?;
     ready(&uri);
     wait(&signals)?;
-    let result = server.stop();
-    if let Some(control) = control {
-        control.end(&result);
-    }
-    result.map(|()| 0)
+    ended(server.stop(), control)
 }
 
 impl DiskArgs {
+    /// The disk's name for those whom it is served to: its path is not theirs to know.
+    fn name(&self) -> String {
+        let name = self.disk.file_name().unwrap_or(self.disk.as_os_str());
+        name.to_string_lossy().into_owned()
+    }
+
     fn open(&self) -> Result<Arc<Chain>> {
         let using = Use {
             write: self.ephemeral || !(self.read_only || self.snapshot.is_some()),
@@ -127,7 +170,7 @@ impl DiskArgs {
         user: &'static str,
     ) -> Result<Option<control::Server>> {
         let path = std::path::absolute(&self.disk).unwrap_or_else(|_| self.disk.clone());
-        // A client of NBD learns a new size when it connects again: nobody can tell it before.
+        // Nobody can be told of a new size: a client learns it when it connects again.
         holding::serve(chain, &path, Arc::new(Whole::new(doing, user, || {})))
     }
 }
@@ -191,9 +234,9 @@ fn encoded(bytes: &[u8]) -> String {
 }
 
 /// Says that clients can connect. Nobody may be there to read it.
-fn ready(uri: &str) {
+fn ready(place: &str) {
     let mut out = std::io::stdout();
-    let _ = writeln!(out, "ready {uri}").and_then(|()| out.flush());
+    let _ = writeln!(out, "ready {place}").and_then(|()| out.flush());
 }
 
 /// Signals that end the server, held back for [`wait`].

@@ -127,6 +127,11 @@ impl UnixSocket {
         Ok(UnixSocket { listener, path, file })
     }
 
+    /// What takes the connections.
+    pub(super) fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
     /// The full path.
     pub fn path(&self) -> &Path {
         &self.path

@@ -25,7 +25,7 @@ pub use block::{Block, Id};
 pub use config::{MAX_RANGES, MAX_SECTORS, MAX_SEGMENTS, QUEUE_SIZE};
 pub use execute::Executor;
 pub use request::{Buffers, Command, Extent, Refusal, Request, SECTOR, Unanswerable, parse};
-pub use ring::{Broken, Ring};
+pub use ring::{Broken, Ring, drain};
 
 /// The memory of a guest, mapped into this process.
 pub type Memory = GuestMemoryMmap<()>;

@@ -50,49 +50,57 @@ impl Ring {
         Ring { index, queue, memory, interrupt }
     }
 
-    /// Hands every available chain to `serve`, which returns how many bytes it wrote, until none
-    /// are left or `stop` is set. Returns how many were served.
+    /// As [`drain`], with the queue's own memory and interrupt.
     pub fn drain(
         &mut self,
         stop: &AtomicBool,
-        mut serve: impl for<'m> FnMut(
-            DescriptorChain<&'m Memory>,
-            &'m Memory,
-        ) -> Result<u32, Unanswerable>,
+        serve: impl for<'m> FnMut(DescriptorChain<&'m Memory>, &'m Memory) -> Result<u32, Unanswerable>,
     ) -> Result<u64, Broken> {
-        let memory = Arc::clone(&self.memory);
-        let mut served = 0;
-        loop {
-            self.queue.disable_notification(&*memory)?;
-            let mut pending = 0;
-            while let Some(chain) = self.queue.iter(&*memory)?.next() {
-                let head = chain.head_index();
-                let written = serve(chain, &memory)?;
-                self.queue.add_used(&*memory, head, written)?;
-                served += 1;
-                pending += 1;
-                if pending == BATCH {
-                    self.tell(&memory)?;
-                    pending = 0;
-                }
-                if stop.load(Ordering::Relaxed) {
-                    break;
-                }
-            }
-            if pending > 0 {
-                self.tell(&memory)?;
-            }
-            // Something may have come between the last look and the request to be told.
-            if !self.queue.enable_notification(&*memory)? || stop.load(Ordering::Relaxed) {
-                return Ok(served);
-            }
-        }
+        let Ring { index, queue, memory, interrupt } = self;
+        drain(queue, memory, stop, serve, || interrupt.queue_used(*index))
     }
+}
 
-    fn tell(&mut self, memory: &Memory) -> Result<(), Broken> {
-        if self.queue.needs_notification(memory)? {
-            self.interrupt.queue_used(self.index);
+/// Hands every available chain of a queue to `serve`, which returns how many bytes it wrote, until
+/// none are left or `stop` is set. Calls `tell` where the driver wants to hear of it. Returns how many
+/// were served.
+pub fn drain(
+    queue: &mut Queue,
+    memory: &Memory,
+    stop: &AtomicBool,
+    mut serve: impl for<'m> FnMut(DescriptorChain<&'m Memory>, &'m Memory) -> Result<u32, Unanswerable>,
+    tell: impl Fn(),
+) -> Result<u64, Broken> {
+    let announce = |queue: &mut Queue| -> Result<(), Broken> {
+        if queue.needs_notification(memory)? {
+            tell();
         }
         Ok(())
+    };
+    let mut served = 0;
+    loop {
+        queue.disable_notification(memory)?;
+        let mut pending = 0;
+        while let Some(chain) = queue.iter(memory)?.next() {
+            let head = chain.head_index();
+            let written = serve(chain, memory)?;
+            queue.add_used(memory, head, written)?;
+            served += 1;
+            pending += 1;
+            if pending == BATCH {
+                announce(queue)?;
+                pending = 0;
+            }
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+        if pending > 0 {
+            announce(queue)?;
+        }
+        // Something may have come between the last look and the request to be told.
+        if !queue.enable_notification(memory)? || stop.load(Ordering::Relaxed) {
+            return Ok(served);
+        }
     }
 }

@@ -31,6 +31,7 @@ mod pictures;
 mod scale;
 mod secrets;
 mod serve;
+mod serve_guest;
 mod snapshots;
 mod space;
 mod undo;

@@ -13,6 +13,8 @@ pub enum Need {
     Fuse,
     /// QEMU's tools: `qemu-img` and `qemu-io`.
     Qemu,
+    /// QEMU itself: `qemu-system-x86_64`.
+    QemuSystem,
     /// libnbd's tools: `nbdcopy` and `nbdinfo`.
     Nbd,
     /// The superuser, and `mkfs.xfs`: a file system whose files can share their space.
@@ -28,6 +30,7 @@ impl Need {
             Need::Kvm => "kvm",
             Need::Fuse => "fuse",
             Need::Qemu => "qemu",
+            Need::QemuSystem => "qemu-system",
             Need::Nbd => "nbd",
             Need::Xfs => "xfs",
             Need::Root => "root",
@@ -41,6 +44,7 @@ impl Need {
             Need::Fuse => unopenable("/dev/fuse")
                 .or_else(|| if is_root() { None } else { unrunnable("fusermount3") }),
             Need::Qemu => unrunnable("qemu-img").or_else(|| unrunnable("qemu-io")),
+            Need::QemuSystem => unrunnable("qemu-system-x86_64"),
             Need::Nbd => unrunnable("nbdcopy").or_else(|| unrunnable("nbdinfo")),
             Need::Xfs => Need::Root.missing().or_else(|| match run(&["mkfs.xfs", "-V"]) {
                 true => None,

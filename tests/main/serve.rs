@@ -24,14 +24,15 @@ const MIB: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server under way; killed with this guard.
-struct Served {
+pub struct Served {
     child: Child,
-    uri: String,
+    /// Where clients connect.
+    pub uri: String,
 }
 
 impl Served {
     /// Starts `vdisk serve` with these words, and waits until clients can connect.
-    fn start(work: &Work, words: &str) -> Served {
+    pub fn start(work: &Work, words: &str) -> Served {
         let mut child = Command::new(VDISK)
             .arg("serve")
             .args(words.split_whitespace())
@@ -54,12 +55,13 @@ impl Served {
         served
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
     }
 
     /// Ends it as an administrator does; it has to end well.
-    fn stop(mut self) {
+    pub fn stop(mut self) {
         self.signal(Signal::SIGTERM);
         let until = Instant::now() + PATIENCE;
         loop {
@@ -70,6 +72,11 @@ impl Served {
             assert!(Instant::now() < until, "the server does not end");
             thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// The files that it has open.
+    pub fn open_files(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
     fn qemu_io(&self, work: &Work, commands: &[&str]) -> Done {

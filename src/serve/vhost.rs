@@ -1,0 +1,321 @@
+//! vhost-user-blk: a disk as the virtio-blk device of a virtual machine that another program runs
+//! (QEMU, cloud-hypervisor). Specification: "Vhost-user Protocol", and virtio 1.2, 5.2.
+//!
+//! The other program hands over the guest's memory and the queues over a socket; that protocol is
+//! the crate `vhost-user-backend`'s. Requests are read out of the guest's memory and carried out as
+//! those of our own guests are, by [`crate::virtio`]. The guest is untrusted. The program that runs it
+//! shares its memory with us: by cutting it short it can end this process, and with it only what
+//! it is served itself.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vhost::vhost_user::Listener;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+
+use super::socket::UnixSocket;
+use crate::block::BlockDevice;
+use crate::error::{Error, Result};
+use crate::virtio::{self, Block, Executor, Id, Memory, VirtioDevice};
+
+/// The most queues that a device can have.
+pub const MAX_QUEUES: u16 = 64;
+/// Descriptors in a queue: QEMU lets its user choose up to so many.
+const MAX_QUEUE_SIZE: usize = 1024;
+/// Requests after which the driver hears of them, and the one who sets up the queue gets a word in.
+const TURN: u64 = 16;
+/// How long what is under way may take when the server stops.
+const TO_END: Duration = Duration::from_secs(60);
+/// How long to wait when the host has no more files or memory.
+const PAUSE: Duration = Duration::from_millis(50);
+
+type Shared = GuestMemoryAtomic<Memory>;
+type Vring = VringMutex<Shared>;
+
+/// A running server; it ends when this is [stopped](Server::stop) or dropped.
+pub struct Server {
+    state: Arc<State>,
+    disk: Arc<dyn BlockDevice>,
+    /// Closed to wake the thread that accepts.
+    wake: Option<UnixStream>,
+    /// Says that the thread has ended.
+    ended: mpsc::Receiver<()>,
+}
+
+/// What the threads share.
+#[derive(Default)]
+struct State {
+    stopping: AtomicBool,
+    /// Ends the connection that is served now.
+    connection: Mutex<Option<ShutdownHandle>>,
+}
+
+impl State {
+    fn connection(&self) -> MutexGuard<'_, Option<ShutdownHandle>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+}
+
+impl Server {
+    /// Serves `disk` to the programs that connect to `socket`, one after the other.
+    pub fn start(
+        disk: Arc<dyn BlockDevice>,
+        id: Id,
+        queues: u16,
+        socket: UnixSocket,
+    ) -> Result<Server> {
+        let failed = |e| Error::io("cannot start to serve", e);
+        let queues = queues.clamp(1, MAX_QUEUES);
+        let (wake, woken) = UnixStream::pair().map_err(failed)?;
+        let (told, ended) = mpsc::channel();
+        let state = Arc::new(State::default());
+        let (own, device) = (state.clone(), disk.clone());
+        thread::Builder::new()
+            .name("vhost".into())
+            .spawn(move || {
+                accept_all(&own, &device, (id, queues), &socket, &woken);
+                drop(socket);
+                drop(device);
+                let _ = told.send(());
+            })
+            .map_err(failed)?;
+        Ok(Server { state, disk, wake: Some(wake), ended })
+    }
+
+    /// Takes no more requests, carries out those that are under way, and makes all that was
+    /// written durable.
+    pub fn stop(mut self) -> Result<()> {
+        self.finish();
+        if self.disk.read_only() { Ok(()) } else { self.disk.flush() }
+    }
+
+    fn finish(&mut self) {
+        self.state.stopping.store(true, Ordering::SeqCst);
+        drop(self.wake.take());
+        if let Some(connection) = self.state.connection().take() {
+            connection.shutdown();
+        }
+        let _ = self.ended.recv_timeout(TO_END);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.wake.is_some() {
+            self.finish();
+        }
+    }
+}
+
+/// Serves one connection after the other, until the other end of `woken` is closed.
+fn accept_all(
+    state: &Arc<State>,
+    disk: &Arc<dyn BlockDevice>,
+    (id, queues): (Id, u16),
+    socket: &UnixSocket,
+    woken: &UnixStream,
+) {
+    loop {
+        let mut ready = [
+            PollFd::new(socket.listener().as_fd(), PollFlags::POLLIN),
+            PollFd::new(woken.as_fd(), PollFlags::POLLIN),
+        ];
+        let polled = poll(&mut ready, PollTimeout::NONE);
+        if state.is_stopping() {
+            return;
+        }
+        let backend = Backend::new(state.clone(), disk.clone(), id, queues);
+        if polled.is_err() || backend.serve(socket).is_err() {
+            thread::sleep(PAUSE);
+        }
+    }
+}
+
+/// The device of one connection.
+struct Backend {
+    state: Arc<State>,
+    disk: Arc<dyn BlockDevice>,
+    id: Id,
+    queues: u16,
+    /// What the device is: it is never activated, as its queues are ours.
+    device: Mutex<Block>,
+    /// The feature bits that the driver accepted.
+    features: AtomicU64,
+    memory: Shared,
+    /// Descriptors that the crate takes over and forgets to close.
+    exits: Mutex<Vec<RawFd>>,
+}
+
+impl Drop for Backend {
+    /// The threads that wait on these are gone by now: they hold a backend too.
+    fn drop(&mut self) {
+        for fd in self.exits.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = nix::unistd::close(fd);
+        }
+    }
+}
+
+impl Backend {
+    fn new(state: Arc<State>, disk: Arc<dyn BlockDevice>, id: Id, queues: u16) -> Arc<Backend> {
+        let device = Mutex::new(Block::new(disk.clone(), id, queues));
+        let (features, memory) = (AtomicU64::new(0), Shared::new(Memory::new()));
+        let exits = Mutex::default();
+        Arc::new(Backend { state, disk, id, queues, device, features, memory, exits })
+    }
+
+    fn device(&self) -> MutexGuard<'_, Block> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves the next connection to its end. How it ends is the other program's business.
+    fn serve(self: &Arc<Backend>, socket: &UnixSocket) -> io::Result<()> {
+        let other = |e: vhost_user_backend::Error| io::Error::other(e.to_string());
+        let memory = self.memory.clone();
+        let mut daemon =
+            VhostUserDaemon::new("vhost-user".into(), self.clone(), memory).map_err(other)?;
+        daemon.start(&mut Listener::from(socket.listener().try_clone()?)).map_err(other)?;
+        *self.state.connection() = daemon.shutdown_handle();
+        if self.state.is_stopping() {
+            daemon.request_shutdown();
+        }
+        let _ = daemon.wait();
+        self.state.connection().take();
+        Ok(())
+    }
+
+    /// Carries out what waits in a queue, until nothing does.
+    fn drain(&self, vring: &Vring) -> io::Result<()> {
+        let executor =
+            Executor::new(self.disk.clone(), self.id, self.features.load(Ordering::SeqCst));
+        loop {
+            let mut ring = vring.get_mut();
+            if self.state.is_stopping() || !ring.is_enabled() || !ring.get_queue().ready() {
+                return Ok(());
+            }
+            let told = Cell::new(false);
+            let turn = self.turn(ring.get_queue_mut(), &executor, || told.set(true));
+            if told.get() {
+                // A full counter means that the interrupt is on its way already.
+                let _ = ring.signal_used_queue();
+            }
+            match turn {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                Err(virtio::Broken) => {
+                    // The driver sets the queue up again, or never hears from it any more.
+                    ring.set_enabled(false);
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Carries out the next requests; whether there may be more.
+    fn turn(
+        &self,
+        queue: &mut Queue,
+        executor: &Executor,
+        tell: impl Fn(),
+    ) -> std::result::Result<bool, virtio::Broken> {
+        let over = AtomicBool::new(false);
+        let mut served = 0;
+        let memory = self.memory.memory();
+        let serve = |chain: virtio_queue::DescriptorChain<&_>, memory: &_| {
+            served += 1;
+            if served == TURN || self.state.is_stopping() {
+                over.store(true, Ordering::Relaxed);
+            }
+            virtio::parse(chain, memory).map(|request| executor.answer(request))
+        };
+        virtio::drain(queue, &memory, &over, serve, tell)?;
+        Ok(over.load(Ordering::Relaxed))
+    }
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        self.queues.into()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        self.device().features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.features.store(features, Ordering::SeqCst);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    }
+
+    fn reset_device(&self) {
+        self.features.store(0, Ordering::SeqCst);
+    }
+
+    /// The queues know it already.
+    fn set_event_idx(&self, _: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        // The protocol's messages bound it.
+        let mut bytes = vec![0; size as usize];
+        let mut device = self.device();
+        device.refresh();
+        device.read_config(offset.into(), &mut bytes);
+        bytes
+    }
+
+    fn set_config(&self, _: u32, _: &[u8]) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this device has nothing to be set"))
+    }
+
+    /// It is the same one, with other contents.
+    fn update_memory(&self, _: Shared) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// A thread for each queue.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.queues).map(|queue| 1 << queue).collect()
+    }
+
+    fn exit_event(&self, _: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let flags = EventFlag::CLOEXEC | EventFlag::NONBLOCK;
+        let (consumer, notifier) = new_event_consumer_and_notifier(flags).ok()?;
+        let mut exits = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        exits.push(consumer.as_raw_fd());
+        Some((consumer, notifier))
+    }
+
+    fn handle_event(&self, event: u16, _: EventSet, vrings: &[Vring], _: usize) -> io::Result<()> {
+        vrings.get(usize::from(event)).map_or(Ok(()), |vring| self.drain(vring))
+    }
+}
