@@ -8,9 +8,9 @@
 use std::path::{Path, PathBuf};
 
 use super::merge::{self, Progress};
-use super::open::open_image;
 use super::plan::{Fate, Forgotten, Operation, Plan, Touched, Work, now};
-use super::snapshot::{relabel, unprotected};
+use super::reach::Reach;
+use super::snapshot::relabel;
 use super::tree::{Family, Member, clones_of};
 use super::{cost, heal};
 use crate::error::{ErrorKind, Result};
@@ -131,7 +131,7 @@ pub fn plan_forget(path: &Path) -> Result<Plan> {
         if !is_shown(&family, member) {
             plan.layers.push(Touched::new(member, Fate::Removed));
             plan.freed += cost::data_bytes(&*cost::look(member)?.image)?;
-        } else if let Some(fold) = merge::plan_fold(&family, member)? {
+        } else if let Some(fold) = merge::plan_fold(&family, member, false)? {
             plan.layers.push(Touched::new(member, Fate::Moved));
             plan.moved += fold.moved;
             plan.freed += fold.freed;
@@ -142,52 +142,73 @@ pub fn plan_forget(path: &Path) -> Result<Plan> {
 }
 
 /// Executes a plan to forget.
-pub(super) fn forget(plan: &Plan, gone: &[u64], progress: &mut Progress<'_>) -> Result<()> {
-    drop(plan.begin()?);
-    gone.iter().try_for_each(|event| let_go(&plan.disk, *event))?;
-    collect(&plan.disk, Some(progress))
+pub(super) fn forget(
+    plan: &Plan,
+    gone: &[u64],
+    reach: &Reach<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    drop(plan.begin(reach)?);
+    gone.iter().try_for_each(|event| let_go(reach, &plan.disk, *event))?;
+    collect(reach, &plan.disk, Some(progress))
 }
 
 /// Lets go of all that is kept aside.
-pub(super) fn forget_all(path: &Path, progress: &mut Progress<'_>) -> Result<()> {
-    let_go_all(path)?;
-    collect(path, Some(progress))
+pub(super) fn forget_all(
+    reach: &Reach<'_>,
+    path: &Path,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    let_go_all(reach, path)?;
+    collect(reach, path, Some(progress))
 }
 
 /// Lets go of all that is kept aside, and folds nothing.
-pub(super) fn let_go_all(path: &Path) -> Result<()> {
+pub(super) fn let_go_all(reach: &Reach<'_>, path: &Path) -> Result<()> {
     let family = Family::of(path)?;
     let gone: Vec<u64> = events(&family).iter().map(|e| e.kept.event).collect();
-    gone.into_iter().try_for_each(|event| let_go(path, event))?;
-    collect(path, None)
+    gone.into_iter().try_for_each(|event| let_go(reach, path, event))?;
+    collect(reach, path, None)
 }
 
 /// Lets go of what older events than `event` dropped: only the last one is kept.
-pub(super) fn forget_others(path: &Path, event: u64, progress: &mut Progress<'_>) -> Result<()> {
+pub(super) fn forget_others(
+    reach: &Reach<'_>,
+    path: &Path,
+    event: u64,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     let Some(family) = Family::read(path)? else { return Ok(()) };
     let all = events(&family);
     let older = all.iter().map(|e| e.kept.event).filter(|e| *e != event);
-    older.collect::<Vec<_>>().into_iter().try_for_each(|event| let_go(path, event))?;
-    collect(path, Some(progress))
+    older.collect::<Vec<_>>().into_iter().try_for_each(|event| let_go(reach, path, event))?;
+    collect(reach, path, Some(progress))
 }
 
 /// Lets go of events that have no right to stay: those whose time is over, those that are not
 /// whole, and all but the last. Only what costs nothing is done.
-pub(super) fn tidy(path: &Path, family: &Family) -> Result<()> {
-    let all = events(family);
-    let last = last(family).map(|e| e.kept.event);
-    let stays = |e: &Event<'_>| Some(e.kept.event) == last && e.kept.until > now();
-    let gone: Vec<u64> = all.iter().filter(|e| !stays(e)).map(|e| e.kept.event).collect();
-    let idle = |m: &Member| m.label.role == Role::Unnamed && !is_shown(family, m);
-    if gone.is_empty() && !family.layers.iter().any(idle) {
+pub(super) fn tidy(reach: &Reach<'_>, path: &Path, family: &Family) -> Result<()> {
+    if is_tidy(family) {
         return Ok(());
     }
-    gone.into_iter().try_for_each(|event| let_go(path, event))?;
-    collect(path, None)
+    overdue(family).into_iter().try_for_each(|event| let_go(reach, path, event))?;
+    collect(reach, path, None)
+}
+
+/// Whether [`tidy`] has nothing to do.
+pub(super) fn is_tidy(family: &Family) -> bool {
+    let idle = |m: &Member| m.label.role == Role::Unnamed && !is_shown(family, m);
+    overdue(family).is_empty() && !family.layers.iter().any(idle)
+}
+
+fn overdue(family: &Family) -> Vec<u64> {
+    let last = last(family).map(|e| e.kept.event);
+    let stays = |e: &Event<'_>| Some(e.kept.event) == last && e.kept.until > now();
+    events(family).iter().filter(|e| !stays(e)).map(|e| e.kept.event).collect()
 }
 
 /// Removes the layers of an event on which nothing stands; the others stay without a name.
-fn let_go(path: &Path, event: u64) -> Result<()> {
+fn let_go(reach: &Reach<'_>, path: &Path, event: u64) -> Result<()> {
     let family = Family::of(path)?;
     let is_ours = |m: &&Member| {
         m.label.role == Role::Dropped && m.label.kept.as_ref().is_some_and(|k| k.event == event)
@@ -197,10 +218,10 @@ fn let_go(path: &Path, event: u64) -> Result<()> {
         let on = family.children(member.label.layer);
         let bare = on.iter().all(|m| gone.contains(&m.label.layer));
         if bare && clones_of(&member.path, Some(member.label.disk))?.is_empty() {
-            discard(member)?;
+            discard(reach, member)?;
             gone.push(member.label.layer);
         } else {
-            let layer = open_image(&member.path, &unprotected())?;
+            let layer = reach.open(&member.path)?;
             relabel(&layer, |label| (label.role, label.kept) = (Role::Unnamed, None))?;
         }
     }
@@ -214,8 +235,8 @@ fn children_first(family: &Family) -> Vec<&Member> {
 }
 
 /// Removes the file of a layer that is still none of the disk's once nobody else can change that.
-fn discard(member: &Member) -> Result<()> {
-    let layer = match open_image(&member.path, &unprotected()) {
+fn discard(reach: &Reach<'_>, member: &Member) -> Result<()> {
+    let layer = match reach.open(&member.path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
         other => other?,
     };
@@ -228,7 +249,11 @@ fn discard(member: &Member) -> Result<()> {
 
 /// Removes layers without a name on which nothing stands, and, with `progress`, folds those on
 /// which one layer stands into it.
-pub(super) fn collect(path: &Path, mut progress: Option<&mut Progress<'_>>) -> Result<()> {
+pub(super) fn collect(
+    reach: &Reach<'_>,
+    path: &Path,
+    mut progress: Option<&mut Progress<'_>>,
+) -> Result<()> {
     let mut left = Vec::new();
     loop {
         let Some(family) = Family::read(path)? else { return Ok(()) };
@@ -239,7 +264,7 @@ pub(super) fn collect(path: &Path, mut progress: Option<&mut Progress<'_>>) -> R
         let id = member.label.layer;
         let on = family.children(id);
         if on.is_empty() && clones_of(&member.path, Some(member.label.disk))?.is_empty() {
-            discard(member)?;
+            discard(reach, member)?;
             sync_directory(path)?;
             continue;
         }
@@ -247,7 +272,7 @@ pub(super) fn collect(path: &Path, mut progress: Option<&mut Progress<'_>>) -> R
             left.push(id);
             continue;
         };
-        match merge::fold_unnamed(&family, member, progress) {
+        match merge::fold_unnamed(reach, &family, member, progress) {
             Ok(true) => {}
             // It stays as it is: the disk is right with it.
             Ok(false) => left.push(id),

@@ -94,7 +94,7 @@ pub fn commit(path: &Path, progress: &mut Progress<'_>) -> Result<()> {
     let (content, witness) = (Id::nil(), None);
     expect(path, &head, label.map(|l| Parent { layer: l.layer, content, witness }))?;
     let mut meter = Meter::new(progress, data_bytes(&*head.image)?, UNFINISHED);
-    fold::down(&head, &base, plan.in_batches, &mut meter)?;
+    fold::down((&head, plan.in_batches), &base, &mut meter, &mut |_| Ok(()))?;
     drop::<Chain>(base);
     if was_sealed || identity.label.is_some() {
         let base = Base::seal_as(&plan.base, format)?;

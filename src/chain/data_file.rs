@@ -17,7 +17,9 @@ pub(super) fn open_qcow2(
     cache: u64,
 ) -> Result<qcow2::Image> {
     let header = qcow2::Header::read(&*file)?;
-    let data_file = open_data_file(path, &file, &header, options.file_options())?;
+    let own = options.file_options();
+    let access = own.access.filter(|_| !options.locked);
+    let data_file = open_data_file(path, &file, &header, FileOptions { access, ..own })?;
     let OpenOptions { read_only, same_contents, repair, .. } = *options;
     let passphrase = options.passphrase.clone();
     let inner =

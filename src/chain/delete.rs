@@ -12,9 +12,8 @@ use super::heal;
 use super::merge::Progress;
 use super::open::{OpenOptions, open_image};
 use super::plan::{Fate, Forgotten, Keeping, Operation, Plan, Touched, Undoable, Work, now};
-use super::snapshot::{
-    check_new_name, freeze, head_label, put_head_on, relabel, thaw, unprotected,
-};
+use super::reach::Reach;
+use super::snapshot::{check_new_name, freeze, head_label, put_head_on, relabel, thaw};
 use super::tree::{Family, Member, refuse_clones};
 use super::{Layer, cost};
 use crate::error::{Error, ErrorKind, Result};
@@ -180,44 +179,39 @@ impl Delete {
 }
 
 /// Executes a deletion.
-pub(super) fn delete(plan: &Plan, work: &Delete, progress: &mut Progress<'_>) -> Result<()> {
-    let (head, family) = plan.begin()?;
+pub(super) fn delete(
+    plan: &Plan,
+    work: &Delete,
+    reach: &Reach<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    let (head, family) = plan.begin(reach)?;
     if work.moves_head {
         let target = family.layer(work.target)?;
-        check_free(&family, target)?;
+        check_free(reach, &family, target)?;
         let parent = open_frozen(&target.path)?;
         let children = vec![Kept::short(work.target)];
         set_head_aside(&head, &work.aside, work.layers, (Role::Dropping, children), &parent)?;
     } else {
-        drop_beside(&family, work)?;
+        drop_beside(reach, &family, work)?;
     }
     drop(head);
-    finish(&plan.disk)?;
-    done(&plan.disk, work.aside, work.keeping, progress)
+    finish(reach, &plan.disk)?;
+    done(reach, &plan.disk, (work.aside, work.keeping), progress)
 }
 
-/// Executes a deletion beside the disk's own line, whoever has the disk.
-pub(super) fn delete_beside(plan: &Plan) -> Result<()> {
-    let Work::Delete(work) = &plan.work else {
-        return Err(Error::invalid("only a deletion can be done beside a disk in use"));
-    };
-    drop_beside(&plan.family()?, work)?;
-    finish(&plan.disk)?;
-    done(&plan.disk, work.aside, work.keeping, &mut |_, _| true)
-}
-
-fn drop_beside(family: &Family, work: &Delete) -> Result<()> {
+fn drop_beside(reach: &Reach<'_>, family: &Family, work: &Delete) -> Result<()> {
     let target = family.layer(work.target)?;
-    check_free(family, target)?;
+    check_free(reach, family, target)?;
     let role = if work.layers > 1 { Role::Dropping } else { Role::Dropped };
-    mark(target, role, work.aside.kept(Was::Snapshot, work.layers, Vec::new()))
+    mark(reach, target, role, work.aside.kept(Was::Snapshot, work.layers, Vec::new()))
 }
 
 /// Whoever looks at a layer that is to be marked is named before anything changes.
-fn check_free(family: &Family, target: &Member) -> Result<()> {
+fn check_free(reach: &Reach<'_>, family: &Family, target: &Member) -> Result<()> {
     let above = family.descendants(target.label.layer);
     for member in above.into_iter().chain([target]).filter(|m| m.is_snapshot()) {
-        drop(open_image(&member.path, &unprotected())?);
+        drop(reach.open(&member.path)?);
     }
     Ok(())
 }
@@ -225,7 +219,7 @@ fn check_free(family: &Family, target: &Member) -> Result<()> {
 /// Executes a way back.
 pub(super) fn revert(plan: &Plan, work: &Revert, progress: &mut Progress<'_>) -> Result<()> {
     let path = &plan.disk;
-    let (head, family) = plan.begin()?;
+    let (head, family) = plan.begin(&Reach::Idle)?;
     let parent = open_frozen(&family.layer(work.target)?.path)?;
     if let Some(keep) = &work.keep {
         let label = Label { role: Role::Snapshot, name: keep.clone(), ..head_label(&head)? };
@@ -235,7 +229,7 @@ pub(super) fn revert(plan: &Plan, work: &Revert, progress: &mut Progress<'_>) ->
     let Some(aside) = work.aside else { return put_head_on(path, &parent) };
     set_head_aside(&head, &aside, 1, (Role::Dropped, Vec::new()), &parent)?;
     drop((head, parent));
-    done(path, aside, work.keeping, progress)
+    done(&Reach::Idle, path, (aside, work.keeping), progress)
 }
 
 /// Keeps the head's file as a dropped layer, and puts an empty delta on `parent` in its place.
@@ -251,16 +245,21 @@ fn set_head_aside(
     put_head_on(&head.path, parent).inspect_err(|_| thaw(&head.path, head))
 }
 
-fn done(path: &Path, aside: Aside, keeping: Keeping, progress: &mut Progress<'_>) -> Result<()> {
+fn done(
+    reach: &Reach<'_>,
+    path: &Path,
+    (aside, keeping): (Aside, Keeping),
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     if keeping.is_nothing() {
-        return aside::forget_all(path, progress);
+        return aside::forget_all(reach, path, progress);
     }
     // What went before may be looked at by somebody: then it goes later.
-    heal::bearing(forget_others(path, aside.event, progress))
+    heal::bearing(forget_others(reach, path, aside.event, progress))
 }
 
 /// Marks the layers that go with one that is [`Role::Dropping`], and then that one.
-pub(super) fn finish(path: &Path) -> Result<()> {
+pub(super) fn finish(reach: &Reach<'_>, path: &Path) -> Result<()> {
     let family = Family::of(path)?;
     let Some(first) = family.layers.iter().find(|m| m.label.role == Role::Dropping) else {
         return Ok(());
@@ -273,18 +272,18 @@ pub(super) fn finish(path: &Path) -> Result<()> {
             .find(|m| kept.children.first() == Some(&Kept::short(m.label.layer))),
         _ => Some(first),
     };
-    let Some(target) = target else { return mark(first, Role::Dropped, kept) };
+    let Some(target) = target else { return mark(reach, first, Role::Dropped, kept) };
     for member in family.descendants(target.label.layer).into_iter().chain([target]) {
         if member.is_snapshot() {
             let kept = Kept { was: Was::Snapshot, children: Vec::new(), ..kept.clone() };
-            mark(member, Role::Dropped, kept)?;
+            mark(reach, member, Role::Dropped, kept)?;
         }
     }
-    mark(first, Role::Dropped, kept)
+    mark(reach, first, Role::Dropped, kept)
 }
 
-fn mark(member: &Member, role: Role, kept: Kept) -> Result<()> {
-    let layer = open_image(&member.path, &unprotected())?;
+fn mark(reach: &Reach<'_>, member: &Member, role: Role, kept: Kept) -> Result<()> {
+    let layer = reach.open(&member.path)?;
     relabel(&layer, |label| (label.role, label.kept) = (role, Some(kept)))
 }
 

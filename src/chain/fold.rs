@@ -23,6 +23,9 @@ const ZEROES: u64 = 64 << 20;
 /// The most, and the fewest, bytes of data that are held twice by a fold in batches.
 const BATCH: (u64, u64) = (64 << 20, 1 << 20);
 
+/// A fold in batches has about so many at least.
+const PARTS: u64 = 16;
+
 /// The layer whose contents others are to hold.
 pub(super) struct Source {
     image: Arc<dyn Image>,
@@ -64,6 +67,12 @@ impl<'a, 'b> Meter<'a, 'b> {
     /// Copies `chunk` bytes at a time: whoever else uses the disk waits for no more than that.
     pub fn in_chunks(self, chunk: u64) -> Self {
         Meter { chunk, ..self }
+    }
+
+    /// Bytes of data that are held twice: no more than a part of all, so that little is copied again
+    /// after a crash.
+    fn batch(&self, path: &Path) -> Result<u64> {
+        Ok(batch(path)?.min((self.total / PARTS).max(BATCH.1)))
     }
 
     fn add(&mut self, bytes: u64) -> Result<()> {
@@ -142,6 +151,11 @@ impl Chain {
             let here = head.map(GuestOffset(pos), end - pos)?;
             let there = source.map(GuestOffset(pos), here.len)?;
             let len = there.len;
+            let cluster = head.cluster();
+            let _entry = self.inflight.enter(cluster.floor(pos)..cluster.ceil(pos + len));
+            // Whoever was here before may have filled it.
+            let here = head.map(GuestOffset(pos), len)?;
+            let len = here.len;
             let whole = unit.aligned(pos) && unit.aligned(len);
             let stored = source.stored(&there, GuestOffset(pos));
             let (true, Mapping::Unallocated, Some((file, offset))) = (whole, here.mapping, stored)
@@ -149,8 +163,6 @@ impl Chain {
                 pos += len;
                 continue;
             };
-            let cluster = head.cluster();
-            let _entry = self.inflight.enter(cluster.floor(pos)..cluster.ceil(pos + len));
             let token = head.prepare(GuestOffset(pos), len)?;
             let taken = token.len().min(len);
             if token.start().0 == pos
@@ -165,24 +177,29 @@ impl Chain {
     }
 }
 
-/// As [`up`] for all layers that stand on `source`, which gives back what they hold. They are
-/// flushed.
+/// Told, before a layer gives back what another one holds by then, up to where on the disk it did.
+pub(super) type Letting<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+
+/// As [`up`] for all layers that stand on `source`, which gives back what they hold, `letting` know
+/// before. They are flushed.
 pub(super) fn up_in_batches(
-    children: &[Chain],
+    children: &[&Chain],
     layer: &Layer,
     meter: &mut Meter<'_, '_>,
+    letting: &mut Letting<'_>,
 ) -> Result<()> {
     let source = Source::below(layer, false);
     let lower = &source.image;
     let align = alignment(children.iter().map(|c| c.head().image).chain([lower.clone()]));
-    let longest = children.iter().map(Chain::size).max().unwrap_or_default();
+    let longest = children.iter().map(|child| child.size()).max().unwrap_or_default();
     let mut at = 0;
     while at < lower.size() {
-        let end = window(&**lower, at, align, batch(&layer.path)?)?;
+        let end = window(&**lower, at, align, meter.batch(&layer.path)?)?;
         for child in children {
             up_range(child, &source, (at, end), meter)?;
             child.flush()?;
         }
+        letting(end)?;
         lower.discard(GuestOffset(at), end - at, true)?;
         lower.flush()?;
         at = end;
@@ -194,13 +211,13 @@ pub(super) fn up_in_batches(
     Ok(())
 }
 
-/// Writes what `upper` holds into the chain below it, `share` as the host can. Where `give_back`,
-/// `upper` loses what the chain has by then. The chain is flushed.
+/// Writes what `upper` holds into the chain below it. Where `give_back`, `upper` loses what the chain
+/// has by then, `letting` know before. The chain is flushed.
 pub(super) fn down(
-    upper: &Layer,
+    (upper, give_back): (&Layer, bool),
     lower: &Chain,
-    give_back: bool,
     meter: &mut Meter<'_, '_>,
+    letting: &mut Letting<'_>,
 ) -> Result<()> {
     let image = &upper.image;
     if image.size() > lower.size() {
@@ -209,11 +226,12 @@ pub(super) fn down(
     let align = alignment([lower.head().image, image.clone()]);
     let mut at = 0;
     while at < image.size() {
-        let most = if give_back { batch(&upper.path)? } else { u64::MAX };
+        let most = if give_back { meter.batch(&upper.path)? } else { u64::MAX };
         let end = window(&**image, at, align, most)?;
         down_range(&**image, lower, (at, end), meter)?;
         lower.flush()?;
         if give_back {
+            letting(end)?;
             image.discard(GuestOffset(at), end - at, true)?;
             image.flush()?;
         }

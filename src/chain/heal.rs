@@ -15,54 +15,98 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::open::{open_image, peek};
-use super::snapshot::unprotected;
-use super::tree::{Family, frozen_path, names_beside, same_file};
+use super::live::Live;
+use super::open::peek;
+use super::reach::Reach;
+use super::tree::{Family, Member, frozen_path, names_beside, same_file};
 use super::{Layer, aside, delete, gate, merge, undo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Id, Role};
 use crate::storage::draft::{remove, rename, sync_directory};
+use crate::storage::{Access, FileOptions, FileStorage};
 
 /// Puts right what an interrupted command left of the disk at `path`. Does nothing, and takes no
 /// lock, where nothing was left.
 pub(super) fn heal(path: &Path) -> Result<()> {
     remove_drafts(path)?;
-    let Some(mut family) = Family::read(path)? else { return Ok(()) };
-    if is_frozen_name(path, family.head.label.layer) {
-        // Its disk goes by another name, and is put right by that.
-        return Ok(());
+    match Family::read(path)? {
+        // Whoever has the disk may be in the midst of what looks interrupted, and puts it right.
+        Some(family) if is_left(path, &family) && !is_held(path)? => {
+            mend(&Reach::Idle, path, family)
+        }
+        _ => Ok(()),
     }
+}
+
+/// As [`heal`], for a disk in use. A merge that was interrupted waits until it is asked for.
+pub(super) fn heal_held(live: &Live) -> Result<()> {
+    match Family::read(live.path())? {
+        Some(family) if is_left(live.path(), &family) => {
+            mend(&Reach::Held(live), live.path(), family)?;
+            live.settle()
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether something was left that is to be put right.
+fn is_left(path: &Path, family: &Family) -> bool {
+    // Another disk's layer is put right by that disk's name.
+    if is_frozen_name(path, family.head.label.layer) {
+        return false;
+    }
+    let marked = |m: &Member| match m.label.role {
+        Role::Returning | Role::Dropping | Role::Leaving | Role::Merging | Role::Rising => true,
+        _ => frozen_path(path, m.label.layer) != m.path,
+    };
+    matches!(family.head.label.role, Role::Snapshot | Role::Dropped)
+        || matches!(family.head.label.role, Role::Dropping | Role::Returning)
+        || family.layers.iter().any(marked)
+        || !aside::is_tidy(family)
+}
+
+/// Whether somebody has the disk, so that it cannot be written now.
+fn is_held(path: &Path) -> Result<bool> {
+    let options = FileOptions { access: Some(Access::Write), write: false };
+    match FileStorage::open(path, options) {
+        Err(e) if e.kind() == ErrorKind::InUse => Ok(true),
+        other => other.map(|_| false),
+    }
+}
+
+fn mend(reach: &Reach<'_>, path: &Path, mut family: Family) -> Result<()> {
     if family.members().any(|m| m.label.role == Role::Returning) {
         // Before the head's file is looked at: it may be frozen, and about to be replaced.
-        bearing(undo::finish(path))?;
+        bearing(undo::finish(reach, path))?;
         family = Family::of(path)?;
     }
-    if finish(path, &family)? {
+    if finish(reach, path, &family)? {
         family = Family::of(path)?;
     }
-    bearing(aside::tidy(path, &family))
+    bearing(aside::tidy(reach, path, &family))
 }
 
 /// Finishes or takes back what was interrupted; whether there was anything.
-fn finish(path: &Path, family: &Family) -> Result<bool> {
+fn finish(reach: &Reach<'_>, path: &Path, family: &Family) -> Result<bool> {
     let mut found = false;
     let frozen = matches!(family.head.label.role, Role::Snapshot | Role::Dropped | Role::Dropping);
     if frozen {
         found = true;
-        thaw(path, &open_image(path, &unprotected())?)?;
+        thaw(path, &*reach.open(path)?)?;
     }
     for layer in &family.layers {
         if frozen_path(path, layer.label.layer) != layer.path {
             found = true;
             finish_rename(path, &layer.path)?;
+            reach.touch();
         }
     }
     for layer in &family.layers {
         match layer.label.role {
-            Role::Dropping => bearing(delete::finish(path))?,
-            Role::Leaving => merge::leave(path, layer.label.layer)?,
-            Role::Merging | Role::Rising => {
-                bearing(merge::resume(path, layer.label.layer, &mut |_, _| true))?;
+            Role::Dropping => bearing(delete::finish(reach, path))?,
+            Role::Leaving => merge::leave(reach, path, layer.label.layer)?,
+            Role::Merging | Role::Rising if reach.held().is_none() => {
+                bearing(merge::resume(reach, path, layer.label.layer, &mut |_, _| true))?;
             }
             _ => continue,
         }

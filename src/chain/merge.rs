@@ -22,18 +22,19 @@ use super::plan::{
     Direction, Fate, Forgotten, Keeping, Method, Operation, Plan, Touched, Undoable, Work,
     free_space,
 };
+use super::reach::Reach;
 use super::snapshot::{relabel, unprotected};
 use super::tree::{Family, Member, clones_of, refuse_clones, same_file};
 use super::way::{Way, check_space, choose};
-use super::{Chain, aside, heal};
+use super::{Chain, Layer, aside, heal};
 use crate::block::BlockDevice;
 use crate::error::{Error, Result};
-use crate::image::{Id, Kept, Role, Was};
+use crate::image::{Id, Image, Kept, Role, Was};
 use crate::storage::draft::{directory, remove, rename, sync_directory};
 use crate::storage::shares_space;
 
 /// What an interrupted merge leaves where one side lost what the other has.
-const UNFINISHED: &str =
+pub(super) const UNFINISHED: &str =
     "the disk is as it was; the merge is finished by running it again, or by the next writer";
 /// Told the bytes done and to be done; `false` asks to stop.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
@@ -45,6 +46,8 @@ pub struct Wishes {
     pub keeping: Keeping,
     /// Copy and give back in batches, whatever space there is.
     pub in_batches: bool,
+    /// Whether the disk is in use meanwhile: some ways are not open then.
+    pub in_use: bool,
 }
 
 /// A merge to be done.
@@ -69,7 +72,7 @@ pub fn plan_merge(path: &Path, name: &str, wishes: Wishes) -> Result<Plan> {
     if let Some(family) = Family::read(path)?
         && let Some(layer) = unfinished(&family, name)
     {
-        return plan_resume(&family, layer);
+        return plan_resume(&family, layer, wishes.in_use);
     }
     heal::heal(path)?;
     let family = Family::of(path)?;
@@ -88,7 +91,7 @@ pub fn plan_merge(path: &Path, name: &str, wishes: Wishes) -> Result<Plan> {
     }
     let kept = aside::kept_aside(&family)?;
     let mut forget = on.len() < children.len();
-    let mut way = choose(layer, &on, share)?;
+    let mut way = choose(layer, &on, share, wishes.in_use)?;
     let free = free_space(path)? + if forget { kept.as_ref().map_or(0, |k| k.bytes) } else { 0 };
     if wishes.in_batches {
         way.in_batches(path)?;
@@ -149,9 +152,9 @@ fn unfinished<'a>(family: &'a Family, name: &str) -> Option<&'a Member> {
     family.layers.iter().find(|m| merging(m) && m.label.name == name)
 }
 
-fn plan_resume(family: &Family, layer: &Member) -> Result<Plan> {
+fn plan_resume(family: &Family, layer: &Member, in_use: bool) -> Result<Plan> {
     let on = family.children(layer.label.layer);
-    let down = layer.label.role == Role::Merging;
+    let down = layer.label.role == Role::Merging && !(in_use && stands_on(family, layer));
     let sources = if down { on.clone() } else { vec![layer] };
     let mut moved = 0;
     for source in sources {
@@ -189,72 +192,87 @@ pub fn merge(path: &Path, name: &str, progress: &mut Progress<'_>) -> Result<()>
 }
 
 /// Executes a merge.
-pub(super) fn execute(plan: &Plan, work: &Merge, progress: &mut Progress<'_>) -> Result<()> {
+pub(super) fn execute(
+    plan: &Plan,
+    work: &Merge,
+    reach: &Reach<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     let path = &plan.disk;
     if work.resume {
-        return resume(path, work.layer, progress);
+        return resume(reach, path, work.layer, progress);
     }
-    let (head, mut family) = plan.begin()?;
+    let (head, mut family) = plan.begin(reach)?;
     if work.forget {
-        aside::let_go_all(path)?;
+        aside::let_go_all(reach, path)?;
         family = Family::of(path)?;
     }
     let layer = family.layer(work.layer)?;
     // The head is held throughout, by whoever works on it.
     let takes_part = family.head.parent() == Some(layer.label.layer);
     let held = (!takes_part).then_some(head);
-    go(path, &family, layer, work, progress)?;
+    go(reach, &family, layer, work, progress)?;
     drop(held);
     heal::bearing(match work.aside {
-        Some(aside) => aside::forget_others(path, aside.event(), progress),
-        None => aside::collect(path, Some(progress)),
+        Some(aside) => aside::forget_others(reach, path, aside.event(), progress),
+        None => aside::collect(reach, path, Some(progress)),
     })
 }
 
 fn go(
-    path: &Path,
+    reach: &Reach<'_>,
     family: &Family,
     layer: &Member,
     work: &Merge,
     progress: &mut Progress<'_>,
 ) -> Result<()> {
+    let path = &family.head.path;
     let on = family.children(layer.label.layer);
     match (work.way.direction, work.way.method) {
         (Direction::Down, method) => {
-            mark(layer, Role::Merging, None)?;
-            fold_down(path, layer.label.layer, method == Method::Batches, progress)
+            mark(reach, layer, Role::Merging, None)?;
+            fold_down(reach, path, layer.label.layer, method == Method::Batches, progress)?;
         }
         (Direction::Up, Method::Batches) => {
-            mark(layer, Role::Rising, None)?;
-            rise(path, layer.label.layer, progress)
+            mark(reach, layer, Role::Rising, None)?;
+            rise(reach, path, layer.label.layer, progress)?;
         }
         (Direction::Up, method) => {
-            for child in &on {
-                fold_up(child, layer, method == Method::Share, progress)?;
+            let share = method == Method::Share;
+            match reach.held_on(&layer.path) {
+                Some(live) => live.fold_up(layer, &on, share, progress)?,
+                None => on.iter().try_for_each(|child| fold_up(child, layer, share, progress))?,
             }
             let children = on.iter().map(|m| Kept::short(m.label.layer)).collect();
             let kept = work.aside.map(|aside| aside.kept(Was::Merged, 1, children));
-            mark(layer, Role::Leaving, kept)?;
-            leave(path, layer.label.layer)
+            mark(reach, layer, Role::Leaving, kept)?;
+            leave(reach, path, layer.label.layer)?;
         }
     }
+    reach.settle()
+}
+
+/// Whether the head stands right on the layer.
+fn stands_on(family: &Family, layer: &Member) -> bool {
+    family.head.parent() == Some(layer.label.layer)
 }
 
 /// What folding a layer without a name into the one that will be left on it costs; `None` where
 /// several will be.
-pub(super) fn plan_fold(family: &Family, layer: &Member) -> Result<Option<Way>> {
+pub(super) fn plan_fold(family: &Family, layer: &Member, in_use: bool) -> Result<Option<Way>> {
     let on = family.children(layer.label.layer);
     let on: Vec<&Member> = on.into_iter().filter(|m| aside::is_shown(family, m)).collect();
     let clones = clones_of(&layer.path, Some(layer.label.disk))?;
     if on.len() != 1 || !clones.is_empty() {
         return Ok(None);
     }
-    choose(layer, &on, shares_space(directory(&layer.path))).map(Some)
+    choose(layer, &on, shares_space(directory(&layer.path)), in_use).map(Some)
 }
 
 /// Folds a layer without a name, on which one layer stands; `false` where it cannot be, or need
 /// not, since nothing that is shown stands on it.
 pub(super) fn fold_unnamed(
+    reach: &Reach<'_>,
     family: &Family,
     layer: &Member,
     progress: &mut Progress<'_>,
@@ -263,29 +281,25 @@ pub(super) fn fold_unnamed(
     if family.children(layer.label.layer).len() != 1 || !aside::is_shown(family, layer) {
         return Ok(false);
     }
-    let Some(mut way) = plan_fold(family, layer)? else { return Ok(false) };
+    let in_use = reach.held().is_some();
+    let Some(mut way) = plan_fold(family, layer, in_use)? else { return Ok(false) };
     let free = free_space(path)?;
     if way.space > free {
         way.in_batches(path)?;
         check_space(path, &way, free)?;
     }
     let work = Merge { layer: layer.label.layer, way, aside: None, forget: false, resume: false };
-    go(path, family, layer, &work, progress)?;
+    go(reach, family, layer, &work, progress)?;
     Ok(true)
 }
 
-fn mark(layer: &Member, role: Role, kept: Option<Kept>) -> Result<()> {
-    let open = open_image(&layer.path, &unprotected())?;
+fn mark(reach: &Reach<'_>, layer: &Member, role: Role, kept: Option<Kept>) -> Result<()> {
+    let open = reach.open(&layer.path)?;
     relabel(&open, |label| (label.role, label.kept) = (role, kept))
 }
 
 /// Copies into `child` what only `layer` holds.
-pub(super) fn fold_up(
-    child: &Member,
-    layer: &Member,
-    share: bool,
-    progress: &mut Progress<'_>,
-) -> Result<()> {
+fn fold_up(child: &Member, layer: &Member, share: bool, progress: &mut Progress<'_>) -> Result<()> {
     let options = OpenOptions { same_contents: true, ..unprotected() };
     let chain = open(&child.path, &options)?;
     let below = chain.all_layers().get(1).cloned();
@@ -297,33 +311,41 @@ pub(super) fn fold_up(
 }
 
 /// Moves what a rising layer holds into those on it, batch by batch, and then them to its parent.
-fn rise(path: &Path, layer: Id, progress: &mut Progress<'_>) -> Result<()> {
+fn rise(reach: &Reach<'_>, path: &Path, layer: Id, progress: &mut Progress<'_>) -> Result<()> {
     let family = Family::of(path)?;
     let Some(layer) = family.layers.iter().find(|m| m.label.layer == layer) else { return Ok(()) };
-    let lower = open_image(&layer.path, &unprotected())?;
-    let options = OpenOptions { same_contents: true, ..unprotected() };
-    let mut chains = Vec::new();
-    for child in family.children(layer.label.layer) {
-        let mut descent = Descent::from_head(open_image(&child.path, &options)?, &options)?;
-        descent.put(lower.clone())?;
-        while descent.step()? {}
-        chains.push(descent.finish());
+    let children = family.children(layer.label.layer);
+    match reach.held_on(&layer.path) {
+        Some(live) => live.rise(layer, &children, progress)?,
+        None => {
+            let lower = open_image(&layer.path, &unprotected())?;
+            let chains: Vec<Chain> =
+                children.iter().map(|child| on_open(child, &lower)).collect::<Result<_>>()?;
+            let total = data_bytes(&*lower.image)?.saturating_mul(chains.len() as u64);
+            let mut meter = Meter::new(progress, total, UNFINISHED);
+            let chains: Vec<&Chain> = chains.iter().collect();
+            fold::up_in_batches(&chains, &lower, &mut meter, &mut |_| Ok(()))?;
+        }
     }
-    let total = data_bytes(&*lower.image)?.saturating_mul(chains.len() as u64);
-    let mut meter = Meter::new(progress, total, UNFINISHED);
-    fold::up_in_batches(&chains, &lower, &mut meter)?;
-    drop::<Vec<Chain>>(chains);
-    drop(lower);
-    mark(layer, Role::Leaving, None)?;
-    leave(path, layer.label.layer)
+    mark(reach, layer, Role::Leaving, None)?;
+    leave(reach, path, layer.label.layer)
+}
+
+/// Opens `child`, for taking over what `lower` below it holds, which is open.
+pub(super) fn on_open(child: &Member, lower: &Layer) -> Result<Chain> {
+    let options = OpenOptions { same_contents: true, ..unprotected() };
+    let mut descent = Descent::from_head(open_image(&child.path, &options)?, &options)?;
+    descent.put(lower.clone())?;
+    while descent.step()? {}
+    Ok(descent.finish())
 }
 
 /// Moves the children of a layer that is leaving to its parent. Then it goes, or is kept aside.
-pub(super) fn leave(path: &Path, layer: Id) -> Result<()> {
+pub(super) fn leave(reach: &Reach<'_>, path: &Path, layer: Id) -> Result<()> {
     let family = Family::of(path)?;
     let Some(layer) = family.layers.iter().find(|m| m.label.layer == layer) else { return Ok(()) };
     for child in family.children(layer.label.layer) {
-        let open = open_image(&child.path, &unprotected())?;
+        let open = reach.open_same(&child.path)?;
         let mut identity = open.image.identity()?;
         identity.backing = layer.peek.identity.backing.clone();
         if let Some(label) = &mut identity.label {
@@ -332,31 +354,48 @@ pub(super) fn leave(path: &Path, layer: Id) -> Result<()> {
         open.image.set_identity(&identity).map_err(|e| e.at_path(&child.path))?;
     }
     if layer.label.kept.is_some() {
-        return mark(layer, Role::Dropped, layer.label.kept.clone());
+        return mark(reach, layer, Role::Dropped, layer.label.kept.clone());
     }
     remove(&layer.path)?;
     sync_directory(path)
 }
 
 /// Goes on with a merge that was interrupted.
-pub(super) fn resume(path: &Path, layer: Id, progress: &mut Progress<'_>) -> Result<()> {
+pub(super) fn resume(
+    reach: &Reach<'_>,
+    path: &Path,
+    layer: Id,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     let family = Family::of(path)?;
     let Some(member) = family.layers.iter().find(|m| m.label.layer == layer) else { return Ok(()) };
     match member.label.role {
-        Role::Rising => rise(path, layer, progress),
+        Role::Rising => rise(reach, path, layer, progress)?,
+        // Under its user the head stays what it is. Either way holds all that the disk shows.
+        Role::Merging if reach.held().is_some() && stands_on(&family, member) => {
+            mark(reach, member, Role::Rising, None)?;
+            rise(reach, path, layer, progress)?;
+        }
         Role::Merging => {
             let mut held = 0;
             for child in family.children(layer) {
                 held += data_bytes(&*look(child)?.image)?;
             }
-            fold_down(path, layer, held > free_space(path)?, progress)
+            fold_down(reach, path, layer, held > free_space(path)?, progress)?;
         }
-        _ => Ok(()),
+        _ => {}
     }
+    reach.settle()
 }
 
 /// Writes what the only child of a merging layer holds into it; then it takes the child's place.
-fn fold_down(path: &Path, layer: Id, in_batches: bool, progress: &mut Progress<'_>) -> Result<()> {
+fn fold_down(
+    reach: &Reach<'_>,
+    path: &Path,
+    layer: Id,
+    in_batches: bool,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     let family = Family::of(path)?;
     let Some(layer) = family.layers.iter().find(|m| m.label.layer == layer) else { return Ok(()) };
     let children = family.children(layer.label.layer);
@@ -364,21 +403,29 @@ fn fold_down(path: &Path, layer: Id, in_batches: bool, progress: &mut Progress<'
         let message = "is being merged, but not exactly one layer stands on it";
         return Err(Error::corrupt(message).at_path(&layer.path));
     };
+    if let Some(live) = reach.held_on(&layer.path) {
+        return live.fold_down(layer, child, in_batches, progress);
+    }
     // Held for writing also where it is only read: nobody may change it meanwhile.
     let options = OpenOptions { same_contents: true, ..unprotected() };
     let upper = open_image(&child.path, &options)?;
     let chain = open(&layer.path, &unprotected())?;
     let mut meter = Meter::new(progress, data_bytes(&*upper.image)?, UNFINISHED);
-    fold::down(&upper, &chain, in_batches, &mut meter)?;
+    fold::down((&upper, in_batches), &chain, &mut meter, &mut |_| Ok(()))?;
     chain.flush()?;
     let image = chain.head().image;
-    let mut identity = upper.image.identity()?;
+    take_place(&*upper.image, layer, &*image)?;
+    drop((upper, image, chain));
+    rename(&layer.path, &child.path)?;
+    sync_directory(path)
+}
+
+/// Makes `image`, the layer `layer`, say of itself what `upper` says, which it took in.
+pub(super) fn take_place(upper: &dyn Image, layer: &Member, image: &dyn Image) -> Result<()> {
+    let mut identity = upper.identity()?;
     identity.backing = image.backing();
     if let Some(label) = &mut identity.label {
         label.parent = layer.label.parent;
     }
-    image.set_identity(&identity).map_err(|e| e.at_path(&layer.path))?;
-    drop((upper, image, chain));
-    rename(&layer.path, &child.path)?;
-    sync_directory(path)
+    image.set_identity(&identity).map_err(|e| e.at_path(&layer.path))
 }

@@ -30,6 +30,7 @@ mod open;
 mod parent;
 pub mod plan;
 pub mod queue;
+mod reach;
 pub mod rebase;
 mod scan;
 mod sealed;

@@ -34,6 +34,8 @@ pub struct OpenOptions {
     /// Guess the format of a backing file whose child does not say it. Not safe where a guest may
     /// have written it: it can make a raw disk look like any other format.
     pub probe_backing: bool,
+    /// The caller's lock on an image speaks for its external data file too.
+    pub locked: bool,
     /// What opens the layers that are encrypted. Without it their tables can be read.
     pub passphrase: Option<Passphrase>,
     /// Bytes of metadata to keep in memory, about, for the whole chain: a quarter for the head's
@@ -52,6 +54,7 @@ impl Default for OpenOptions {
             same_contents: false,
             repair: false,
             probe_backing: false,
+            locked: false,
             passphrase: None,
             cache: OpenOptions::CACHE,
         }

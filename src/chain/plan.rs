@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::merge::{self, Progress};
+use super::reach::Reach;
 use super::snapshot::open_head;
 use super::tree::{Family, Member};
 use super::{Layer, aside, cost, delete, undo};
@@ -241,13 +242,33 @@ impl Plan {
     /// [`ErrorKind::InUse`] names who holds the disk; [`ErrorKind::Interrupted`] where `progress`
     /// asked to stop: the tree is then as it was, or is finished by the next open for writing.
     pub fn execute(&self, progress: &mut Progress<'_>) -> Result<()> {
+        self.execute_in(&Reach::Idle, progress)
+    }
+
+    /// As [`execute`](Plan::execute). What moves the head is not for a disk in use.
+    pub(super) fn execute_in(&self, reach: &Reach<'_>, progress: &mut Progress<'_>) -> Result<()> {
         match &self.work {
-            Work::Delete(work) => delete::delete(self, work, progress),
+            Work::Delete(work) => delete::delete(self, work, reach, progress),
             Work::Revert(work) => delete::revert(self, work, progress),
-            Work::Merge(work) => merge::execute(self, work, progress),
-            Work::Undo(work) => undo::undo(self, work, progress),
-            Work::Forget(events) => aside::forget(self, events, progress),
+            Work::Merge(work) => merge::execute(self, work, reach, progress),
+            Work::Undo(work) => undo::undo(self, work, reach, progress),
+            Work::Forget(events) => aside::forget(self, events, reach, progress),
         }
+    }
+
+    /// A number for the tree that it was made for: whoever asks another process to execute what he
+    /// was shown says it.
+    pub fn tree(&self) -> u64 {
+        let text = format!("{:?}", self.seen);
+        // FNV-1a: two programs agree on it.
+        text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        })
+    }
+
+    /// Refuses where the plan was not made for the tree that `tree` stands for.
+    pub(super) fn check_tree(&self, tree: Option<u64>) -> Result<()> {
+        if tree.is_none_or(|tree| tree == self.tree()) { Ok(()) } else { Err(self.outdated()) }
     }
 
     /// Whether the disk shows something else afterwards.
@@ -261,19 +282,26 @@ impl Plan {
     }
 
     /// Takes the disk for writing, and reads its family again.
-    pub(super) fn begin(&self) -> Result<(Layer, Family)> {
-        let head = open_head(&self.disk)?;
+    pub(super) fn begin(&self, reach: &Reach<'_>) -> Result<(Layer, Family)> {
+        let head = match reach.held() {
+            Some(live) => live.chain().head(),
+            None => open_head(&self.disk)?,
+        };
         Ok((head, self.family()?))
     }
 
     /// Reads the family again.
-    pub(super) fn family(&self) -> Result<Family> {
+    fn family(&self) -> Result<Family> {
         let family = Family::of(&self.disk)?;
         if seen(&family) == self.seen {
             return Ok(family);
         }
+        Err(self.outdated())
+    }
+
+    fn outdated(&self) -> Error {
         let message = "the disk's snapshots have changed since this was planned: look again";
-        Err(Error::new(ErrorKind::Invalid, message).at_path(&self.disk))
+        Error::new(ErrorKind::Invalid, message).at_path(&self.disk)
     }
 }
 

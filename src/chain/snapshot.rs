@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::open::{OpenOptions, open, open_image};
 use super::plan::Keeping;
+use super::reach::Reach;
 use super::tree::{Family, frozen_path};
 use super::{Chain, Layer, heal, sealed, witness};
 use crate::error::{Error, ErrorKind, Result};
@@ -60,10 +61,14 @@ pub fn delete(path: &Path, name: &str, tree: bool) -> Result<()> {
 /// Gives the snapshot `old` the name `new`.
 pub fn rename_snapshot(path: &Path, old: &str, new: &str) -> Result<()> {
     let _head = open_head(path)?;
+    rename_in(&Reach::Idle, path, old, new)
+}
+
+pub(super) fn rename_in(reach: &Reach<'_>, path: &Path, old: &str, new: &str) -> Result<()> {
     let family = Family::of(path)?;
     let target = family.snapshot(old)?;
     check_new_name(path, new)?;
-    let layer = open_image(&target.path, &unprotected())?;
+    let layer = reach.open(&target.path)?;
     relabel(&layer, |label| label.name = new.to_owned())
 }
 

@@ -132,6 +132,11 @@ impl Chain {
         drop(old);
     }
 
+    /// Returns when every request that was under way has been answered.
+    pub(super) fn wait_for_requests(&self) {
+        drop(self.layers_alone());
+    }
+
     /// Puts another image of the same file in the place of layer `number` below the head; returns
     /// the one before.
     pub(super) fn replace_layer(&self, number: usize, layer: Layer) -> Option<Layer> {

@@ -8,9 +8,11 @@ use std::path::Path;
 use super::aside::{collect, events, last, was_of};
 use super::delete::open_frozen;
 use super::fold::{self, Source};
+use super::live::Taker;
 use super::merge::Progress;
-use super::open::{OpenOptions, open, open_image};
+use super::open::{OpenOptions, open};
 use super::plan::{Fate, Operation, Plan, Touched, Undoable, Work};
+use super::reach::Reach;
 use super::snapshot::{check_new_name, freeze, head_label, relabel, thaw, unprotected};
 use super::tree::{Family, Member};
 use super::{cost, heal};
@@ -89,14 +91,19 @@ fn moved_off<'a>(family: &'a Family, merged: &Member) -> Vec<&'a Member> {
 }
 
 /// Executes an undo.
-pub(super) fn undo(plan: &Plan, work: &Undo, progress: &mut Progress<'_>) -> Result<()> {
+pub(super) fn undo(
+    plan: &Plan,
+    work: &Undo,
+    reach: &Reach<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     let path = &plan.disk;
-    let (head, family) = plan.begin()?;
+    let (head, family) = plan.begin(reach)?;
     let gone = || Error::new(ErrorKind::NotFound, "what was kept aside is gone").at_path(path);
     let all = events(&family);
     let event = all.iter().find(|e| e.kept.event == work.event).ok_or_else(gone)?;
     for member in &event.layers {
-        drop(open_image(&member.path, &unprotected())?);
+        drop(reach.open(&member.path)?);
     }
     let was_head = event.was(Was::Head);
     let first = was_head.or_else(|| event.lowest()).ok_or_else(gone)?;
@@ -106,45 +113,48 @@ pub(super) fn undo(plan: &Plan, work: &Undo, progress: &mut Progress<'_>) -> Res
         // Its second name must be there before another file takes the first one.
         sync_directory(path).inspect_err(|_| thaw(path, &head))?;
     }
-    let first = open_image(&first.path, &unprotected())?;
+    let first = reach.open(&first.path)?;
     // Where this fails, the mark may stand all the same: whoever opens the disk next finds out.
     relabel(&first, |label| label.role = Role::Returning)?;
     drop(first);
     // What loses its name stays locked meanwhile; what is moved must be free.
     let held = was_head.map(|_| head);
-    finish(path)?;
+    finish(reach, path)?;
     drop(held);
-    heal::bearing(collect(path, Some(progress)))
+    heal::bearing(collect(reach, path, Some(progress)))
 }
 
 /// Brings back what goes with a layer that is [`Role::Returning`].
-pub(super) fn finish(path: &Path) -> Result<()> {
+pub(super) fn finish(reach: &Reach<'_>, path: &Path) -> Result<()> {
     let Some(family) = Family::read(path)? else { return Ok(()) };
     let Some(first) = family.members().find(|m| m.label.role == Role::Returning) else {
         return Ok(());
     };
     let Some(kept) = &first.label.kept else { return Ok(()) };
     for event in events(&family).iter().filter(|e| e.kept.event == kept.event) {
-        event.layers.iter().try_for_each(|member| restore(&member.path, Role::Snapshot))?;
+        event.layers.iter().try_for_each(|member| restore(reach, &member.path, Role::Snapshot))?;
     }
     match kept.was {
+        // Its user would see another disk.
+        Was::Head if reach.held().is_some() => Ok(()),
         Was::Head => {
             if first.label.layer != family.head.label.layer {
                 rename(&first.path, path)?;
                 sync_directory(path)?;
             }
-            restore(path, Role::Head)
+            restore(reach, path, Role::Head)
         }
-        Was::Snapshot => restore(&first.path, Role::Snapshot),
+        Was::Snapshot => restore(reach, &first.path, Role::Snapshot),
         Was::Merged => {
-            moved_off(&family, first).into_iter().try_for_each(|m| move_onto(m, first))?;
-            restore(&first.path, Role::Snapshot)
+            let moved = moved_off(&family, first);
+            moved.into_iter().try_for_each(|m| move_onto(reach, m, first))?;
+            restore(reach, &first.path, Role::Snapshot)
         }
     }
 }
 
-fn restore(path: &Path, role: Role) -> Result<()> {
-    let layer = open_image(path, &unprotected())?;
+fn restore(reach: &Reach<'_>, path: &Path, role: Role) -> Result<()> {
+    let layer = reach.open(path)?;
     let mut identity = layer.image.identity()?;
     let Some(label) = &mut identity.label else { return Ok(()) };
     (label.role, label.kept) = (role, None);
@@ -156,14 +166,21 @@ fn restore(path: &Path, role: Role) -> Result<()> {
 }
 
 /// Puts a layer back onto a merged one. It holds all that the other does, or is made to.
-fn move_onto(member: &Member, merged: &Member) -> Result<()> {
+fn move_onto(reach: &Reach<'_>, member: &Member, merged: &Member) -> Result<()> {
     if member.parent() == Some(merged.label.layer) {
         return Ok(());
     }
-    let chain = open(&member.path, &OpenOptions { same_contents: true, ..unprotected() })?;
     let below = open_frozen(&merged.path)?;
     let identity = below.image.identity()?;
-    fold::up(&chain, &Source::beside(&below), &mut |_, _| true)?;
+    let into = match reach.held_on(&member.path) {
+        Some(live) => live.taker(&member.path, None)?,
+        None => {
+            let options = OpenOptions { same_contents: true, ..unprotected() };
+            Taker::Beside(open(&member.path, &options)?)
+        }
+    };
+    let chain = into.chain();
+    fold::up(chain, &Source::beside(&below), &mut |_, _| true)?;
     chain.flush()?;
     let image = chain.head().image;
     let mut own = image.identity()?;

@@ -7,6 +7,7 @@ use super::fold;
 use super::plan::{Direction, Method};
 use super::tree::Member;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::Role;
 
 /// Bytes that are copied as fast as this many bytes are shared, at least.
 const SHARING: u64 = 32;
@@ -28,18 +29,26 @@ pub(super) struct Way {
 }
 
 /// The cheaper way for a layer and those that stand on it.
-pub(super) fn choose(layer: &Member, on: &[&Member], share: bool) -> Result<Way> {
+///
+/// While the disk is in use its head stays the file that it is, and below it only what a layer hides
+/// as a whole is written into another one.
+pub(super) fn choose(layer: &Member, on: &[&Member], share: bool, in_use: bool) -> Result<Way> {
     let lower = look(layer)?;
+    let mut may_hide = true;
     let (mut up, mut packed, mut upper, mut both) = (0, 0, 0, 0);
     for child in on {
-        let cost = cost(&*look(child)?.image, &*lower.image)?;
+        let above = look(child)?.image;
+        may_hide &= child.label.role != Role::Head
+            && above.granularity().bits() >= lower.image.cluster().bits();
+        let cost = cost(&*above, &*lower.image)?;
         (up, packed) = (up + cost.only_lower, packed + cost.packed);
         (upper, both) = (upper + cost.upper, both + cost.both);
     }
     let own = data_bytes(&*lower.image)?;
     let freed = own.saturating_sub(up);
     // A shorter child would have to cut the layer.
-    let may_go_down = on.len() == 1 && on.iter().all(|m| m.peek.size >= layer.peek.size);
+    let longer = on.iter().all(|m| m.peek.size >= layer.peek.size);
+    let may_go_down = on.len() == 1 && longer && (may_hide || !in_use);
     let worth_sharing = up <= ALWAYS_SHARED.max(upper.saturating_mul(SHARING));
     if share && (worth_sharing || !may_go_down) {
         let why = "the host lets files share bytes, so hardly any are copied, and it can be undone";
@@ -55,7 +64,8 @@ pub(super) fn choose(layer: &Member, on: &[&Member], share: bool) -> Result<Way>
     }
     let why = match on.len() {
         1 if may_go_down => "it holds less than what stands on it",
-        1 => "what stands on it is a smaller disk",
+        1 if !longer => "what stands on it is a smaller disk",
+        1 => "the disk is in use",
         _ => "several layers stand on it, and each needs what it holds",
     };
     Ok(Way { direction: Direction::Up, method, moved: up, linked: 0, space: up, freed, why })

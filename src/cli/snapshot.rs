@@ -13,10 +13,11 @@ use vdisk::chain::merge::{self, Wishes};
 use vdisk::chain::plan::{Keeping, Operation, Plan};
 use vdisk::chain::snapshot;
 use vdisk::chain::tree::{Family, Member};
+use vdisk::control::Request;
 use vdisk::{Error, Result};
 
 use super::output::{self, Progress};
-use super::{ask, size};
+use super::{ask, held, size};
 
 /// Take, list, go back to, delete and merge snapshots.
 #[derive(ClapArgs)]
@@ -174,35 +175,58 @@ struct RenameArgs {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
-    if live::run(args)? {
-        return Ok(0);
-    }
     match &args.verb {
-        Verb::Create(a) => snapshot::create(&a.disk, &a.name, &a.description)?,
+        Verb::Create(a) => live::create(a)?,
         Verb::List(a) => list(a)?,
         Verb::Revert(a) => {
+            live::refuse(&a.disk, &Request::Revert { name: a.name.clone() })?;
             let keeping = a.keeping.keeping()?;
             let plan = snapshot::plan_revert(&a.disk, &a.name, a.keep.as_deref(), keeping)?;
-            carry_out(&plan, &a.plan)?;
+            carry_out(&plan, &a.plan, None)?;
         }
         Verb::Delete(a) => {
-            let plan = snapshot::plan_delete(&a.disk, &a.name, a.tree, a.keeping.keeping()?)?;
-            carry_out(&plan, &a.plan)?;
+            let keeping = a.keeping.keeping()?;
+            let plan = snapshot::plan_delete(&a.disk, &a.name, a.tree, keeping)?;
+            let (name, tree, keep) = (a.name.clone(), a.tree, Some(milliseconds(keeping)));
+            let seen = Some(plan.tree());
+            carry_out(&plan, &a.plan, Some(Request::Delete { name, tree, keep, seen }))?;
         }
         Verb::Merge(a) => {
-            let wishes = Wishes { keeping: a.keeping.keeping()?, in_batches: a.in_batches };
-            carry_out(&merge::plan_merge(&a.disk, &a.name, wishes)?, &a.plan)?;
+            let (keeping, in_batches) = (a.keeping.keeping()?, a.in_batches);
+            let wishes = Wishes { keeping, in_batches, in_use: live::is_held(&a.disk)? };
+            let plan = merge::plan_merge(&a.disk, &a.name, wishes)?;
+            let (name, rate, keep) = (a.name.clone(), a.rate, Some(milliseconds(keeping)));
+            let seen = Some(plan.tree());
+            let request = Request::Merge { name, rate, keep, in_batches, seen };
+            carry_out(&plan, &a.plan, Some(request))?;
         }
-        Verb::Rename(a) => snapshot::rename_snapshot(&a.disk, &a.old, &a.new)?,
-        Verb::Undo(a) => carry_out(&snapshot::plan_undo(&a.disk, a.keep.as_deref())?, &a.plan)?,
-        Verb::Forget(a) => carry_out(&snapshot::plan_forget(&a.disk)?, &a.plan)?,
+        Verb::Rename(a) => {
+            let request = Request::Rename { old: a.old.clone(), new: a.new.clone() };
+            if held::ask(&a.disk, &request)?.is_none() {
+                snapshot::rename_snapshot(&a.disk, &a.old, &a.new)?;
+            }
+        }
+        Verb::Undo(a) => {
+            let plan = snapshot::plan_undo(&a.disk, a.keep.as_deref())?;
+            let request = Request::Undo { keep_as: a.keep.clone(), seen: Some(plan.tree()) };
+            carry_out(&plan, &a.plan, Some(request))?;
+        }
+        Verb::Forget(a) => {
+            let plan = snapshot::plan_forget(&a.disk)?;
+            let request = Request::Forget { seen: Some(plan.tree()) };
+            carry_out(&plan, &a.plan, Some(request))?;
+        }
         Verb::Diff(a) => live::diff(a)?,
     }
     Ok(0)
 }
 
-/// Shows a plan, asks where something would be lost, and does it.
-fn carry_out(plan: &Plan, args: &PlanArgs) -> Result<()> {
+/// Shows a plan, asks where something would be lost, and does it, or has it done by the process that
+/// holds the disk, which is asked so.
+fn carry_out(plan: &Plan, args: &PlanArgs, request: Option<Request>) -> Result<()> {
+    if let Some(request) = request.as_ref().filter(|_| plan.moves_head()) {
+        live::refuse(&plan.disk, request)?;
+    }
     if args.json {
         output::json(&show::value(plan, args.dry_run))?;
     } else if args.dry_run {
@@ -221,12 +245,21 @@ fn carry_out(plan: &Plan, args: &PlanArgs) -> Result<()> {
         eprintln!("vdisk: what the {} had kept aside for undo goes", kept.what);
     }
     let stop = super::stop::on_signals()?;
+    if let Some(request) = request
+        && held::ask_long(&plan.disk, &request, "moving", &stop)?.is_some()
+    {
+        return Ok(());
+    }
     let bar = Progress::new("moving", plan.moved.saturating_add(plan.linked));
     plan.execute(&mut |done, total| {
         bar.of(total);
         bar.at(done);
         !stop.asked()
     })
+}
+
+fn milliseconds(keeping: Keeping) -> u64 {
+    u64::try_from(keeping.0.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl KeepingArgs {

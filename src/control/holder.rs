@@ -11,6 +11,8 @@ use super::server::{Names, Server, Service};
 use super::wire::{Named, Request};
 use crate::block::BlockDevice;
 use crate::chain::live::{Live, Quiesce};
+use crate::chain::merge::Wishes;
+use crate::chain::plan::Keeping;
 use crate::error::{Error, Result};
 
 /// What a disk is held for, and what has to follow when it changes.
@@ -44,6 +46,7 @@ impl Holder {
         let prefix = place::prefix(live.path())?;
         let name = socket(&prefix);
         let (names, prefix) = (OnceLock::new(), Mutex::new(prefix));
+        live.held_for(kind.doing());
         let holder = Arc::new(Holder { live, kind, names, prefix });
         let server = Server::listen(&name, holder.clone())?;
         let _ = holder.names.set(server.names());
@@ -100,6 +103,10 @@ impl Holder {
     }
 }
 
+fn keeping(milliseconds: Option<u64>) -> Keeping {
+    milliseconds.map_or_else(Keeping::default, |ms| Keeping(Duration::from_millis(ms)))
+}
+
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -122,10 +129,20 @@ impl Service for Holder {
             Request::Snapshot { name, description, freeze } => {
                 self.snapshot(name, description, *freeze)
             }
-            Request::Merge { name, rate } => {
-                self.live.merge(name, *rate, told).map(|()| Value::Null)
+            Request::Merge { name, rate, keep, in_batches, seen } => {
+                let (keeping, in_batches) = (keeping(*keep), *in_batches);
+                let wishes = Wishes { keeping, in_batches, in_use: true };
+                self.live.merge(name, wishes, (*rate, *seen), told).map(|()| Value::Null)
             }
-            Request::Delete { name, tree } => self.live.delete(name, *tree).map(|()| Value::Null),
+            Request::Delete { name, tree, keep, seen } => {
+                let how = (*tree, keeping(*keep));
+                self.live.delete(name, how, *seen, told).map(|()| Value::Null)
+            }
+            Request::Undo { keep_as, seen } => {
+                self.live.undo(keep_as.as_deref(), *seen, told).map(|()| Value::Null)
+            }
+            Request::Forget { seen } => self.live.forget(*seen, told).map(|()| Value::Null),
+            Request::Rename { old, new } => self.live.rename(old, new).map(|()| Value::Null),
             Request::Revert { name } => Err(self.live.revert(name)),
             Request::Resize { size } => {
                 let old = self.live.chain().size();

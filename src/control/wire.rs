@@ -43,6 +43,15 @@ pub enum Request {
         name: String,
         /// Bytes in a second at most.
         rate: Option<u64>,
+        /// Milliseconds for which it is kept for undo, where that is free; a default without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep: Option<u64>,
+        /// Give back at once what was copied.
+        #[serde(default)]
+        in_batches: bool,
+        /// The tree of the plan that was shown: any will do without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<u64>,
     },
     /// Delete a snapshot.
     Delete {
@@ -50,6 +59,33 @@ pub enum Request {
         name: String,
         /// With those that stand on it.
         tree: bool,
+        /// Milliseconds for which they are kept for undo; a default without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep: Option<u64>,
+        /// The tree of the plan that was shown: any will do without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<u64>,
+    },
+    /// Take back the last change that dropped something.
+    Undo {
+        /// The name under which today's state is kept.
+        keep_as: Option<String>,
+        /// The tree of the plan that was shown: any will do without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<u64>,
+    },
+    /// Let go of what is kept for undo.
+    Forget {
+        /// The tree of the plan that was shown: any will do without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seen: Option<u64>,
+    },
+    /// Give a snapshot another name.
+    Rename {
+        /// Its name.
+        old: String,
+        /// Its new name.
+        new: String,
     },
     /// Go back to a snapshot: always refused.
     Revert {
@@ -137,8 +173,16 @@ mod tests {
     fn a_request_is_a_line_that_a_script_could_write() {
         let line = r#"{"disk":{"device":1,"inode":2},"do":"merge","name":"monday","rate":null}"#;
         let question: Question = serde_json::from_str(line).unwrap();
-        assert_eq!(question.request, Request::Merge { name: "monday".into(), rate: None });
-        assert_eq!(serde_json::to_string(&question).unwrap(), line);
+        let plain = Request::Merge {
+            name: "monday".into(),
+            rate: None,
+            keep: None,
+            in_batches: false,
+            seen: None,
+        };
+        assert_eq!(question.request, plain);
+        let line = serde_json::to_string(&question).unwrap();
+        assert_eq!(serde_json::from_str::<Question>(&line).unwrap().request, plain);
         assert!(serde_json::from_str::<Question>(r#"{"do":"format"}"#).is_err());
     }
 

@@ -176,7 +176,7 @@ impl Family {
     fn merge(&mut self, name: &str, in_batches: bool) {
         let head_parent = self.parent(&self.head);
         let stood_on = !self.children(name).is_empty() || head_parent.as_deref() == Some(name);
-        let wishes = Wishes { in_batches, keeping: Keeping::NOTHING };
+        let wishes = Wishes { in_batches, keeping: Keeping::NOTHING, in_use: false };
         let plan = merge::plan_merge(&self.path, name, wishes);
         if !stood_on {
             assert_eq!(plan.unwrap_err().kind(), ErrorKind::Invalid);

@@ -1,7 +1,7 @@
 //! Snapshots, merges, deletions, compactions and new sizes of a disk that threads write meanwhile:
 //! every snapshot shows what each thread had written at one moment, and the disk all of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +12,8 @@ use vdisk::ErrorKind;
 use vdisk::addr::Unit;
 use vdisk::block::BlockDevice;
 use vdisk::chain::live::Live;
+use vdisk::chain::merge::Wishes;
+use vdisk::chain::plan::Keeping;
 use vdisk::chain::tree::Family;
 use vdisk::chain::{self, Chain, OpenOptions, snapshot};
 use vdisk::qcow2::CreateOptions;
@@ -77,11 +79,19 @@ struct Moment {
     size: u64,
 }
 
+/// How long what is dropped is kept: not at all, or long.
+fn keeping(dice: &mut Dice) -> Keeping {
+    if dice.once_in(2) { Keeping::NOTHING } else { Keeping::default() }
+}
+
 struct Disk {
     path: PathBuf,
     live: Arc<Live>,
     moments: BTreeMap<String, Moment>,
     taken: u64,
+    renamed: u64,
+    /// The snapshot that was deleted last.
+    deleted: Option<(String, Moment)>,
     longest: Duration,
 }
 
@@ -101,6 +111,33 @@ impl Disk {
             .insert(name, Moment { between: before.into_iter().zip(after).collect(), size });
     }
 
+    fn delete(&self, name: &str, keeping: Keeping) -> vdisk::Result<()> {
+        self.live.delete(name, (false, keeping), None, &mut |_, _| true)
+    }
+
+    /// Takes back a deletion, or a merge; what was dropped before the disk was in use is not.
+    fn undo(&mut self) {
+        let before: BTreeSet<_> = self.names();
+        match self.live.undo(None, None, &mut |_, _| true) {
+            Ok(()) => {
+                let back: Vec<_> = self.names().difference(&before).cloned().collect();
+                if let Some((name, moment)) = self.deleted.take()
+                    && back.contains(&name)
+                {
+                    self.moments.insert(name, moment);
+                }
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::InUse) => {}
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    fn names(&self) -> BTreeSet<String> {
+        let family = Family::read(&self.path).unwrap();
+        let snapshots = family.iter().flat_map(|family| family.snapshots());
+        snapshots.map(|member| member.label.name.clone()).collect()
+    }
+
     fn some_name(&self, dice: &mut Dice) -> Option<String> {
         let number = dice.below(self.moments.len().max(1) as u64) as usize;
         self.moments.keys().nth(number).cloned()
@@ -109,7 +146,8 @@ impl Disk {
     fn merge(&mut self, name: &str, dice: &mut Dice) {
         let stop_at = dice.once_in(3).then(|| dice.below(4));
         let mut told = 0;
-        let done = self.live.merge(name, None, &mut |_, _| {
+        let wishes = Wishes { in_batches: dice.once_in(2), keeping: keeping(dice), in_use: true };
+        let done = self.live.merge(name, wishes, (None, None), &mut |_, _| {
             told += 1;
             stop_at.is_none_or(|at| told <= at)
         });
@@ -119,7 +157,7 @@ impl Disk {
                 // Downwards it is no restore point any more; upwards it stands.
                 let family = Family::of(&self.path).unwrap();
                 if family.snapshot(name).is_err() {
-                    self.live.merge(name, None, &mut |_, _| true).unwrap();
+                    self.live.merge(name, wishes, (None, None), &mut |_, _| true).unwrap();
                     self.moments.remove(name);
                 }
             }
@@ -134,11 +172,23 @@ impl Disk {
         match (dice.below(20), name) {
             (0..7, _) | (_, None) => self.take(counters),
             (7..13, Some(name)) => self.merge(&name, dice),
-            (13..15, Some(name)) => match self.live.delete(&name, false) {
-                Ok(()) => drop(self.moments.remove(&name)),
+            (13..15, Some(name)) => match self.delete(&name, keeping(dice)) {
+                Ok(()) => self.deleted = self.moments.remove(&name).map(|moment| (name, moment)),
                 Err(e) => assert!(matches!(e.kind(), ErrorKind::InUse | ErrorKind::Sealed), "{e}"),
             },
-            (15..17, _) => {
+            (15, _) => self.undo(),
+            (16, Some(name)) if dice.once_in(2) => {
+                self.renamed += 1;
+                let new = format!("renamed {}", self.renamed);
+                self.live.rename(&name, &new).unwrap();
+                let moment = self.moments.remove(&name).unwrap();
+                self.moments.insert(new, moment);
+            }
+            (16, _) if dice.once_in(2) => {
+                self.live.forget(None, &mut |_, _| true).unwrap();
+                self.deleted = None;
+            }
+            (16, _) => {
                 self.live.compact(&mut |_, _| true).unwrap();
             }
             (17, _) => {
@@ -235,6 +285,8 @@ fn round(dice: &mut Dice, with_qemu: bool) -> Duration {
         live,
         moments: BTreeMap::new(),
         taken: 0,
+        renamed: 0,
+        deleted: None,
         longest: Duration::ZERO,
     };
     let counters: Vec<AtomicU64> = (0..THREADS).map(|_| AtomicU64::new(0)).collect();
@@ -279,7 +331,8 @@ fn round(dice: &mut Dice, with_qemu: bool) -> Duration {
     head(&open_patiently(&path, &OpenOptions::writable()).unwrap());
     let disk = Arc::new(open_patiently(&path, &OpenOptions::writable()).unwrap());
     let live = Arc::new(Live::new(disk, &path).unwrap());
-    let family = Disk { path: path.clone(), live, moments, taken: 0, longest };
+    let family =
+        Disk { path: path.clone(), live, moments, taken: 0, renamed: 0, deleted: None, longest };
     undisturbed(|| family.moments.keys().for_each(|name| family.check(name, &workers)));
     drop(family);
     for entry in std::fs::read_dir(dir.path()).unwrap() {

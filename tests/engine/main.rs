@@ -33,6 +33,7 @@ mod fuzz;
 mod hostile;
 mod internal;
 mod live;
+mod live_batches;
 mod live_faults;
 mod model;
 mod outside;

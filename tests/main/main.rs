@@ -25,6 +25,7 @@ mod formats;
 mod inspect;
 mod interop;
 mod live;
+mod live_tree;
 mod mount;
 mod mount_raw;
 mod pictures;

@@ -8,36 +8,37 @@
 //! *Down*, from the frozen layer above into the snapshot's: only whole clusters are written that the
 //! layer above hides. What the chain reads of the layer itself stands where it stood.
 //!
-//! Then the layers are exchanged in memory in one moment, and after that the files say so. What a
-//! crash leaves at any point, the next open finishes, as for an idle disk.
+//! *In batches*, what was copied is given back where it came from. Before that, the chain is made to
+//! read it from where it is now, and whoever reads it from where it was has finished: a request
+//! keeps the layers from being exchanged until its last byte is read.
+//!
+//! The files say when a merge is done; the layers in memory follow them. What a crash leaves at any
+//! point, the next open finishes, as for an idle disk.
 
-use std::fs::FileTimes;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
+use super::rest::Rest;
+use super::second::{Alone, Second, reopen};
 use super::{Live, Turn};
 use crate::block::BlockDevice;
-use crate::chain::cost::{cost, data_bytes, look};
+use crate::chain::cost::{data_bytes, look};
 use crate::chain::fold::{self, Meter, Source};
-use crate::chain::merge::{Progress, fold_up};
-use crate::chain::open::{OpenOptions, open_file, open_image, peek};
-use crate::chain::snapshot::unprotected;
-use crate::chain::tree::{Family, Member, refuse_clones, same_file};
+use crate::chain::merge::{Progress, UNFINISHED, Wishes, on_open, plan_merge, take_place};
+use crate::chain::open::OpenOptions;
+use crate::chain::reach::Reach;
+use crate::chain::tree::Member;
 use crate::chain::{Chain, Layer};
-use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Image, Role};
-use crate::storage::draft::{remove, rename, sync_directory};
-use crate::storage::{Access, FileOptions, FileStorage};
+use crate::error::{Error, Result};
+use crate::storage::draft::{rename, sync_directory};
 
 /// Bytes that are copied at a time: the guest waits for no more than that.
 const CHUNK: u64 = 256 << 10;
 /// How often somebody who slows a merge down looks whether it is to stop.
 const NAP: Duration = Duration::from_millis(20);
-/// What a merge upwards leaves that did not end.
+/// What a merge that copies all first leaves where it did not end.
 const UNCHANGED: &str = "the disk and its snapshots are as they were";
-/// What a merge downwards leaves that did not end.
-const UNFINISHED: &str =
-    "the disk is as it was; the merge is finished by running it again, or by the next writer";
 
 /// Says how far a merge is, slows it down and stops it.
 struct Pace<'a, 'p> {
@@ -45,23 +46,27 @@ struct Pace<'a, 'p> {
     progress: &'a mut Progress<'p>,
     rate: Option<u64>,
     since: Instant,
-    /// Bytes that were copied into other layers before.
+    /// Bytes of the parts of the work that came before this one, and of this one.
     before: u64,
-    total: u64,
+    done: u64,
 }
 
 impl Pace<'_, '_> {
     /// Notes that `done` bytes of this part were copied, and waits as long as the rate asks; `false`
     /// where it is to stop.
-    fn goes_on(&mut self, done: u64) -> bool {
-        let done = self.before + done;
+    fn goes_on(&mut self, done: u64, total: u64) -> bool {
+        if done < self.done {
+            // Another part has begun.
+            self.before += self.done;
+        }
+        self.done = done;
         loop {
-            self.turn.at(done, self.total);
-            if !(self.progress)(done, self.total) {
+            self.turn.at(done, total);
+            if !(self.progress)(done, total) {
                 return false;
             }
             let Some(rate) = self.rate.filter(|r| *r > 0) else { return true };
-            let due = Duration::from_secs_f64(done as f64 / rate as f64);
+            let due = Duration::from_secs_f64((self.before + done) as f64 / rate as f64);
             let early = due.saturating_sub(self.since.elapsed());
             if early.is_zero() {
                 return true;
@@ -69,339 +74,187 @@ impl Pace<'_, '_> {
             std::thread::sleep(early.min(NAP));
         }
     }
-
-    /// Makes the head of `chain` hold what only `below`, the layer below it, holds.
-    fn copy_up(&mut self, chain: &Chain, below: &Layer) -> Result<()> {
-        let total = self.total;
-        let mut progress = |done, _| self.goes_on(done);
-        let mut meter = Meter::new(&mut progress, total, UNCHANGED).in_chunks(CHUNK);
-        fold::up_metered(chain, &Source::below(below, false), &mut meter)
-    }
-
-    /// Writes what `upper` holds into `lower`, durably.
-    fn copy_down(&mut self, upper: &Layer, lower: &Chain) -> Result<()> {
-        let total = self.total;
-        let mut progress = |done, _| self.goes_on(done);
-        let mut meter = Meter::new(&mut progress, total, UNFINISHED).in_chunks(CHUNK);
-        fold::down(upper, lower, false, &mut meter)
-    }
 }
 
-/// A file of the chain that nobody else may have open meanwhile.
-struct Alone(Arc<FileStorage>);
-
-impl Alone {
-    fn with(layer: &Layer) -> Result<Alone> {
-        layer.file.relock(Access::Write)?;
-        Ok(Alone(layer.file.clone()))
-    }
+/// A chain whose head takes in what another layer holds.
+pub(in crate::chain) enum Taker {
+    /// The disk in use.
+    Head(Arc<Chain>),
+    /// A frozen layer that the disk in use stands on.
+    Frozen(Frozen),
+    /// A layer that nobody uses.
+    Beside(Chain),
 }
 
-impl Drop for Alone {
-    fn drop(&mut self) {
-        // What fails here is a lock that lasts too long: it keeps readers out.
-        let _ = self.0.relock(Access::Read);
-    }
-}
-
-/// A frozen layer of the chain that is written by a second way in. Nobody else has it meanwhile.
-struct Writer {
+/// A chain on a layer's second way in.
+pub(in crate::chain) struct Frozen {
+    // Goes first: then the layer is closed, and others may have it.
     chain: Chain,
-    _time: Option<KeptTime>,
-    _alone: Alone,
+    _second: Second,
 }
 
-/// Gives a file that shows what it showed the time of its last write back: clones that stand on it
-/// go on taking it for what it is.
-struct KeptTime(Arc<FileStorage>, SystemTime);
-
-impl KeptTime {
-    fn of(layer: &Layer) -> Option<KeptTime> {
-        let modified = layer.file.file().metadata().and_then(|meta| meta.modified()).ok()?;
-        Some(KeptTime(layer.file.clone(), modified))
-    }
-}
-
-impl Drop for KeptTime {
-    fn drop(&mut self) {
-        // Where that fails, the clones ask the user what to make of it.
-        let _ = self.0.file().set_times(FileTimes::new().set_modified(self.1));
-    }
-}
-
-impl Writer {
-    /// Opens `layers[number]`, on those below it, for writing.
-    fn open(layers: &[Layer], number: usize, same_contents: bool) -> Result<Writer> {
-        let layer = &layers[number];
-        if layer.image.details().is_some_and(|d| d.data_file.is_some()) {
-            let message = "keeps its data in another file: stop the disk to merge it";
-            return Err(Error::unsupported(message).at_path(&layer.path));
+impl Taker {
+    pub fn chain(&self) -> &Chain {
+        match self {
+            Taker::Head(chain) => chain,
+            Taker::Frozen(frozen) => &frozen.chain,
+            Taker::Beside(chain) => chain,
         }
-        let alone = Alone::with(layer)?;
-        let time = if same_contents { KeptTime::of(layer) } else { None };
-        let options = FileOptions { access: None, write: true };
-        let file = Arc::new(FileStorage::open(&layer.path, options)?);
-        if file.identity()? != layer.file.identity()? {
-            let message = "is not the file that is in use: it was replaced";
-            return Err(Error::invalid(message).at_path(&layer.path));
-        }
-        let options = OpenOptions { same_contents, format: Some(layer.format), ..unprotected() };
-        let head = open_file(&layer.path, file, &options)?;
-        let memory = OpenOptions::default().cache / 2;
-        let chain = Chain::new(head, layers[number + 1..].to_vec(), memory);
-        Ok(Writer { chain, _time: time, _alone: alone })
     }
-
-    fn image(&self) -> Arc<dyn Image> {
-        self.chain.head().image
-    }
-}
-
-/// Opens a layer that is open already once more, by the same file and under its lock.
-fn reopen(layer: &Layer) -> Result<Layer> {
-    let format = Some(layer.format);
-    let options = OpenOptions { unprotected: true, format, ..OpenOptions::default() };
-    open_file(&layer.path, layer.file.clone(), &options)
 }
 
 impl Live {
     /// Merges the snapshot `name` into a neighbour: the name goes, no change is lost. At most `rate`
-    /// bytes are copied in a second, if that is given.
+    /// bytes are copied in a second, if that is given. `tree` is that of the plan that was shown.
     ///
     /// # Errors
-    /// As for an idle disk; [`ErrorKind::Interrupted`] where `progress` asked to stop.
-    pub fn merge(&self, name: &str, rate: Option<u64>, progress: &mut Progress<'_>) -> Result<()> {
-        let turn = self.begin(format!("merge of snapshot '{name}'"))?;
-        let family = Family::of(&self.path)?;
-        let merging = |m: &&Member| m.label.role == Role::Merging && m.label.name == name;
-        let unfinished = family.layers.iter().find(merging);
-        let layer = unfinished.map_or_else(|| family.snapshot(name), Ok)?;
-        refuse_clones(layer)?;
-        let children = family.children(layer.label.layer);
-        if children.is_empty() {
-            let message = format!(
-                "nothing stands on snapshot '{name}', so there is nothing to merge it with: delete it"
-            );
-            return Err(Error::invalid(message).at_path(&self.path));
-        }
-        let since = Instant::now();
-        let mut pace = Pace { turn: &turn, progress, rate, since, before: 0, total: 0 };
-        let layers = self.chain.all_layers();
-        let number = layers.iter().position(|l| same_file(&l.path, &layer.path));
-        if let Some(number) = number.filter(|n| *n > 1) {
-            let only =
-                children.len() == 1 && same_file(&children[0].path, &layers[number - 1].path);
-            if only && (unfinished.is_some() || goes_down(&layers, number)?) {
-                return self.merge_down(&layers, number, (layer, children[0]), &mut pace);
-            }
-        }
-        if unfinished.is_some() {
-            let message = "has a merge that was interrupted: stop the disk to finish it";
-            return Err(Error::new(ErrorKind::InUse, message).at_path(&self.path));
-        }
-        self.merge_up(&layers, number, layer, &children, &mut pace)
+    /// As for an idle disk; [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted) where
+    /// `progress` asked to stop.
+    pub fn merge(
+        &self,
+        name: &str,
+        wishes: Wishes,
+        (rate, tree): (Option<u64>, Option<u64>),
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        self.change(format!("merge of snapshot '{name}'"), |turn| {
+            let plan = plan_merge(self.path(), name, Wishes { in_use: true, ..wishes })?;
+            plan.check_tree(tree)?;
+            let since = Instant::now();
+            let mut pace = Pace { turn, progress, rate, since, before: 0, done: 0 };
+            plan.execute_in(&Reach::Held(self), &mut |done, total| pace.goes_on(done, total))
+        })
     }
 
-    fn merge_up(
-        &self,
-        layers: &[Layer],
-        number: Option<usize>,
-        layer: &Member,
-        children: &[&Member],
-        pace: &mut Pace<'_, '_>,
-    ) -> Result<()> {
-        let in_chain = |m: &&&Member| layers.iter().any(|l| same_file(&l.path, &m.path));
-        let held = data_bytes(&*look(layer)?.image)?;
-        pace.total = held.saturating_mul(children.len() as u64);
-        for child in children.iter().filter(|m| !in_chain(m)) {
-            fold_up(child, layer, false, &mut |done, _| pace.goes_on(done))?;
-            pace.before += held;
+    /// The layers, and the place among them of the one in the file at `path`.
+    fn find(&self, path: &Path) -> Result<(Vec<Layer>, usize)> {
+        let number = self.number_of(path);
+        let gone =
+            || Error::corrupt("is not the layer that the disk in use stands on").at_path(path);
+        Ok((self.chain.all_layers(), number.ok_or_else(gone)?))
+    }
+
+    /// The layer at `path`, of the disk in use, on those that it stands on; `lower` in the place of
+    /// the one right below it.
+    pub(in crate::chain) fn taker(&self, path: &Path, lower: Option<&Layer>) -> Result<Taker> {
+        let (layers, number) = self.find(path)?;
+        self.touch();
+        if number == 0 {
+            return Ok(Taker::Head(self.chain.clone()));
         }
-        let Some(number) = number.filter(|n| *n > 0) else {
-            // Beside the disk's own line; or the head holds all of it since an earlier attempt.
-            return self.leave_locked(layer, None, None);
+        let second = Second::open(&layers[number], true)?;
+        let mut below = layers[number + 1..].to_vec();
+        if let (Some(first), Some(lower)) = (below.first_mut(), lower) {
+            *first = lower.clone();
+        }
+        let chain = Chain::new(second.layer().clone(), below, OpenOptions::CACHE / 2);
+        Ok(Taker::Frozen(Frozen { chain, _second: second }))
+    }
+
+    fn takers(&self, on: &[&Member], lower: &Layer) -> Result<Vec<Taker>> {
+        let taker = |child: &&Member| match self.number_of(&child.path) {
+            Some(_) => self.taker(&child.path, Some(lower)),
+            None => on_open(child, lower).map(Taker::Beside),
         };
-        if !children.iter().any(|m| same_file(&m.path, &layers[number - 1].path)) {
+        on.iter().map(taker).collect()
+    }
+
+    /// Makes the layers `on` it hold what only `layer` holds, `share` as the host can.
+    pub(in crate::chain) fn fold_up(
+        &self,
+        layer: &Member,
+        on: &[&Member],
+        share: bool,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        let (layers, number) = self.find(&layer.path)?;
+        let lower = &layers[number];
+        // Nobody begins to read it meanwhile.
+        let _alone = Alone::with(lower)?;
+        let each = data_bytes(&*lower.image)?;
+        let total = each.saturating_mul(on.len() as u64);
+        let mut meter = Meter::new(progress, total, UNCHANGED).in_chunks(CHUNK);
+        // One at a time: of a frozen one the file is closed before its own children are opened.
+        for taker in on {
+            for taker in self.takers(&[*taker], lower)? {
+                fold::up_metered(taker.chain(), &Source::below(lower, share), &mut meter)?;
+                taker.chain().flush()?;
+                taker.chain().flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves what `layer` holds into those `on` it, batch by batch.
+    pub(in crate::chain) fn rise(
+        &self,
+        layer: &Member,
+        on: &[&Member],
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        let (layers, number) = self.find(&layer.path)?;
+        self.touch();
+        let second = Second::open(&layers[number], false)?;
+        let lower = second.layer();
+        let takers = self.takers(on, lower)?;
+        let total = data_bytes(&*lower.image)?.saturating_mul(takers.len() as u64);
+        let mut meter = Meter::new(progress, total, UNFINISHED).in_chunks(CHUNK);
+        let chains: Vec<&Chain> = takers.iter().map(Taker::chain).collect();
+        fold::up_in_batches(&chains, lower, &mut meter, &mut |_| self.show_again(number - 1))
+    }
+
+    /// Folds the frozen layer `child`, the only one on `layer`, into it.
+    pub(in crate::chain) fn fold_down(
+        &self,
+        layer: &Member,
+        child: &Member,
+        in_batches: bool,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        let (layers, number) = self.find(&layer.path)?;
+        if number < 2 || self.number_of(&child.path) != Some(number - 1) {
             let message = "is not made of the layers that its files name; reopen it";
-            return Err(Error::corrupt(message).at_path(&self.path));
+            return Err(Error::corrupt(message).at_path(self.path()));
         }
-        let alone = Alone::with(&layers[number])?;
-        let without: Vec<Layer> = [&layers[1..number], &layers[number + 1..]].concat();
-        if number == 1 {
-            pace.copy_up(&self.chain, &layers[1])?;
-            self.chain.flush()?;
-            return self.exchange_and_leave(layers, without, (layer, alone), None);
-        }
-        let writer = Writer::open(layers, number - 1, true)?;
-        pace.copy_up(&writer.chain, &layers[number])?;
-        writer.chain.flush()?;
-        writer.chain.flush()?;
-        let mut without = without;
-        without[number - 2] = reopen(&layers[number - 1])?;
-        self.exchange_and_leave(layers, without, (layer, alone), Some((number - 2, writer)))
-    }
-
-    /// Lets the chain go on without the layer, whose child holds all of it, and takes it away.
-    fn exchange_and_leave(
-        &self,
-        layers: &[Layer],
-        without: Vec<Layer>,
-        (layer, alone): (&Member, Alone),
-        child: Option<(usize, Writer)>,
-    ) -> Result<()> {
-        self.chain.replace_lower(without);
-        let writer = child.as_ref().map(|(_, writer)| writer);
-        if let Err(error) = self.leave_locked(layer, Some(&alone), writer) {
-            // As the files say; what is shown is the same.
-            self.chain.replace_lower(layers[1..].to_vec());
-            return Err(error);
-        }
-        if let Some((at, writer)) = child {
-            drop(writer);
-            // What its header says now.
-            let lower = self.chain.all_layers();
-            if let Some(Ok(fresh)) = lower.get(at + 1).map(reopen) {
-                self.chain.replace_layer(at, fresh);
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes a layer away that its children hold all of. It is locked already where it is `alone`.
-    fn leave_locked(
-        &self,
-        layer: &Member,
-        alone: Option<&Alone>,
-        child: Option<&Writer>,
-    ) -> Result<()> {
-        let open = match alone {
-            None => open_image(&layer.path, &unprotected())?,
-            Some(_) => {
-                let options = FileOptions { access: None, write: true };
-                let file = Arc::new(FileStorage::open(&layer.path, options)?);
-                open_file(&layer.path, file, &unprotected())?
-            }
-        };
-        let mut identity = open.image.identity()?;
-        if let Some(label) = &mut identity.label {
-            label.role = Role::Leaving;
-        }
-        open.image.set_identity(&identity).map_err(|e| e.at_path(&layer.path))?;
-        drop(open);
-        let family = Family::of(&self.path)?;
-        self.move_children(&family, layer, child)?;
-        remove(&layer.path)?;
-        sync_directory(&self.path)
-    }
-
-    /// Goes on with a merge that has marked its layer, and was interrupted then.
-    pub(super) fn leave(&self, family: &Family, layer: &Member) -> Result<()> {
-        let layers = self.chain.all_layers();
-        if let Some(number) = layers.iter().position(|l| same_file(&l.path, &layer.path)) {
-            let without: Vec<Layer> = [&layers[1..number], &layers[number + 1..]].concat();
-            self.chain.replace_lower(without);
-        }
-        drop(layers);
-        self.move_children(family, layer, None)?;
-        remove(&layer.path)?;
-        sync_directory(&self.path)
-    }
-
-    /// Lets the layers that stand on `layer` stand on what it stands on.
-    fn move_children(
-        &self,
-        family: &Family,
-        layer: &Member,
-        writer: Option<&Writer>,
-    ) -> Result<()> {
-        let layers = self.chain.all_layers();
-        for child in family.children(layer.label.layer) {
-            let number = layers.iter().position(|l| same_file(&l.path, &child.path));
-            let in_writer =
-                writer.filter(|w| same_file(&w.chain.head().path, &child.path)).map(Writer::image);
-            let (image, _writer) = match (number, in_writer) {
-                (_, Some(image)) => (image, None),
-                (Some(0), _) => (layers[0].image.clone(), None),
-                (Some(number), _) => {
-                    let writer = Writer::open(&layers, number, true)?;
-                    (writer.image(), Some(writer))
-                }
-                (None, _) => (open_image(&child.path, &unprotected())?.image, None),
-            };
-            let mut identity = image.identity()?;
-            identity.backing = layer.peek.identity.backing.clone();
-            if let Some(label) = &mut identity.label {
-                label.parent = layer.label.parent;
-            }
-            image.set_identity(&identity).map_err(|e| e.at_path(&child.path))?;
-        }
-        Ok(())
-    }
-
-    /// Folds the frozen layer above `layers[number]`, its only child, into it.
-    fn merge_down(
-        &self,
-        layers: &[Layer],
-        number: usize,
-        (layer, child): (&Member, &Member),
-        pace: &mut Pace<'_, '_>,
-    ) -> Result<()> {
-        let upper = &layers[number - 1];
-        pace.total = data_bytes(&*upper.image)?;
-        // Nobody may change it, or begin to read it by its old name, meanwhile.
-        let _upper = Alone::with(upper)?;
-        let lower = Writer::open(layers, number, false)?;
-        let done = self.copy_and_rename(upper, &lower, (layer, child), pace);
-        drop(lower);
-        let renamed = done.is_ok();
-        let at = if renamed { &child.path } else { &layer.path };
-        // The file's tables are others than when it was opened.
-        let fresh = Layer { path: at.clone(), ..layers[number].clone() };
-        let fresh = reopen(&fresh)?;
-        let mut now = layers[1..].to_vec();
-        now[number - 1] = fresh;
-        if renamed {
-            now.remove(number - 2);
-        }
-        self.chain.replace_lower(now);
-        done
-    }
-
-    fn copy_and_rename(
-        &self,
-        upper: &Layer,
-        lower: &Writer,
-        (layer, child): (&Member, &Member),
-        pace: &mut Pace<'_, '_>,
-    ) -> Result<()> {
-        let image = lower.image();
-        let mut identity = image.identity()?;
-        if let Some(label) = &mut identity.label {
-            label.role = Role::Merging;
-        }
-        image.set_identity(&identity).map_err(|e| e.at_path(&layer.path))?;
-        pace.copy_down(upper, &lower.chain)?;
-        lower.chain.flush()?;
-        let missing = || Error::corrupt("has lost its label").at_path(&child.path);
-        let mut identity = peek(&child.path)?.ok_or_else(missing)?.identity;
-        identity.backing = image.backing();
-        if let Some(label) = &mut identity.label {
-            label.parent = layer.label.parent;
-        }
-        image.set_identity(&identity).map_err(|e| e.at_path(&layer.path))?;
+        self.touch();
+        // Both stay locked until the name is the other's: nobody begins to read by the old one.
+        let upper = Second::open(&layers[number - 1], true)?;
+        let lower = Second::open(&layers[number], false)?;
+        let below = layers[number + 1..].to_vec();
+        let chain = Chain::new(lower.layer().clone(), below, OpenOptions::CACHE / 2);
+        let total = data_bytes(&*upper.layer().image)?;
+        let mut meter = Meter::new(progress, total, UNFINISHED).in_chunks(CHUNK);
+        let above = &layers[number - 1];
+        fold::down((upper.layer(), in_batches), &chain, &mut meter, &mut |end| {
+            self.show_below(number, Rest::of(above, end))
+        })?;
+        chain.flush()?;
+        take_place(&*look(child)?.image, layer, &*lower.layer().image)?;
+        drop(chain);
         rename(&layer.path, &child.path)?;
-        sync_directory(&self.path)
+        sync_directory(self.path())
     }
-}
 
-/// Whether `layers[number]` takes in the layer above it for less than the other way round, and
-/// nothing of it that shows has to move for that.
-fn goes_down(layers: &[Layer], number: usize) -> Result<bool> {
-    let (upper, lower) = (&*layers[number - 1].image, &*layers[number].image);
-    let whole = upper.granularity().bits() >= lower.cluster().bits();
-    if !whole || upper.size() < lower.size() {
-        return Ok(false);
+    /// Lets the disk's user see what layer `number` has taken in, and nothing any more of where that
+    /// came from.
+    fn show_again(&self, number: usize) -> Result<()> {
+        let Some(below) = number.checked_sub(1) else {
+            // The head is what it writes itself.
+            self.chain.wait_for_requests();
+            return Ok(());
+        };
+        let mut lower = self.chain.all_layers().split_off(1);
+        lower[below] = reopen(&lower[below])?;
+        self.chain.replace_lower(lower);
+        Ok(())
     }
-    let cost = cost(upper, lower)?;
-    Ok(cost.upper < cost.only_lower)
+
+    /// Lets the disk's user see what layer `number` has taken in, and of the layer above only `rest`.
+    fn show_below(&self, number: usize, rest: Layer) -> Result<()> {
+        let mut lower = self.chain.all_layers().split_off(1);
+        lower[number - 1] = reopen(&lower[number - 1])?;
+        lower[number - 2] = rest;
+        self.chain.replace_lower(lower);
+        Ok(())
+    }
 }

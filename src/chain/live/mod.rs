@@ -4,24 +4,29 @@
 //! Knows who else may hold a file only by the locks.
 
 mod merge;
+mod rest;
+pub(super) mod second;
+mod settle;
 mod snapshot;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 
 use super::compact::Compacted;
-use super::delete::delete_beside;
 use super::diff::{Between, Change};
 use super::merge::Progress;
-use super::plan::Keeping;
-use super::snapshot::plan_delete;
+use super::plan::{Fate, Keeping, Plan};
+use super::reach::Reach;
+use super::snapshot::{plan_delete, plan_forget, plan_undo, rename_in};
 use super::tree::Family;
-use super::{Chain, Layer};
+use super::{Chain, Layer, heal};
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Id, Role};
+use crate::image::Id;
 
+pub(super) use merge::Taker;
 pub use snapshot::Quiesce;
 
 /// A disk in use, as those see it who change its tree. One change is made at a time.
@@ -29,6 +34,10 @@ pub struct Live {
     chain: Arc<Chain>,
     path: PathBuf,
     running: Mutex<Option<Running>>,
+    /// What its user does with it.
+    doing: OnceLock<String>,
+    /// Whether files of its layers were changed, or may have been, by another way in.
+    touched: AtomicBool,
 }
 
 /// What is being done to the disk.
@@ -79,13 +88,24 @@ impl Live {
     /// [`ErrorKind::ReadOnly`] where it is open for reading only; [`ErrorKind::Invalid`] where its
     /// head is another file, such as a throw-away delta.
     pub fn new(chain: Arc<Chain>, path: &Path) -> Result<Live> {
-        let live = Live { chain, path: path.to_path_buf(), running: Mutex::default() };
+        let live = Live {
+            chain,
+            path: path.to_path_buf(),
+            running: Mutex::default(),
+            doing: OnceLock::new(),
+            touched: AtomicBool::new(false),
+        };
         if live.chain.read_only() {
             let message = "is open for reading only";
             return Err(Error::new(ErrorKind::ReadOnly, message).at_path(path));
         }
         live.check_name()?;
         Ok(live)
+    }
+
+    /// Says what its user does with it, such as `mounted at /mnt`: errors tell it.
+    pub fn held_for(&self, doing: String) {
+        let _ = self.doing.set(doing);
     }
 
     /// The head's path.
@@ -150,20 +170,70 @@ impl Live {
     }
 
     /// Deletes the snapshot `name`, which the disk as it is now does not stand on; with `tree`,
-    /// snapshots on it too. They are kept aside for a time.
+    /// snapshots on it too. They are kept aside as long as `keeping` says. `seen` is the tree of the
+    /// plan that was shown.
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] where the disk would have to go back to an earlier moment;
     /// [`ErrorKind::Sealed`] as for an idle disk.
-    pub fn delete(&self, name: &str, tree: bool) -> Result<()> {
-        let _turn = self.begin(format!("deletion of snapshot '{name}'"))?;
-        let plan = plan_delete(&self.path, name, tree, Keeping::default())?;
-        if plan.moves_head() {
-            return Err(self.stop_first(&format!(
-                "deleting snapshot '{name}' takes the disk back to the moment when it was taken"
-            )));
-        }
-        delete_beside(&plan)
+    pub fn delete(
+        &self,
+        name: &str,
+        (tree, keeping): (bool, Keeping),
+        seen: Option<u64>,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        self.carry_out(format!("deletion of snapshot '{name}'"), seen, progress, || {
+            let plan = plan_delete(&self.path, name, tree, keeping)?;
+            let why =
+                format!("deleting snapshot '{name}' takes the disk back to when it was taken");
+            if plan.moves_head() { Err(self.stop_first(&why)) } else { Ok(plan) }
+        })
+    }
+
+    /// Takes back the last change that dropped something, where its user does not see that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] where the disk would show something else afterwards.
+    pub fn undo(
+        &self,
+        keep: Option<&str>,
+        seen: Option<u64>,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        self.carry_out("undo".to_owned(), seen, progress, || {
+            // What it would do tells why it cannot, before what else may be wrong with it.
+            let plan = plan_undo(&self.path, None)?;
+            if plan.moves_head() {
+                let why = format!("an undo that {} changes everything under its user", plan.why);
+                return Err(self.stop_first(&why));
+            }
+            let head = self.chain.head();
+            let old = head.image.details().and_then(|d| d.version) == Some(2);
+            if old && plan.layers.iter().any(|l| l.fate == Fate::Moved && l.path == self.path) {
+                // What its user gives up meanwhile would show what comes back below.
+                let why = "its format cannot say what is to be zero";
+                return Err(self.stop_first(why));
+            }
+            keep.map_or(Ok(plan), |keep| plan_undo(&self.path, Some(keep)))
+        })
+    }
+
+    /// Lets go of what is kept aside.
+    pub fn forget(&self, seen: Option<u64>, progress: &mut Progress<'_>) -> Result<()> {
+        self.carry_out("removal of what is kept aside".to_owned(), seen, progress, || {
+            plan_forget(&self.path)
+        })
+    }
+
+    /// Gives the snapshot `old` the name `new`.
+    ///
+    /// # Errors
+    /// As for an idle disk.
+    pub fn rename(&self, old: &str, new: &str) -> Result<()> {
+        self.change(format!("renaming of snapshot '{old}'"), |_| {
+            rename_in(&Reach::Held(self), &self.path, old, new)
+        })
     }
 
     /// Refuses to go back to a snapshot: what the user of the disk has in memory would not fit it.
@@ -174,11 +244,42 @@ impl Live {
     }
 
     fn stop_first(&self, why: &str) -> Error {
+        let command = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
+        let doing = self.doing.get().map(|doing| format!(", {doing}")).unwrap_or_default();
         let message = format!(
-            "is in use, and {why}: stop it first (`vdisk umount`, or the end of the container, the \
-             guest or the server)"
+            "is in use by {} (pid {}{doing}), and {why}: stop it first (`vdisk umount`, or \
+             the end of the container, the guest or the server)",
+            command.trim_end(),
+            std::process::id()
         );
         Error::new(ErrorKind::InUse, message).at_path(&self.path)
+    }
+
+    /// Executes what `plan` plans, if it is what was shown.
+    fn carry_out(
+        &self,
+        what: String,
+        seen: Option<u64>,
+        progress: &mut Progress<'_>,
+        plan: impl FnOnce() -> Result<Plan>,
+    ) -> Result<()> {
+        self.change(what, |turn| {
+            let plan = plan()?;
+            plan.check_tree(seen)?;
+            plan.execute_in(&Reach::Held(self), &mut |done, total| {
+                turn.at(done, total);
+                progress(done, total)
+            })
+        })
+    }
+
+    /// Changes the tree in files, and then in memory.
+    fn change<T>(&self, what: String, work: impl FnOnce(&Turn<'_>) -> Result<T>) -> Result<T> {
+        let turn = self.begin(what)?;
+        let done = work(&turn);
+        // Where that fails, the layers in memory show the same; the next change tries it again.
+        let _ = self.settle();
+        done
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
@@ -198,7 +299,8 @@ impl Live {
         drop(running);
         let turn = Turn(self);
         self.check_name()?;
-        self.finish_leaving()?;
+        self.settle()?;
+        heal::heal_held(self)?;
         Ok(turn)
     }
 
@@ -213,12 +315,5 @@ impl Live {
         let message = "is not the file that is in use: its changes go to another one, as with \
                        --ephemeral, or the file was replaced";
         Err(Error::invalid(message).at_path(&self.path))
-    }
-
-    /// Goes on with a merge that was interrupted when all that was left was to take a layer away.
-    fn finish_leaving(&self) -> Result<()> {
-        let Some(family) = Family::read(&self.path)? else { return Ok(()) };
-        let leaving = family.layers.iter().find(|m| m.label.role == Role::Leaving);
-        leaving.map_or(Ok(()), |layer| self.leave(&family, layer))
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Live;
+use super::second::reopen;
 use crate::block::BlockDevice;
 use crate::chain::open::{OpenOptions, open_file};
 use crate::chain::snapshot::{check_new_name, delta_options, now};
@@ -153,10 +154,14 @@ impl Live {
     /// Opens the old head anew, for reading, and lets others read it. Where that cannot be done they
     /// are kept out, and nothing else is wrong.
     fn let_others_read(&self, old: Layer) {
-        let options =
-            OpenOptions { format: Some(old.format), unprotected: true, ..OpenOptions::default() };
+        let options = OpenOptions {
+            format: Some(old.format),
+            unprotected: true,
+            locked: true,
+            ..OpenOptions::default()
+        };
         let Ok(read) = open_file(&old.path, old.file.clone(), &options) else { return };
-        drop(self.chain.replace_layer(0, read));
+        drop(self.chain.replace_layer(0, read.clone()));
         let Layer { image, file, .. } = old;
         let until = Instant::now() + PATIENCE;
         while Arc::strong_count(&image) > 1 {
@@ -168,6 +173,12 @@ impl Live {
         // It writes what is left to be written.
         drop(image);
         let _ = file.relock(Access::Read);
+        // An external data file had its own lock, which went with the old head.
+        if read.image.details().is_some_and(|d| d.data_file.is_some())
+            && let Ok(read) = reopen(&read)
+        {
+            drop(self.chain.replace_layer(0, read));
+        }
     }
 }
 

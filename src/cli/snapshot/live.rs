@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use clap::Args as ClapArgs;
 use serde_json::{Value, json};
 use vdisk::chain::diff::{self, Change};
+use vdisk::chain::snapshot;
 use vdisk::chain::tree::Family;
 use vdisk::control::Request;
 use vdisk::{Error, ErrorKind, Result};
 
-use super::super::{held, output, size, stop};
-use super::{Args, Verb};
+use super::super::{held, output, size};
+use super::CreateArgs;
 
 /// What changed between two moments.
 #[derive(ClapArgs)]
@@ -26,39 +27,32 @@ pub struct DiffArgs {
     json: bool,
 }
 
-/// Hands the command over to the process that holds the disk; `false` where none does.
-pub fn run(args: &Args) -> Result<bool> {
-    let (disk, request) = match &args.verb {
-        Verb::Create(a) => {
-            let (name, description) = (a.name.clone(), a.description.clone());
-            (&a.disk, Request::Snapshot { name, description, freeze: a.freeze })
-        }
-        // What would be done is told by the files.
-        Verb::Revert(a) if a.plan.dry_run => return Ok(false),
-        Verb::Delete(a) if a.plan.dry_run => return Ok(false),
-        Verb::Merge(a) if a.plan.dry_run => return Ok(false),
-        Verb::Revert(a) => (&a.disk, Request::Revert { name: a.name.clone() }),
-        Verb::Delete(a) => (&a.disk, Request::Delete { name: a.name.clone(), tree: a.tree }),
-        Verb::Merge(a) => {
-            let request = Request::Merge { name: a.name.clone(), rate: a.rate };
-            let stop = stop::on_signals()?;
-            return Ok(held::ask_long(&a.disk, &request, "merging", &stop)?.is_some());
-        }
-        _ => return Ok(false),
-    };
-    let Some(answer) = held::ask(disk, &request)? else {
-        if let Verb::Create(a) = &args.verb
-            && a.freeze
-        {
+/// Takes a snapshot.
+pub fn create(args: &CreateArgs) -> Result<()> {
+    let (name, description) = (args.name.clone(), args.description.clone());
+    let request = Request::Snapshot { name, description, freeze: args.freeze };
+    let Some(answer) = held::ask(&args.disk, &request)? else {
+        if args.freeze {
             let text = "is not mounted by vdisk: there is nothing to freeze";
-            return Err(Error::invalid(text).at_path(&a.disk));
+            return Err(Error::invalid(text).at_path(&args.disk));
         }
-        return Ok(false);
+        return snapshot::create(&args.disk, &args.name, &args.description);
     };
     if let Some(pause) = answer.get("pause_us").and_then(Value::as_u64) {
         eprintln!("the disk's user waited for {:.1} ms", pause as f64 / 1000.0);
     }
-    Ok(true)
+    Ok(())
+}
+
+/// Whether another process holds the disk, and can be asked to change it.
+pub fn is_held(disk: &Path) -> Result<bool> {
+    Ok(held::ask(disk, &Request::Info)?.is_some())
+}
+
+/// Fails as the process that holds the disk does when it is asked what it has to refuse, before
+/// anything is shown or asked. Does nothing where none holds it.
+pub fn refuse(disk: &Path, request: &Request) -> Result<()> {
+    held::ask(disk, request).map(drop)
 }
 
 /// Prints what changed.
