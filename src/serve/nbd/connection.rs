@@ -1,49 +1,54 @@
 //! The requests of one client, several at a time.
 //!
 //! A few threads share the socket: one reads a request and lets the next one read before it carries
-//! its own out. A request that is under way costs a thread and at most [`PIECE`] bytes, and who sends
+//! its own out. Where a client waits for each answer and the disk answers at once, one thread does
+//! both: to wake another takes longer than the request. A request that is under way costs a thread and at most [`PIECE`] bytes, and who sends
 //! faster than the disk takes it waits in the socket.
 
-use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read};
+use std::io::{BufRead, BufReader, IoSlice, Read};
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
 
-use super::handshake::{ALLOCATION_ID, Terms};
-use super::reply::{self, Failure, Part};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::handshake::Terms;
+use super::reply::Failure;
 use super::{Gone, request};
-use crate::block::{BlockDevice, BlockStatus};
+use crate::block::BlockDevice;
 use crate::nbd::stream::Stream;
-use crate::nbd::wire::{self, REQUEST_LEN, Request, command, error};
+use crate::nbd::wire::{self, REQUEST_LEN, Request, command};
 
 /// Requests of one client that are carried out at a time.
 const THREADS: usize = 8;
 /// Bytes that are read or written at once.
-const PIECE: usize = 2 << 20;
+pub(super) const PIECE: usize = 2 << 20;
 /// A thread keeps no more memory than this for its next request.
 const KEPT: usize = 256 << 10;
-/// Bytes that are zeroed or discarded at once: a snapshot waits no longer than for that.
-const STEP: u64 = 64 << 20;
-/// The most stretches in one answer about block status.
-const MAX_STRETCHES: usize = 4096;
-/// The least read that is looked at for holes first.
-const SPARSE: usize = 64 << 10;
-/// A read with more holes than this is answered with all its bytes.
-const MAX_RUNS: usize = 8;
+/// A request for no more bytes than this is small.
+const SMALL: u32 = 64 << 10;
+/// A small request that takes less is quick.
+const QUICK: Duration = Duration::from_micros(100);
+/// After so many quick ones the next one is expected to be quick too.
+const TRUST: u32 = 32;
 
 /// A connection after its handshake.
 pub struct Connection<'a> {
-    stream: &'a Stream,
-    device: &'a dyn BlockDevice,
-    terms: Terms,
+    pub(super) stream: &'a Stream,
+    pub(super) device: &'a dyn BlockDevice,
+    pub(super) terms: Terms,
     stopping: &'a AtomicBool,
     reader: Mutex<Reader<'a>>,
     /// Held while a reply, or one part of it, is written.
-    writer: Mutex<()>,
+    pub(super) writer: Mutex<()>,
     /// Threads, and those of them that wait for a request.
     threads: AtomicUsize,
     idle: AtomicUsize,
+    /// Small requests since the last one that was not quick.
+    quick: AtomicU32,
 }
 
 struct Reader<'a> {
@@ -53,12 +58,19 @@ struct Reader<'a> {
 }
 
 /// A request whose bytes, if it has any, have been taken off the socket.
-struct Taken {
-    request: Request,
+pub(super) struct Taken {
+    pub(super) request: Request,
     /// Where the bytes in the buffer belong; those before have been written.
-    offset: u64,
+    pub(super) offset: u64,
     /// How it failed already.
-    failed: Option<Failure>,
+    pub(super) failed: Option<Failure>,
+}
+
+impl Taken {
+    fn is_small(&self) -> bool {
+        let Request { command, flags, len, .. } = self.request;
+        matches!(command, command::READ | command::WRITE) && flags & wire::FUA == 0 && len <= SMALL
+    }
 }
 
 /// Lets the client know when a thread dies of a panic, rather than let it wait for ever.
@@ -90,6 +102,7 @@ impl<'a> Connection<'a> {
             writer: Mutex::default(),
             threads: AtomicUsize::new(1),
             idle: AtomicUsize::new(0),
+            quick: AtomicU32::new(0),
         }
     }
 
@@ -103,7 +116,7 @@ impl<'a> Connection<'a> {
         let mut buffer = Vec::new();
         loop {
             let done = match self.next(scope, &mut buffer) {
-                Ok(Some(taken)) => self.carry_out(taken, &mut buffer),
+                Ok(Some(taken)) => self.carry_out_timed(taken, &mut buffer),
                 Ok(None) => return,
                 Err(gone) => Err(gone),
             };
@@ -124,7 +137,8 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Takes the next request off the socket; `None` where no more comes.
+    /// Takes the next request off the socket that others may be read beside; `None` where no more
+    /// comes.
     fn next<'s>(
         &'s self,
         scope: &'s Scope<'s, '_>,
@@ -133,15 +147,47 @@ impl<'a> Connection<'a> {
         self.idle.fetch_add(1, Ordering::SeqCst);
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         self.idle.fetch_sub(1, Ordering::SeqCst);
-        if reader.over || self.stopping.load(Ordering::SeqCst) {
-            return Ok(None);
+        while !reader.over && !self.stopping.load(Ordering::SeqCst) {
+            let taken = match self.take(&mut reader.from, buffer) {
+                Ok(Some(taken)) => taken,
+                end => {
+                    reader.over = true;
+                    return end;
+                }
+            };
+            if !self.is_alone(&taken, &reader) {
+                self.let_another_read(scope);
+                return Ok(Some(taken));
+            }
+            let done = self.carry_out_timed(taken, buffer);
+            reader.over = done.is_err();
+            done?;
         }
-        let taken = self.take(&mut reader.from, buffer);
-        reader.over = !matches!(taken, Ok(Some(_)));
-        if !reader.over {
-            self.let_another_read(scope);
+        Ok(None)
+    }
+
+    /// Whether nothing else waits to be read, and nothing is likely to wait long if this request is
+    /// carried out first.
+    fn is_alone(&self, taken: &Taken, reader: &Reader<'_>) -> bool {
+        let alike = taken.is_small() && self.quick.load(Ordering::Relaxed) >= TRUST;
+        if !alike || !reader.from.buffer().is_empty() {
+            return false;
         }
-        taken
+        let mut more = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        poll(&mut more, PollTimeout::ZERO) == Ok(0)
+    }
+
+    fn carry_out_timed(&self, taken: Taken, buffer: &mut Vec<u8>) -> Result<(), Gone> {
+        if !taken.is_small() {
+            return self.carry_out(taken, buffer);
+        }
+        let began = Instant::now();
+        let done = self.carry_out(taken, buffer);
+        match began.elapsed() < QUICK {
+            true => self.quick.fetch_add(1, Ordering::Relaxed),
+            false => self.quick.swap(0, Ordering::Relaxed),
+        };
+        done
     }
 
     /// Sees to it that somebody reads while this thread is at work.
@@ -198,178 +244,5 @@ impl<'a> Connection<'a> {
             // A request that is refused may have any offset.
             taken.offset = taken.offset.wrapping_add(now as u64);
         }
-    }
-
-    fn carry_out(&self, taken: Taken, buffer: &mut Vec<u8>) -> Result<(), Gone> {
-        let Taken { request, offset, failed } = taken;
-        if let Some(failure) = failed {
-            return self.answer(&request, Err(failure));
-        }
-        let done = match request.command {
-            command::READ if self.terms.structured => return self.read_parts(&request, buffer),
-            command::READ => return self.read_simple(&request, buffer),
-            command::BLOCK_STATUS => return self.block_status(&request),
-            command::CACHE => self.warm(&request, buffer),
-            command::WRITE => {
-                self.device.write_at(offset, &[IoSlice::new(buffer)]).map_err(Failure::from)
-            }
-            command::FLUSH => self.flush(),
-            command::TRIM => self.in_steps(&request, |at, len| self.device.discard(at, len)),
-            command::WRITE_ZEROES => {
-                let may_unmap = request.flags & wire::NO_HOLE == 0;
-                self.in_steps(&request, |at, len| self.device.write_zeroes(at, len, may_unmap))
-            }
-            _ => Err(Failure::new(error::INVAL, "this command is not known here")),
-        };
-        let writes =
-            matches!(request.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
-        let durable = writes && request.flags & wire::FUA != 0;
-        self.answer(&request, if durable { done.and_then(|()| self.flush()) } else { done })
-    }
-
-    /// Writes the one reply to a request that brings no bytes.
-    fn answer(&self, request: &Request, done: Result<(), Failure>) -> Result<(), Gone> {
-        let _alone = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut stream = self.stream;
-        match done {
-            Ok(()) => reply::simple(&mut stream, request.cookie, 0),
-            Err(failure) if self.terms.structured => {
-                reply::failed(&mut stream, request.cookie, &failure)
-            }
-            Err(failure) => reply::simple(&mut stream, request.cookie, failure.code),
-        }
-    }
-
-    fn part(&self, request: &Request, part: Part<'_>, done: bool) -> Result<(), Gone> {
-        let _alone = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        reply::part(&mut &*self.stream, request.cookie, part, done)
-    }
-
-    fn flush(&self) -> Result<(), Failure> {
-        if self.device.read_only() {
-            return Ok(());
-        }
-        Ok(self.device.flush()?)
-    }
-
-    fn in_steps(
-        &self,
-        request: &Request,
-        mut step: impl FnMut(u64, u64) -> crate::Result<()>,
-    ) -> Result<(), Failure> {
-        let (mut at, end) = (request.offset, request.offset + u64::from(request.len));
-        while at < end {
-            let len = (end - at).min(STEP);
-            step(at, len)?;
-            at += len;
-        }
-        Ok(())
-    }
-
-    /// Reads a range into the memory of the host, and gives it to nobody.
-    fn warm(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), Failure> {
-        let (mut at, end) = (request.offset, request.offset + u64::from(request.len));
-        while at < end {
-            let len = (end - at).min(PIECE as u64);
-            self.fill(at, len as usize, buffer)?;
-            at += len;
-        }
-        Ok(())
-    }
-
-    fn fill(&self, at: u64, len: usize, buffer: &mut Vec<u8>) -> Result<(), Failure> {
-        buffer.resize(len, 0);
-        Ok(self.device.read_at(at, &mut [IoSliceMut::new(buffer)])?)
-    }
-
-    /// Answers a read with one reply. A failure after its begin can be told by hanging up alone.
-    fn read_simple(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), Gone> {
-        let len = request.len as usize;
-        let first = len.min(PIECE);
-        if let Err(failure) = self.fill(request.offset, first, buffer) {
-            return self.answer(request, Err(failure));
-        }
-        let _alone = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut stream = self.stream;
-        reply::simple_data(&mut stream, request.cookie, buffer)?;
-        let mut done = first;
-        while done < len {
-            let now = (len - done).min(PIECE);
-            self.fill(request.offset + done as u64, now, buffer).map_err(|_| Gone)?;
-            reply::data(&mut stream, buffer)?;
-            done += now;
-        }
-        Ok(())
-    }
-
-    /// Answers a read with a reply in parts.
-    fn read_parts(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), Gone> {
-        let len = request.len as usize;
-        if len == 0 {
-            return self.end(request);
-        }
-        let whole = request.flags & wire::DF != 0;
-        if whole && len > PIECE {
-            let text = format!("{PIECE} bytes are the most in one part");
-            return self.answer(request, Err(Failure::new(error::OVERFLOW, text)));
-        }
-        let mut done = 0;
-        while done < len {
-            let now = (len - done).min(PIECE);
-            let at = request.offset + done as u64;
-            done += now;
-            for (at, now, status) in self.runs(at, now, whole) {
-                let last = done == len && at + now as u64 == request.offset + len as u64;
-                if status == BlockStatus::Zero {
-                    self.part(request, Part::Hole(at, now as u32), last)?;
-                    continue;
-                }
-                if let Err(failure) = self.fill(at, now, buffer) {
-                    return self.answer(request, Err(failure));
-                }
-                self.part(request, Part::Data(at, buffer), last)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn end(&self, request: &Request) -> Result<(), Gone> {
-        let _alone = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        reply::end(&mut &*self.stream, request.cookie)
-    }
-
-    /// A range as runs of data and holes, where it is worth it; else as one of data.
-    fn runs(&self, at: u64, len: usize, whole: bool) -> Vec<(u64, usize, BlockStatus)> {
-        let data = vec![(at, len, BlockStatus::Data)];
-        if whole || len < SPARSE {
-            return data;
-        }
-        // A failure shows when the bytes are read.
-        let found = self.device.extents(at, len as u64, MAX_RUNS).unwrap_or_default();
-        if found.iter().map(|e| e.len).sum::<u64>() != len as u64 {
-            return data;
-        }
-        found.iter().map(|e| (e.offset, e.len as usize, e.status)).collect()
-    }
-
-    /// Answers where there is data, in the context `base:allocation`.
-    fn block_status(&self, request: &Request) -> Result<(), Gone> {
-        let limit = if request.flags & wire::REQ_ONE != 0 { 1 } else { MAX_STRETCHES };
-        let found = match self.device.extents(request.offset, u64::from(request.len), limit) {
-            Ok(found) => found,
-            Err(e) => return self.answer(request, Err(e.into())),
-        };
-        let stretches: Vec<(u32, u32)> = found
-            .iter()
-            .map(|extent| {
-                let flags = match extent.status {
-                    BlockStatus::Data => 0,
-                    BlockStatus::Zero => wire::STATE_HOLE | wire::STATE_ZERO,
-                };
-                // They lie in the range that was asked for, which has less than 4 GiB.
-                (extent.len as u32, flags)
-            })
-            .collect();
-        self.part(request, Part::Status(ALLOCATION_ID, &stretches), true)
     }
 }

@@ -1,7 +1,7 @@
 //! NBD's server: a flat disk as an export, for any number of clients up to a bound.
 //!
 //! [`handshake`] agrees with a client on the export, [`connection`] takes its requests, [`request`]
-//! checks them, [`reply`] writes the answers; the numbers and layouts are the client's own, in
+//! checks them, [`execute`] carries them out, [`reply`] writes the answers; the numbers and layouts are the client's own, in
 //! [`crate::nbd`]. Specification: "The NBD protocol" (fixed newstyle, structured replies, metadata
 //! contexts, write zeroes, info).
 
@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::nbd::stream::Stream;
 
 mod connection;
+mod execute;
 mod handshake;
 mod reply;
 mod request;
