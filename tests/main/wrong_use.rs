@@ -259,14 +259,17 @@ fn interrupted_merges(signal: Signal, way: Way) {
         // To those who only read it, the disk is right at once, whatever was left.
         disk.reads_right();
         leaks_at_most(&work, "disk.qcow2");
-        if done.code == Some(0) {
-            break;
+        match (done.code, stopped) {
+            // On a busy machine the signal may come after the merge: another one is tried then.
+            (Some(0), 0) => {}
+            (Some(0), _) => break,
+            _ => {
+                stopped += 1;
+                delay += Duration::from_millis(2) + delay / 4;
+            }
         }
-        stopped += 1;
-        delay += Duration::from_millis(2) + delay / 4;
-        assert!(round < 60, "the merge never comes to its end");
+        assert!(round < 60, "stopped {stopped} times, and no merge both stopped and ended");
     }
-    assert!(stopped > 0, "the first merge was over before it could be stopped");
     let left = snapshot_names(&work);
     assert!(!left.iter().any(|name| name == "moment"), "{left:?}");
     disk.write(0, b"the next to write cleans up");
