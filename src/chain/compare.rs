@@ -4,8 +4,7 @@ use std::io::IoSliceMut;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::convert::is_zero;
-use crate::block::{BlockDevice, BlockStatus};
+use crate::block::{BlockDevice, BlockStatus, is_zero};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes that one thread compares at a time.

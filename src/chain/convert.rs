@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::create::refuse_existing;
 use super::queue::{self, PIECE, Turn};
 use super::{Chain, Format, Layer};
-use crate::block::{BlockDevice, BlockExtent, BlockStatus};
+use crate::block::{BlockDevice, BlockExtent, BlockStatus, is_zero};
 use crate::error::{Error, Result};
 use crate::formats::raw;
 use crate::image::Image;
@@ -150,12 +150,6 @@ impl Copy<'_> {
         }
         Ok(())
     }
-}
-
-/// Whether all bytes are 0.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    // Wide steps without an early end vectorise; blocks bound what is looked at in vain.
-    bytes.chunks(BLOCK as usize).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// The runs of blocks that are not zero; runs that are less than `gap` apart are one.

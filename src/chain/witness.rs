@@ -24,8 +24,8 @@ use std::time::{Duration, SystemTime};
 
 use sha2::{Digest, Sha256};
 
-use super::convert::is_zero;
 use super::{Format, Layer, data_file, foreign};
+use crate::block::is_zero;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Witness;
 use crate::storage::{FileStorage, Storage};

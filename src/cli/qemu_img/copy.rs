@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use vdisk::addr::GuestOffset;
-use vdisk::block::BlockDevice;
+use vdisk::block::{BlockDevice, is_zero};
 use vdisk::chain::queue::{self, Turn};
 use vdisk::chain::{Chain, Layer};
 
@@ -349,12 +349,6 @@ impl Run<'_> {
 
 fn write_failed(at: u64, error: &vdisk::Error) -> Fail {
     Fail::new(format!("error while writing at byte {at}: {}", reason(error)))
-}
-
-/// Whether all bytes are 0.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    // Wide steps without an early end vectorise; blocks bound what is looked at in vain.
-    bytes.chunks(4096).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// The parts of `bytes`, which stand at `at`, that are to be written: blocks that hold anything,

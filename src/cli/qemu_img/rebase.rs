@@ -4,12 +4,11 @@ use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::path::Path;
 
-use vdisk::block::BlockDevice;
+use vdisk::block::{BlockDevice, is_zero};
 use vdisk::chain::{self, Chain, Layer};
 use vdisk::image::{Backing, Identity, Parent};
 
 use super::args::{self, Given, flag, value};
-use super::copy::is_zero;
 use super::fail::{Fail, Outcome, os_text, reason};
 use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
 use super::name::Source;
