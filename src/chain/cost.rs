@@ -45,6 +45,34 @@ pub(super) fn is_bare(image: &dyn Image) -> Result<bool> {
     Ok(true)
 }
 
+/// A layer that is gone through from its start to its end, in steps that others set.
+struct Walk<'a> {
+    image: &'a dyn Image,
+    /// How far `mapping` goes.
+    end: u64,
+    mapping: Mapping,
+}
+
+impl<'a> Walk<'a> {
+    fn of(image: &'a dyn Image) -> Walk<'a> {
+        Walk { image, end: 0, mapping: Mapping::Unallocated }
+    }
+
+    /// What stands at `at`, which never goes back, and how far, at most `len` bytes. Past its end a
+    /// layer hides what is below it.
+    fn at(&mut self, at: u64, len: u64) -> Result<(u64, Mapping)> {
+        let size = self.image.size();
+        if at >= size {
+            return Ok((len, Mapping::Zero { host: None }));
+        }
+        if at >= self.end {
+            let extent = self.image.map(GuestOffset(at), size - at)?;
+            (self.end, self.mapping) = (at + extent.len, extent.mapping);
+        }
+        Ok((len.min(self.end - at), self.mapping))
+    }
+}
+
 /// Bytes of data that two layers, one on the other, hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Cost {
@@ -61,19 +89,15 @@ pub(super) struct Cost {
 /// Compares what `upper` and `lower` hold.
 pub(super) fn cost(upper: &dyn Image, lower: &dyn Image) -> Result<Cost> {
     let mut cost = Cost::default();
+    let (mut over, mut under) = (Walk::of(upper), Walk::of(lower));
     let (mut at, end) = (0, upper.size());
     while at < end {
-        let above = upper.map(GuestOffset(at), end - at)?;
-        let mut len = above.len;
-        let mut below = Mapping::Unallocated;
-        if at < lower.size() {
-            let extent = lower.map(GuestOffset(at), len.min(lower.size() - at))?;
-            (len, below) = (extent.len, extent.mapping);
-        }
-        match (is_data(above.mapping), is_data(below)) {
+        let (len, above) = over.at(at, end - at)?;
+        let (len, below) = under.at(at, len)?;
+        match (is_data(above), is_data(below)) {
             (true, true) => (cost.upper, cost.both) = (cost.upper + len, cost.both + len),
             (true, false) => cost.upper += len,
-            (false, true) if above.mapping == Mapping::Unallocated => {
+            (false, true) if above == Mapping::Unallocated => {
                 cost.only_lower += len;
                 let packed = matches!(below, Mapping::Compressed { .. });
                 cost.packed += if packed { len } else { 0 };
@@ -97,19 +121,17 @@ pub struct Share {
 /// Tells apart what only `layer` shows and what one of the layers `on` it shows as well.
 pub fn share(layer: &dyn Image, on: &[&dyn Image]) -> Result<Share> {
     let mut share = Share::default();
+    let mut own = Walk::of(layer);
+    let mut on: Vec<Walk<'_>> = on.iter().map(|child| Walk::of(*child)).collect();
     let (mut at, end) = (0, layer.size());
     while at < end {
-        let extent = layer.map(GuestOffset(at), end - at)?;
-        let mut len = extent.len;
-        if is_data(extent.mapping) {
+        let (mut len, mapping) = own.at(at, end - at)?;
+        if is_data(mapping) {
             let mut shows = false;
-            for child in on {
-                if at >= child.size() {
-                    continue;
-                }
-                let above = child.map(GuestOffset(at), len.min(child.size() - at))?;
-                len = above.len;
-                shows |= above.mapping == Mapping::Unallocated;
+            for child in &mut on {
+                let above;
+                (len, above) = child.at(at, len)?;
+                shows |= above == Mapping::Unallocated;
             }
             *(if shows { &mut share.shared } else { &mut share.exclusive }) += len;
         }
