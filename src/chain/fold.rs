@@ -3,21 +3,23 @@
 //! The disk shows the same before, during and after. What a layer has taken over and made durable
 //! can be given back where it came from: then a fold takes hardly more space than one batch.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSliceMut;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::cost::data_bytes;
 use super::merge::Progress;
 use super::plan::free_space;
+use super::queue::{self, PIECE};
+use super::transfer::{Part, transfer};
 use super::{Chain, Layer};
 use crate::addr::GuestOffset;
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, Mapping};
 
-/// Bytes that are copied at a time.
-const CHUNK: u64 = 2 << 20;
+/// Less data than this is copied by one thread: it takes no longer.
+const ALONE: u64 = 4 << 20;
 /// Bytes that are said to be zero at a time.
 const ZEROES: u64 = 64 << 20;
 /// The most, and the fewest, bytes of data that are held twice by a fold in batches.
@@ -46,6 +48,17 @@ impl Source {
     pub fn beside(layer: &Layer) -> Source {
         Source { image: layer.image.clone(), share: false, keeps_zeroes: true }
     }
+
+    /// What stands at `at`, and how far that goes before `to`.
+    fn map(&self, at: u64, to: u64) -> Result<(u64, Mapping)> {
+        let size = self.image.size();
+        if at >= size {
+            // The layer ends here and hides what is below it.
+            return Ok((to - at, Mapping::Zero { host: None }));
+        }
+        let extent = self.image.map(GuestOffset(at), (to - at).min(size - at))?;
+        Ok((extent.len, extent.mapping))
+    }
 }
 
 /// What is done, out of what, and whether to go on.
@@ -55,18 +68,21 @@ pub(super) struct Meter<'a, 'b> {
     total: u64,
     /// What the error says where the user stops it.
     state: &'static str,
-    /// Bytes that are copied at a time.
-    chunk: u64,
+    /// Bytes that a thread copies at a time.
+    piece: u64,
+    threads: usize,
 }
 
 impl<'a, 'b> Meter<'a, 'b> {
     pub fn new(progress: &'a mut Progress<'b>, total: u64, state: &'static str) -> Self {
-        Meter { progress, done: 0, total, state, chunk: CHUNK }
+        let threads = if total < ALONE { 1 } else { queue::threads() };
+        Meter { progress, done: 0, total, state, piece: PIECE, threads }
     }
 
-    /// Copies `chunk` bytes at a time: whoever else uses the disk waits for no more than that.
-    pub fn in_chunks(self, chunk: u64) -> Self {
-        Meter { chunk, ..self }
+    /// Copies `piece` bytes at a time, in one thread: whoever else uses the disk waits for no more
+    /// than that.
+    pub fn behind_others(self, piece: u64) -> Self {
+        Meter { piece, threads: 1, ..self }
     }
 
     /// Bytes of data that are held twice: no more than a part of all, so that little is copied again
@@ -98,44 +114,51 @@ pub(super) fn up_metered(chain: &Chain, source: &Source, meter: &mut Meter<'_, '
     up_range(chain, source, (0, chain.size()), meter)
 }
 
+/// What a head takes over from the layer that is to go.
+enum Taken {
+    Data(u64, u64),
+    Zeroes(u64, u64),
+}
+
 fn up_range(
     chain: &Chain,
     source: &Source,
     (from, to): (u64, u64),
     meter: &mut Meter<'_, '_>,
 ) -> Result<()> {
-    let to = to.min(chain.size());
-    let size = source.image.size();
+    let (to, threads) = (to.min(chain.size()), meter.threads);
+    let piece = meter.piece.max(alignment([chain.head().image, source.image.clone()]));
     let mut at = from;
-    while at < to {
-        let (len, mapping) = if at < size {
-            let extent = source.image.map(GuestOffset(at), (to - at).min(size - at))?;
-            (extent.len, extent.mapping)
-        } else {
-            // The layer ends here and hides what is below it.
-            (to - at, Mapping::Zero { host: None })
-        };
-        let mut len = len;
-        match mapping {
-            Mapping::Unallocated => {}
-            Mapping::Zero { .. } if source.keeps_zeroes => {
-                len = len.min(ZEROES);
-                chain.adopt_zeroes(at, len)?;
-                meter.add(0)?;
-            }
-            Mapping::Zero { .. } => {}
-            Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                len = len.min(meter.chunk);
-                if source.share {
-                    chain.take_shared(&*source.image, at, len)?;
+    let next = || {
+        while at < to {
+            let (start, (len, mapping)) = (at, source.map(at, to)?);
+            let taken = match mapping {
+                Mapping::Zero { .. } if source.keeps_zeroes => {
+                    Taken::Zeroes(start, len.min(ZEROES))
                 }
-                chain.adopt(at, len)?;
-                meter.add(len)?;
-            }
+                Mapping::Unallocated | Mapping::Zero { .. } => {
+                    at += len;
+                    continue;
+                }
+                // To a boundary: no cluster is two threads' matter.
+                _ => Taken::Data(start, len.min(piece - start % piece)),
+            };
+            let (Taken::Data(_, len) | Taken::Zeroes(_, len)) = taken;
+            at += len;
+            meter.add(if matches!(taken, Taken::Data(..)) { len } else { 0 })?;
+            return Ok(Some(taken));
         }
-        at += len;
-    }
-    Ok(())
+        Ok(None)
+    };
+    queue::run(threads, next, |taken, _, _| match taken {
+        Taken::Zeroes(at, len) => chain.adopt_zeroes(at, len),
+        Taken::Data(at, len) => {
+            if source.share {
+                chain.take_shared(&*source.image, at, len)?;
+            }
+            chain.adopt(at, len)
+        }
+    })
 }
 
 impl Chain {
@@ -228,7 +251,7 @@ pub(super) fn down(
     while at < image.size() {
         let most = if give_back { meter.batch(&upper.path)? } else { u64::MAX };
         let end = window(&**image, at, align, most)?;
-        down_range(&**image, lower, (at, end), meter)?;
+        down_range(image, lower, (at, end), meter)?;
         lower.flush()?;
         if give_back {
             letting(end)?;
@@ -241,30 +264,38 @@ pub(super) fn down(
 }
 
 fn down_range(
-    upper: &dyn Image,
+    upper: &Arc<dyn Image>,
     lower: &Chain,
     (from, to): (u64, u64),
     meter: &mut Meter<'_, '_>,
 ) -> Result<()> {
-    let mut buf = vec![0; meter.chunk.min(to - from) as usize];
+    let threads = meter.threads;
+    let align = alignment([lower.head().image, upper.clone()]);
+    let piece = meter.piece.max(align);
     let mut at = from;
-    while at < to {
-        let extent = upper.map(GuestOffset(at), to - at)?;
-        let mut len = extent.len;
-        match extent.mapping {
-            Mapping::Unallocated => {}
-            Mapping::Zero { .. } => lower.write_zeroes(at, len, true)?,
-            Mapping::Data { .. } | Mapping::Compressed { .. } => {
-                len = len.min(meter.chunk);
-                let bytes = &mut buf[..len as usize];
-                upper.read(&extent, extent.start, &mut [IoSliceMut::new(bytes)])?;
-                lower.write_at(at, &[IoSlice::new(bytes)])?;
-                meter.add(len)?;
-            }
+    let next = || {
+        let mut part = Part::new(piece);
+        while at < to && !part.is_full() {
+            let extent = upper.map(GuestOffset(at), to - at)?;
+            at += match extent.mapping {
+                Mapping::Unallocated => extent.len,
+                Mapping::Zero { .. } => part.add_zeroes(at, extent.len),
+                Mapping::Data { .. } | Mapping::Compressed { .. } => part.add_data(at, extent.len),
+            };
         }
-        at += len;
-    }
-    Ok(())
+        meter.add(part.data())?;
+        Ok(part.filled())
+    };
+    let read = |mut at: u64, mut bytes: &mut [u8]| {
+        while !bytes.is_empty() {
+            let extent = upper.map(GuestOffset(at), bytes.len() as u64)?;
+            let (here, behind) = bytes.split_at_mut(extent.len as usize);
+            upper.read(&extent, extent.start, &mut [IoSliceMut::new(here)])?;
+            (at, bytes) = (at + extent.len, behind);
+        }
+        Ok(())
+    };
+    transfer(lower, threads, next, read, |error| error)
 }
 
 /// Boundaries at which no cluster of any of the images is cut.

@@ -36,8 +36,8 @@ use crate::storage::shares_space;
 /// What an interrupted merge leaves where one side lost what the other has.
 pub(super) const UNFINISHED: &str =
     "the disk is as it was; the merge is finished by running it again, or by the next writer";
-/// Told the bytes done and to be done; `false` asks to stop.
-pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
+/// Told the bytes done and to be done, and now and then nothing new; `false` asks to stop.
+pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + Send + 'a;
 
 /// How a merge is to be done.
 #[derive(Debug, Clone, Copy, Default)]

@@ -37,6 +37,7 @@ mod sealed;
 mod search;
 pub mod snapshot;
 mod swap;
+pub mod transfer;
 pub mod tree;
 mod undo;
 mod way;

@@ -1,6 +1,7 @@
 //! Putting a disk on another base, or on none.
 
 use std::io::IoSliceMut;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::clone::Base;
@@ -8,13 +9,16 @@ use super::merge::Progress;
 use super::open::{OpenOptions, open, open_image};
 use super::snapshot::{open_head, unprotected};
 use super::tree::same_file;
-use super::{Chain, Format, gate, parent, witness};
-use crate::block::{BlockDevice, BlockStatus};
+use super::{Chain, Format, gate, parent, queue, witness};
+use crate::block::{BlockDevice, BlockExtent, BlockStatus};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Identity;
 
 /// Bytes that are compared or copied at a time.
 const CHUNK: u64 = 1 << 20;
+/// How far ahead a disk is asked what it holds, in bytes and in extents.
+const WINDOW: u64 = 1 << 30;
+const AHEAD: usize = 64;
 
 /// What becomes of the contents when a disk gets another base.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,15 +117,23 @@ pub fn flatten(path: &Path, progress: &mut Progress<'_>) -> Result<()> {
     drop(open_head(path)?);
     let disk = open(path, &OpenOptions::writable())?;
     let size = disk.size();
-    let mut at = 0;
-    while at < size {
-        for extent in disk.extents(at, size - at, 64)? {
-            if extent.status == BlockStatus::Data {
-                adopt(&disk, extent.offset, extent.len, size, progress)?;
+    // Found ahead of the threads that copy it, in order.
+    let (mut at, mut found) = (0, Vec::new().into_iter());
+    let next = || loop {
+        let Some(extent) = found.next() else {
+            if at >= size {
+                return Ok(None);
             }
-            at = extent.offset + extent.len;
-        }
-    }
+            let extents = disk.extents(at, (size - at).min(WINDOW), AHEAD)?;
+            at = extents.last().map_or(size, |last| last.offset + last.len);
+            found = pieces(extents).into_iter();
+            continue;
+        };
+        return told(progress, extent.start, size).map(|()| Some(extent));
+    };
+    queue::run(queue::threads(), next, |piece: Range<u64>, _, _| {
+        disk.adopt(piece.start, piece.end - piece.start)
+    })?;
     disk.flush()?;
     let head = disk.head();
     let mut identity = head.image.identity()?;
@@ -132,41 +144,60 @@ pub fn flatten(path: &Path, progress: &mut Progress<'_>) -> Result<()> {
     head.image.set_identity(&identity).map_err(|e| e.at_path(path))
 }
 
-fn adopt(disk: &Chain, at: u64, len: u64, size: u64, progress: &mut Progress<'_>) -> Result<()> {
-    for from in (at..at + len).step_by(CHUNK as usize) {
-        disk.adopt(from, (at + len - from).min(CHUNK))?;
-        if !progress(from, size) {
-            return Err(Error::new(ErrorKind::Interrupted, "interrupted; the disk is as it was"));
-        }
+/// The parts of it that hold data, each for one thread.
+fn pieces(extents: Vec<BlockExtent>) -> Vec<Range<u64>> {
+    let data = extents.into_iter().filter(|extent| extent.status == BlockStatus::Data);
+    data.flat_map(|extent| {
+        let end = extent.offset + extent.len;
+        // To a boundary: no cluster is two threads' matter.
+        let starts = std::iter::successors(Some(extent.offset), move |at| {
+            Some(at - at % CHUNK + CHUNK).filter(|at| *at < end)
+        });
+        starts.map(move |at| at..(at - at % CHUNK + CHUNK).min(end))
+    })
+    .collect()
+}
+
+fn told(progress: &mut Progress<'_>, done: u64, total: u64) -> Result<()> {
+    if progress(done, total) {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::new(ErrorKind::Interrupted, "interrupted; the disk is as it was"))
 }
 
 /// Copies into `disk` what it shows of its base wherever `new` shows something else.
 fn adopt_differences(disk: &Chain, new: &Chain, progress: &mut Progress<'_>) -> Result<()> {
     let size = disk.size();
-    let unit = disk.head().image.granularity();
-    let (mut ours, mut theirs) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
-    for at in (0..size).step_by(CHUNK as usize) {
-        let len = (size - at).min(CHUNK);
-        if is_zero(disk, at, len)? && is_zero(new, at, len.min(new.size().saturating_sub(at)))? {
-            continue;
-        }
-        let (ours, theirs) = (&mut ours[..len as usize], &mut theirs[..len as usize]);
-        disk.read_at(at, &mut [IoSliceMut::new(ours)])?;
-        theirs.fill(0);
-        let shown = new.size().saturating_sub(at).min(len) as usize;
-        if shown > 0 {
-            new.read_at(at, &mut [IoSliceMut::new(&mut theirs[..shown])])?;
-        }
-        let step = unit.bytes().clamp(512, CHUNK) as usize;
-        for (number, (a, b)) in ours.chunks(step).zip(theirs.chunks(step)).enumerate() {
-            if a != b {
-                disk.adopt(at + (number * step) as u64, a.len() as u64)?;
-            }
-        }
-        if !progress(at, size) {
-            return Err(Error::new(ErrorKind::Interrupted, "interrupted; the disk is as it was"));
+    let mut steps = (0..size).step_by(CHUNK as usize);
+    let next = || {
+        let Some(at) = steps.next() else { return Ok(None) };
+        told(progress, at, size).map(|()| Some(at))
+    };
+    queue::run(queue::threads(), next, |at: u64, _, buf| {
+        adopt_difference(disk, new, (at, (size - at).min(CHUNK)), buf)
+    })
+}
+
+fn adopt_difference(
+    disk: &Chain,
+    new: &Chain,
+    (at, len): (u64, u64),
+    buf: &mut Vec<u8>,
+) -> Result<()> {
+    let shown = new.size().saturating_sub(at).min(len);
+    if is_zero(disk, at, len)? && is_zero(new, at, shown)? {
+        return Ok(());
+    }
+    buf.resize(2 * len as usize, 0);
+    let (ours, theirs) = buf.split_at_mut(len as usize);
+    disk.read_at(at, &mut [IoSliceMut::new(ours)])?;
+    let (theirs_shown, past) = theirs.split_at_mut(shown as usize);
+    new.read_at(at, &mut [IoSliceMut::new(theirs_shown)])?;
+    past.fill(0);
+    let step = disk.head().image.granularity().bytes().clamp(512, CHUNK) as usize;
+    for (number, (a, b)) in ours.chunks(step).zip(theirs.chunks(step)).enumerate() {
+        if a != b {
+            disk.adopt(at + (number * step) as u64, a.len() as u64)?;
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use vdisk::chain::Chain;
 use vdisk::chain::live::{Live, Quiesce};
+use vdisk::chain::merge::Progress;
 use vdisk::control::{Holder, Kind, Named, Request, Server, Service};
 use vdisk::storage::{freeze, loopdev};
 use vdisk::{Error, ErrorKind, Result};
@@ -37,7 +38,7 @@ impl Service for Bystander {
         false
     }
 
-    fn serve(&self, _: &Request, _: &mut dyn FnMut(u64, u64) -> bool) -> Result<serde_json::Value> {
+    fn serve(&self, _: &Request, _: &mut Progress<'_>) -> Result<serde_json::Value> {
         Err(Error::unsupported("nothing can be done to what is mounted here"))
     }
 }

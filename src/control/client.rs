@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::place;
 use super::wire::{MAX_ANSWER, Named, Question, Reply, Request};
+use crate::chain::merge::Progress;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How often a wait for an answer looks whether it is to go on.
@@ -18,9 +19,6 @@ const BEAT: Duration = Duration::from_millis(100);
 const TO_ASK: Duration = Duration::from_secs(10);
 /// How often a disk is looked for whose file changes while it is.
 const ATTEMPTS: usize = 5;
-
-/// Told the bytes done and to be done, and now and then nothing new; `false` cancels.
-pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
 
 /// Asks the process that holds `disk`, if there is one with a control socket.
 ///

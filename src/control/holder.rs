@@ -11,7 +11,7 @@ use super::server::{Names, Server, Service};
 use super::wire::{Named, Request};
 use crate::block::BlockDevice;
 use crate::chain::live::{Live, Quiesce};
-use crate::chain::merge::Wishes;
+use crate::chain::merge::{Progress, Wishes};
 use crate::chain::plan::Keeping;
 use crate::error::{Error, Result};
 
@@ -97,7 +97,7 @@ impl Holder {
         Ok(json!({ "changes": rows }))
     }
 
-    fn compact(&self, told: &mut dyn FnMut(u64, u64) -> bool) -> Result<Value> {
+    fn compact(&self, told: &mut Progress<'_>) -> Result<Value> {
         let done = self.live.compact(told)?;
         Ok(json!({ "zeroes": done.zeroes, "before": done.before, "after": done.after }))
     }
@@ -123,7 +123,7 @@ impl Service for Holder {
         head.is_ok_and(|head| head == (disk.device, disk.inode))
     }
 
-    fn serve(&self, request: &Request, told: &mut dyn FnMut(u64, u64) -> bool) -> Result<Value> {
+    fn serve(&self, request: &Request, told: &mut Progress<'_>) -> Result<Value> {
         match request {
             Request::Info => Ok(self.info()),
             Request::Snapshot { name, description, freeze } => {

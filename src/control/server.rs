@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use super::place;
 use super::wire::{MAX_LINE, Named, Question, Reply, Request};
+use crate::chain::merge::Progress;
 use crate::error::{Error, Result};
 
 /// Questions that are answered at a time.
@@ -42,7 +43,7 @@ pub trait Service: Send + Sync {
     fn holds(&self, disk: Named) -> bool;
 
     /// Does what was asked. `told` takes how far it is, and says whether to go on.
-    fn serve(&self, request: &Request, told: &mut dyn FnMut(u64, u64) -> bool) -> Result<Value>;
+    fn serve(&self, request: &Request, told: &mut Progress<'_>) -> Result<Value>;
 }
 
 /// A control socket, served by threads of this process until [`end`](Server::end).

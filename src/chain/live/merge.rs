@@ -173,7 +173,7 @@ impl Live {
         let _alone = Alone::with(lower)?;
         let each = data_bytes(&*lower.image)?;
         let total = each.saturating_mul(on.len() as u64);
-        let mut meter = Meter::new(progress, total, UNCHANGED).in_chunks(CHUNK);
+        let mut meter = Meter::new(progress, total, UNCHANGED).behind_others(CHUNK);
         // One at a time: of a frozen one the file is closed before its own children are opened.
         for taker in on {
             for taker in self.takers(&[*taker], lower)? {
@@ -198,7 +198,7 @@ impl Live {
         let lower = second.layer();
         let takers = self.takers(on, lower)?;
         let total = data_bytes(&*lower.image)?.saturating_mul(takers.len() as u64);
-        let mut meter = Meter::new(progress, total, UNFINISHED).in_chunks(CHUNK);
+        let mut meter = Meter::new(progress, total, UNFINISHED).behind_others(CHUNK);
         let chains: Vec<&Chain> = takers.iter().map(Taker::chain).collect();
         fold::up_in_batches(&chains, lower, &mut meter, &mut |_| self.show_again(number - 1))
     }
@@ -223,7 +223,7 @@ impl Live {
         let below = layers[number + 1..].to_vec();
         let chain = Chain::new(lower.layer().clone(), below, OpenOptions::CACHE / 2);
         let total = data_bytes(&*upper.layer().image)?;
-        let mut meter = Meter::new(progress, total, UNFINISHED).in_chunks(CHUNK);
+        let mut meter = Meter::new(progress, total, UNFINISHED).behind_others(CHUNK);
         let above = &layers[number - 1];
         fold::down((upper.layer(), in_batches), &chain, &mut meter, &mut |end| {
             self.show_below(number, Rest::of(above, end))

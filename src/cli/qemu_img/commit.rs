@@ -1,10 +1,11 @@
 //! `qemu-img commit`: writes what an image holds into an image below it.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSliceMut;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vdisk::block::BlockDevice;
+use vdisk::chain::transfer::{Part, transfer};
 use vdisk::chain::{self, Chain, Descent, OpenOptions, queue};
 
 use super::args::{self, Given, flag, value};
@@ -15,8 +16,6 @@ use super::open::{self, Opened, Use, full_backing_name};
 use super::progress::Progress;
 use super::status;
 
-/// The most parts of the disk that are copied at a time.
-const MAX_HELD: usize = 64;
 /// How far a copy is, is told after so many bytes.
 const SHOWN: u64 = 2 << 20;
 /// A smaller disk is copied by one thread.
@@ -113,42 +112,31 @@ fn names(base: &str, child: &str, recorded: &str, path: &Path) -> bool {
     real(open::backing_path(&full_backing_name(child, base))) == Some(wanted)
 }
 
-/// A part of the disk that the upper layers hold.
-struct Held {
-    at: u64,
-    len: u64,
-    zero: bool,
-}
-
 /// Names what `upper` holds, in order, up to `piece` bytes of data at a time.
 fn held(
     upper: &Chain,
     piece: u64,
     progress: &mut Progress,
-) -> impl FnMut() -> Outcome<Option<Vec<Held>>> {
+) -> impl FnMut() -> Outcome<Option<Part>> {
     let (layers, size) = (upper.all_layers(), upper.size());
     let mut at = 0;
     move || {
-        let (mut found, mut room) = (Vec::new(), piece);
-        while at < size && room > 0 && found.len() < MAX_HELD {
+        let mut part = Part::new(piece);
+        while at < size && !part.is_full() {
             let status = status::at(&layers, at, size - at)?;
-            let mut len = status.len;
-            if status.allocated && !status.zero {
-                len = len.min(room);
-                room -= len;
-            }
-            if status.allocated {
-                found.push(Held { at, len, zero: status.zero });
-            }
             // Told in QEMU's steps.
             let (before, end) = (at, at + status.len);
-            at += len;
+            at += match (status.allocated, status.zero) {
+                (false, _) => status.len,
+                (true, true) => part.add_zeroes(at, status.len),
+                (true, false) => part.add_data(at, status.len),
+            };
             let told = if at == end { at } else { at - at % SHOWN };
             if told > before {
                 progress.at(told as f32 / size as f32 * 100.0);
             }
         }
-        Ok((!found.is_empty()).then_some(found))
+        Ok(part.filled())
     }
 }
 
@@ -161,28 +149,8 @@ fn copy(upper: &Chain, lower: &Chain, progress: &mut Progress) -> Outcome<()> {
     }
     let piece = queue::PIECE.max(lower.head().image.cluster().bytes());
     let threads = if size <= ALONE { 1 } else { queue::threads() };
-    queue::run(threads, held(upper, piece, progress), |parts: Vec<Held>, turn, buf| {
-        let data = || parts.iter().filter(|part| !part.zero);
-        let all: u64 = data().map(|part| part.len).sum();
-        buf.resize(buf.len().max(all as usize), 0);
-        let mut rest = &mut buf[..];
-        for part in data() {
-            let (here, behind) = rest.split_at_mut(part.len as usize);
-            upper.read_at(part.at, &mut [IoSliceMut::new(here)]).map_err(failed)?;
-            rest = behind;
-        }
-        turn.wait()?;
-        let mut rest = &buf[..];
-        for &Held { at, len, zero } in &parts {
-            if zero {
-                lower.write_zeroes(at, len, true).map_err(failed)?;
-                continue;
-            }
-            let (here, behind) = rest.split_at(len as usize);
-            lower.write_at(at, &[IoSlice::new(here)]).map_err(failed)?;
-            rest = behind;
-        }
-        Ok(())
-    })?;
+    let read =
+        |at, bytes: &mut [u8]| upper.read_at(at, &mut [IoSliceMut::new(bytes)]).map_err(failed);
+    transfer(lower, threads, held(upper, piece, progress), read, failed)?;
     lower.flush().map_err(failed)
 }
