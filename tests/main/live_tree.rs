@@ -304,6 +304,14 @@ fn a_merge_that_was_killed_while_the_disk_was_idle_is_finished_while_it_is_in_us
     if !can_mount() {
         return;
     }
+    // When a kill comes, only the host knows.
+    let delays = [5, 10, 20, 40, 80].map(std::time::Duration::from_millis);
+    let unfinished = delays.iter().cycle().take(30).any(|delay| killed_idle_merge(*delay));
+    assert!(unfinished, "no merge was killed in its middle");
+}
+
+/// Whether a merge that is killed after `delay` is left for the disk's holder to finish.
+fn killed_idle_merge(delay: std::time::Duration) -> bool {
     let work = Work::new();
     tmpfs(&work, "60M");
     let mut disk = Twin::create(&work, "host/disk.qcow2", 64 * MIB, "");
@@ -312,18 +320,19 @@ fn a_merge_that_was_killed_while_the_disk_was_idle_is_finished_while_it_is_in_us
     disk.write(20 * MIB, &noise(2, 16 * MIB));
     let words = "snapshot merge host/disk.qcow2 s --in-batches";
     let running = work.vdisk_start(words);
-    std::thread::sleep(std::time::Duration::from_millis(40));
+    std::thread::sleep(delay);
     running.signal(nix::sys::signal::Signal::SIGKILL);
     running.wait();
     let role =
         |name: &str| json(work.vdisk(&format!("info --json {name}")))["label"]["role"].clone();
     let names = || fs::read_dir(work.path("host")).unwrap().map(|e| e.unwrap().file_name());
     let merging = names().any(|n| role(&format!("host/{}", n.to_str().unwrap())) == "merging");
-    // So full that opening the disk cannot finish it.
+    // So full that opening the disk cannot finish it, unless hardly anything was left to do.
     fill(&work, 100_000);
     let mut held = Held::new(&work, disk);
     fs::remove_file(work.path("host/ballast")).unwrap();
-    if merging {
+    let unfinished = merging && names().count() > 1;
+    if unfinished {
         work.vdisk(words).succeeds();
     }
     held.write(0, b"on");
@@ -333,7 +342,10 @@ fn a_merge_that_was_killed_while_the_disk_was_idle_is_finished_while_it_is_in_us
     if have(Need::Qemu) {
         leaks_at_most(&work, "host/disk.qcow2");
     }
-    assert_eq!(names().count(), 1);
+    if unfinished {
+        assert_eq!(names().count(), 1);
+    }
+    unfinished
 }
 
 #[test]
