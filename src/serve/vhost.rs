@@ -198,6 +198,12 @@ impl Backend {
         }
         let _ = daemon.wait();
         self.state.connection().take();
+        // Its threads end with it.
+        drop(daemon);
+        if !self.disk.read_only() {
+            // The next machine may be long in coming. There is nobody to be told of a failure.
+            let _ = self.disk.flush();
+        }
         Ok(())
     }
 

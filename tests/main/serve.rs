@@ -195,6 +195,14 @@ fn nbdcopy_writes_over_several_connections_and_nbdinfo_tells_the_disk() {
     same_bytes("the other copy", &work.bytes("again"), &want);
     served.stop();
     same_bytes("the disk", &flat(&work, "disk.qcow2"), &want);
+    // A client that never asks for it leaves a disk whose tables are written all the same.
+    let served = Served::start(&work, "nbd disk.qcow2 --socket sock");
+    want[MIB..60 * MIB].copy_from_slice(&noise(3, 59 * MIB));
+    work.put("source", &want);
+    work.run("nbdcopy", ["source", &served.uri]).succeeds();
+    served.signal(Signal::SIGKILL);
+    drop(served);
+    same_bytes("the disk of a killed server", &flat(&work, "disk.qcow2"), &want);
 }
 
 /// Requests of a round of [`disturb`]: they stay within the 16 MiB of their writer.

@@ -49,6 +49,8 @@ pub struct Connection<'a> {
     idle: AtomicUsize,
     /// Small requests since the last one that was not quick.
     quick: AtomicU32,
+    /// Something was written that no flush has followed.
+    pub(super) unflushed: AtomicBool,
 }
 
 struct Reader<'a> {
@@ -103,12 +105,18 @@ impl<'a> Connection<'a> {
             threads: AtomicUsize::new(1),
             idle: AtomicUsize::new(0),
             quick: AtomicU32::new(0),
+            unflushed: AtomicBool::new(false),
         }
     }
 
-    /// Serves the client until it leaves and all that it asked for is done.
+    /// Serves the client until it leaves and all that it asked for is done. What it wrote is durable
+    /// then: nobody else may come for a long time, and tables that were changed are in memory alone.
     pub fn serve(&self) {
         thread::scope(|scope| self.work(scope));
+        if self.unflushed.load(Ordering::SeqCst) {
+            // There is nobody to be told; the next flush fails as well.
+            let _ = self.flush();
+        }
     }
 
     fn work<'s>(&'s self, scope: &'s Scope<'s, '_>) {
@@ -239,6 +247,7 @@ impl<'a> Connection<'a> {
             }
             if taken.failed.is_none() {
                 let written = self.device.write_at(taken.offset, &[IoSlice::new(buffer)]);
+                self.unflushed.store(true, Ordering::SeqCst);
                 taken.failed = written.err().map(Failure::from);
             }
             // A request that is refused may have any offset.

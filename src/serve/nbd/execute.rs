@@ -4,6 +4,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use super::Gone;
 use super::connection::{Connection, PIECE, Taken};
@@ -28,6 +29,8 @@ impl Connection<'_> {
         if let Some(failure) = failed {
             return self.answer(&request, Err(failure));
         }
+        let writes =
+            matches!(request.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
         let done = match request.command {
             command::READ if self.terms.structured => return self.read_parts(&request, buffer),
             command::READ => return self.read_simple(&request, buffer),
@@ -44,8 +47,10 @@ impl Connection<'_> {
             }
             _ => Err(Failure::new(error::INVAL, "this command is not known here")),
         };
-        let writes =
-            matches!(request.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
+        if writes {
+            // Afterwards: a flush that came meanwhile may have missed it.
+            self.unflushed.store(true, Ordering::SeqCst);
+        }
         let durable = writes && request.flags & wire::FUA != 0;
         self.answer(&request, if durable { done.and_then(|()| self.flush()) } else { done })
     }
@@ -68,11 +73,14 @@ impl Connection<'_> {
         reply::part(&mut &*self.stream, request.cookie, part, done)
     }
 
-    fn flush(&self) -> Result<(), Failure> {
+    pub(super) fn flush(&self) -> Result<(), Failure> {
         if self.device.read_only() {
             return Ok(());
         }
-        Ok(self.device.flush()?)
+        self.unflushed.store(false, Ordering::SeqCst);
+        let done = self.device.flush();
+        self.unflushed.fetch_or(done.is_err(), Ordering::SeqCst);
+        Ok(done?)
     }
 
     fn in_steps(

@@ -56,6 +56,47 @@ fn a_disk_that_grew_is_seen_by_who_connects_then() {
 }
 
 #[test]
+fn what_a_client_wrote_is_durable_when_it_has_left() {
+    let bench = Bench::new(false);
+    let flushes = || bench.disk.flushes.load(Ordering::SeqCst);
+    let leave = |mut raw: Raw| {
+        raw.ask(request(command::DISCONNECT, 0, 0));
+        assert!(raw.is_over());
+    };
+    let mut raw = bench.raw(false);
+    raw.ask(request(command::READ, 0, 1));
+    leave(raw);
+    assert_eq!(flushes(), 0, "nothing was written");
+    for (number, writing) in [command::WRITE_ZEROES, command::TRIM].into_iter().enumerate() {
+        let mut raw = bench.raw(false);
+        raw.ask(request(writing, 0, 1));
+        assert_eq!(raw.simple(), (5, 0));
+        leave(raw);
+        assert_eq!(flushes() as usize, number + 1);
+    }
+    let mut raw = bench.raw(false);
+    raw.ask(request(command::WRITE, 0, 3 << 20));
+    raw.send(&vec![1; 3 << 20]);
+    raw.ask(request(command::FLUSH, 0, 0));
+    assert_eq!((raw.simple(), raw.simple()), ((5, 0), (5, 0)));
+    let before = flushes();
+    leave(raw);
+    assert!(flushes() <= before + 1);
+    // One that is gone without a word is no exception.
+    let mut raw = bench.raw(false);
+    raw.ask(request(command::WRITE, 0, 1));
+    raw.send(&[1]);
+    assert_eq!(raw.simple(), (5, 0));
+    let before = flushes();
+    drop(raw);
+    let until = Instant::now() + PATIENCE;
+    while flushes() == before {
+        assert!(Instant::now() < until, "it is never durable");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
 fn options_are_answered_by_the_letter() {
     let bench = Bench::new(false);
     let mut raw = Raw::greeted(&bench.path());
