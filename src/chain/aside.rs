@@ -98,7 +98,11 @@ pub fn kept_aside(family: &Family) -> Result<Option<KeptAside>> {
     let Some(event) = last(family) else { return Ok(None) };
     let mut bytes = 0;
     for member in event.layers.iter().filter(|m| !is_shown(family, m)) {
-        bytes += cost::data_bytes(&*cost::look(member)?.image)?;
+        match cost::look(member) {
+            // Whoever holds the disk has just let go of it.
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            layer => bytes += cost::data_bytes(&*layer?.image)?,
+        }
     }
     let names = event.layers.iter().filter(|m| was_of(m) != Some(Was::Head));
     Ok(Some(KeptAside {

@@ -9,7 +9,7 @@ use super::exclusive::Holding;
 use super::open::{Peek, peek};
 use super::tree::names_beside;
 use super::{gate, scan};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::image::{Id, Label, Role};
 use crate::storage::draft::directory;
 
@@ -141,7 +141,12 @@ pub fn trees_of(path: &Path) -> Result<Vec<Node>> {
     let mut directories = vec![directory(path).to_path_buf()];
     let mut at = path.to_path_buf();
     for _ in 0..gate::MAX_DEPTH {
-        let backing = peek(&at)?.and_then(|p| p.identity.backing);
+        let seen = match peek(&at) {
+            // Whoever holds the disk has just merged it into another layer.
+            Err(e) if e.kind() == ErrorKind::NotFound && at != path => break,
+            seen => seen?,
+        };
+        let backing = seen.and_then(|p| p.identity.backing);
         let Some(below) = backing.and_then(|b| gate::resolve(&at, &b.name).ok()) else { break };
         if !below.is_file() {
             break;

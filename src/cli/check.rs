@@ -4,12 +4,13 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args as ClapArgs, ValueEnum};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use vdisk::chain::{self, Format, Layer, OpenOptions};
+use vdisk::control::Request;
 use vdisk::image::{Check, Repair};
 use vdisk::{Error, ErrorKind, Result};
 
-use super::output;
+use super::{held, output};
 
 /// Exit status for an image with lost data, or data loss to come.
 const CORRUPT: u8 = 2;
@@ -21,6 +22,7 @@ const UNCHECKED: u8 = 1;
 /// Check a disk's metadata, and repair it.
 ///
 /// Exits with 0 where all is right, 2 for corruption, 3 for leaks only, 1 if it cannot be checked.
+/// A disk in use is checked by the process that holds it; its user waits meanwhile.
 #[derive(ClapArgs)]
 pub struct Args {
     /// The disk.
@@ -44,10 +46,10 @@ enum RepairArg {
     All,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Report {
     filename: PathBuf,
-    format: &'static str,
+    format: String,
     corruptions: u64,
     leaks: u64,
     check_errors: u64,
@@ -61,7 +63,7 @@ struct Report {
     messages: Vec<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct ChainReport {
     layers: Vec<Report>,
 }
@@ -92,6 +94,12 @@ pub fn run(args: &Args) -> Result<u8> {
 /// The layers to be checked. Those that are to be mended are opened one at a time, for writing.
 fn run_layers(args: &Args) -> Result<Vec<Report>> {
     let repair = args.repair.is_some();
+    if !repair && let Some(answer) = held::ask(&args.disk, &Request::Check { chain: args.chain })? {
+        return serde_json::from_value(answer).map(|ChainReport { layers }| layers).map_err(|e| {
+            let text = format!("the process that holds the disk says nothing sensible: {e}");
+            Error::new(ErrorKind::Io, text).at_path(&args.disk)
+        });
+    }
     let looking = OpenOptions { unprotected: true, ..OpenOptions::default() };
     let mending = OpenOptions { read_only: false, repair, ..looking.clone() };
     if !args.chain {
@@ -141,7 +149,7 @@ impl Report {
     fn new(layer: &Layer, check: Check) -> Report {
         Report {
             filename: layer.path.clone(),
-            format: layer.format.name(),
+            format: layer.format.name().to_owned(),
             corruptions: check.corruptions,
             leaks: check.leaks,
             check_errors: check.errors,

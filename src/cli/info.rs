@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args as ClapArgs;
 use serde::Serialize;
@@ -11,7 +12,7 @@ use vdisk::chain::tree::Family;
 use vdisk::chain::{self, Chain, Layer, OpenOptions};
 use vdisk::control::Request;
 use vdisk::image::{self, Identity, Role};
-use vdisk::storage::{Storage, holders};
+use vdisk::storage::{FileOptions, FileStorage, Storage, holders};
 use vdisk::{ErrorKind, Result};
 
 use super::snapshot::show;
@@ -115,6 +116,35 @@ struct Holder {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
+    let mut report = look(args);
+    for _ in 1..LOOKS {
+        let Err(error) = &report else { break };
+        if error.kind() == ErrorKind::Unsupported || !is_in_use(&args.disk) {
+            break;
+        }
+        // Its layers may have been exchanged between a look at one and a look at the next.
+        std::thread::sleep(PAUSE);
+        report = look(args);
+    }
+    let report = report?;
+    if args.json {
+        output::json(&report)?
+    } else {
+        output::text(&report.text())?
+    }
+    Ok(0)
+}
+
+/// How often a disk in use is looked at that cannot be made out, and how long after the last time.
+const LOOKS: usize = 5;
+const PAUSE: Duration = Duration::from_millis(20);
+
+fn is_in_use(disk: &Path) -> bool {
+    let options = FileOptions { access: None, write: false };
+    FileStorage::open(disk, options).is_ok_and(|file| !holders(file.file()).is_empty())
+}
+
+fn look(args: &Args) -> Result<Report> {
     let options = OpenOptions { shared: true, ..OpenOptions::default() };
     let head = chain::open_image(&args.disk, &options)?;
     let holders = holders(head.file.file())
@@ -135,7 +165,7 @@ pub fn run(args: &Args) -> Result<u8> {
     if let Some(size) = held.as_ref().and_then(|h| h.get("virtual_size")?.as_u64()) {
         layer.virtual_size = size;
     }
-    let report = Report {
+    Ok(Report {
         kept_aside: kept.as_ref().map(show::kept_value),
         kept: kept.as_ref().map(show::kept_text),
         layer,
@@ -144,13 +174,7 @@ pub fn run(args: &Args) -> Result<u8> {
         snapshots: snapshots(&args.disk)?,
         clones: clones(&args.disk)?,
         chain: layers,
-    };
-    if args.json {
-        output::json(&report)?
-    } else {
-        output::text(&report.text())?
-    }
-    Ok(0)
+    })
 }
 
 fn snapshots(disk: &Path) -> Result<Vec<Snapshot>> {

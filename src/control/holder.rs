@@ -10,10 +10,12 @@ use super::place;
 use super::server::{Names, Server, Service};
 use super::wire::{Named, Request};
 use crate::block::BlockDevice;
+use crate::chain::Layer;
 use crate::chain::live::{Live, Quiesce};
 use crate::chain::merge::{Progress, Wishes};
 use crate::chain::plan::Keeping;
 use crate::error::{Error, Result};
+use crate::image::Check;
 
 /// What a disk is held for, and what has to follow when it changes.
 pub trait Kind: Send + Sync {
@@ -97,6 +99,28 @@ impl Holder {
         Ok(json!({ "changes": rows }))
     }
 
+    fn check(&self, chain: bool) -> Result<Value> {
+        let found = self.live.check(chain)?;
+        let layer = |(layer, check): &(Layer, Check)| {
+            json!({
+                "filename": layer.path,
+                "format": layer.format.name(),
+                "corruptions": check.corruptions,
+                "leaks": check.leaks,
+                "check_errors": check.errors,
+                "corruptions_fixed": check.corruptions_fixed,
+                "leaks_fixed": check.leaks_fixed,
+                "total_clusters": check.total_clusters,
+                "allocated_clusters": check.allocated_clusters,
+                "fragmented_clusters": check.fragmented_clusters,
+                "compressed_clusters": check.compressed_clusters,
+                "image_end_offset": check.image_end_offset,
+                "messages": check.messages,
+            })
+        };
+        Ok(json!({ "layers": found.iter().map(layer).collect::<Vec<_>>() }))
+    }
+
     fn compact(&self, told: &mut Progress<'_>) -> Result<Value> {
         let done = self.live.compact(told)?;
         Ok(json!({ "zeroes": done.zeroes, "before": done.before, "after": done.after }))
@@ -150,6 +174,7 @@ impl Service for Holder {
                 self.kind.resized(*size)?;
                 Ok(json!({ "old": old, "new": size }))
             }
+            Request::Check { chain } => self.check(*chain),
             Request::Compact => self.compact(told),
             Request::Diff { from, to } => self.diff(from, to.as_deref()),
             Request::Wait => Err(Error::invalid("the end is waited for elsewhere")),

@@ -97,6 +97,11 @@ pub enum Request {
         /// In bytes.
         size: u64,
     },
+    /// Look whether it is right.
+    Check {
+        /// The layers below it, too.
+        chain: bool,
+    },
     /// Give unused space back.
     Compact,
     /// List what changed.

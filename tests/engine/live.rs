@@ -190,6 +190,12 @@ impl Disk {
             }
             (16, _) => {
                 self.live.compact(&mut |_, _| true).unwrap();
+                let found = self.live.check(true).unwrap();
+                assert!(
+                    found.iter().all(|(_, check)| check.is_clean()),
+                    "{found:?}",
+                    found = found.iter().map(|f| &f.1).collect::<Vec<_>>()
+                );
             }
             (17, _) => {
                 let size = self.live.info().size;

@@ -212,6 +212,85 @@ fn what_would_change_the_disk_under_its_user_is_refused_before_anything_is_asked
     held.ends_right();
 }
 
+#[test]
+fn a_disk_in_use_is_checked_by_who_holds_it() {
+    if !can_mount() {
+        return;
+    }
+    let work = Work::new();
+    let mut held = Held::new(&work, branched(&work));
+    let layers = |done| json(done)["layers"].as_array().unwrap().clone();
+    for round in 0..4 {
+        held.write(round * MIB + 5000, &noise(round as u64, MIB));
+        let check = json(work.vdisk("check disk.qcow2 --json"));
+        assert_eq!((&check["leaks"], &check["corruptions"]), (&0.into(), &0.into()), "{check}");
+        assert_eq!(check["filename"], work.path("disk.qcow2").to_str().unwrap(), "{check}");
+        assert!(check["allocated_clusters"].as_u64().unwrap() > 16, "{check}");
+    }
+    assert_eq!(layers(work.vdisk("check disk.qcow2 --chain --json")).len(), 3);
+    let text = work.vdisk("check disk.qcow2").succeeds().out();
+    assert!(text.contains("No errors were found"), "{text}");
+    work.vdisk("check disk.qcow2 --repair all").fails(&["in use by vdisk (pid"]);
+    held.ends_right();
+}
+
+/// Leaks that a disk has are found under its user.
+#[test]
+fn a_disk_in_use_that_leaks_is_told_so() {
+    if !can_mount() || !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    let disk = branched(&work);
+    // The refcount of a cluster past all that is in use.
+    let image = File::options().read(true).write(true).open(work.path("disk.qcow2")).unwrap();
+    let word = |at: u64| {
+        let mut bytes = [0; 8];
+        image.read_exact_at(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    let block = word(word(48));
+    let end = image.metadata().unwrap().len().div_ceil(65536);
+    image.write_all_at(&[0, 1], block + 2 * end).unwrap();
+    image.set_len((end + 1) << 16).unwrap();
+    assert_eq!(work.qemu_img("check disk.qcow2").code, Some(3));
+    let held = Held::new(&work, disk);
+    assert_eq!(work.vdisk("check disk.qcow2").code, Some(3));
+    work.vdisk("umount at").succeeds();
+    held.disk.reads_right();
+}
+
+/// A layer may go between the moment that its name is read and the moment that it is opened.
+#[test]
+fn a_disk_whose_tree_changes_can_be_looked_at_all_the_time() {
+    if !can_mount() {
+        return;
+    }
+    let work = Work::new();
+    let mut held = Held::new(&work, branched(&work));
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for words in ["info --chain disk.qcow2", "snapshot list disk.qcow2", "tree disk.qcow2"] {
+            let (work, over) = (&work, &over);
+            scope.spawn(move || {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    work.vdisk(words).succeeds();
+                }
+            });
+        }
+        let changes = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for round in 0..12 {
+                held.write(round * 100_000, &noise(round as u64, 300_000));
+                held.snapshot(&format!("create s{round}")).succeeds();
+                held.snapshot(&format!("merge s{round}")).succeeds();
+            }
+        }));
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        changes.unwrap();
+    });
+    held.ends_right();
+}
+
 /// Mounts a file system of its own at `host`; it goes with the test's directory.
 fn tmpfs(work: &Work, size: &str) {
     fs::create_dir(work.path("host")).unwrap();

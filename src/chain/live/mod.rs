@@ -3,6 +3,7 @@
 //! The guest goes on reading and writing; only while layers are exchanged in memory does it wait.
 //! Knows who else may hold a file only by the locks.
 
+mod check;
 mod merge;
 mod rest;
 pub(super) mod second;
