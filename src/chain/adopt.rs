@@ -12,8 +12,12 @@ use crate::error::{ErrorKind, Result};
 use crate::image::{Image, Mapping};
 
 impl Chain {
-    /// Makes the head hold what the disk shows in a range, wherever it does not hold it yet.
-    pub(super) fn adopt(&self, at: u64, len: u64) -> Result<()> {
+    /// Makes the head hold what the disk shows in a range, wherever it does not hold it yet: also
+    /// zeroes that show only because nothing stands below.
+    ///
+    /// # Errors
+    /// What reading the layers or writing the head fails with.
+    pub fn adopt(&self, at: u64, len: u64) -> Result<()> {
         self.for_each_open(at, len, &|layers, pos, len| self.copy_open(layers, pos, len))
     }
 
@@ -86,7 +90,8 @@ impl Chain {
 
 /// Makes whole units zero without data; `false` where the format cannot say it.
 fn say_zero(head: &dyn Image, at: u64, len: u64) -> Result<bool> {
-    match head.zero(GuestOffset(at), len, true) {
+    // Where space may be given up, a head without a backing file says it by holding nothing.
+    match head.zero(GuestOffset(at), len, false) {
         Err(e) if e.kind() == ErrorKind::Unsupported => Ok(false),
         done => done.map(|()| true),
     }

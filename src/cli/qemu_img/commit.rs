@@ -119,11 +119,14 @@ fn held(
     progress: &mut Progress,
 ) -> impl FnMut() -> Outcome<Option<Part>> {
     let (layers, size) = (upper.all_layers(), upper.size());
+    // What an image leaves open past the end of one that stands between it and the base is zero.
+    let short = layers.iter().skip(1).map(|layer| layer.image.size()).min().unwrap_or(size);
     let mut at = 0;
     move || {
         let mut part = Part::new(piece);
         while at < size && !part.is_full() {
-            let status = status::at(&layers, at, size - at)?;
+            let mut status = status::at(&layers, at, size - at)?;
+            status.allocated |= at >= short;
             // Told in QEMU's steps.
             let (before, end) = (at, at + status.len);
             at += match (status.allocated, status.zero) {

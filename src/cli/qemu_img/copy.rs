@@ -37,6 +37,11 @@ impl Part {
     pub fn new(chain: Chain, start: u64) -> Part {
         Part { layers: chain.all_layers(), size: chain.size(), chain, start }
     }
+
+    /// Bytes that the layer below the source's head could show; 0 without one.
+    fn shown_below(&self) -> u64 {
+        self.layers.get(1).map_or(0, |layer| layer.image.size())
+    }
 }
 
 /// How to copy.
@@ -73,12 +78,14 @@ pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
     let total: u64 = parts.iter().map(|p| p.size).sum();
     let target = copying.target;
     let old = target.head().image.details().and_then(|d| d.version) == Some(2);
+    let below = target.all_layers().get(1).map(|layer| layer.image.size());
     let mut run = Run {
         parts,
         copying,
         total,
         work: 0,
         reads_zero: copying.reads_zero,
+        target_below: below.unwrap_or(u64::MAX),
         holds_zeroes: old && target.all_layers().len() > 1,
     };
     if !run.reads_zero && !copying.has_backing && !copying.compress {
@@ -120,6 +127,8 @@ struct Run<'a> {
     /// Bytes of them that have to be copied.
     work: u64,
     reads_zero: bool,
+    /// Where the target's own backing file ends; all of it where it is not known to have one.
+    target_below: u64,
     /// Zeroes are written as data: else the target would go on showing its backing file, which
     /// version 2 images cannot hide otherwise.
     holds_zeroes: bool,
@@ -244,7 +253,12 @@ impl Run<'_> {
         let pos = at - part.start;
         let left = part.size - pos;
         let layers = if self.copying.has_backing { &part.layers[..1] } else { &part.layers[..] };
-        let mut asked = left;
+        // Past the end of what stands below the source, or of what stands below the target, it
+        // changes what is not allocated, or zero, means.
+        let ends = [part.shown_below(), self.target_below.saturating_sub(part.start)];
+        let ahead = ends.into_iter().filter(|end| pos < *end).min();
+        let mut asked =
+            ahead.filter(|_| self.copying.has_backing).map_or(left, |e| left.min(e - pos));
         let status = loop {
             let failed = match status::at(layers, pos, asked) {
                 Ok(status) => break status,
@@ -262,8 +276,15 @@ impl Run<'_> {
             // Perhaps less of it can be told.
             asked = asked.div_ceil(SECTOR).div_ceil(4) * SECTOR;
         };
+        let has_backing = self.copying.has_backing;
         let what = match status {
-            status::Status { allocated: false, .. } if self.copying.has_backing => What::Backing,
+            status::Status { allocated: false, .. } if has_backing && pos < part.shown_below() => {
+                What::Backing
+            }
+            // The target reads as zeroes there, too.
+            status::Status { zero: true, .. } if has_backing && at >= self.target_below => {
+                What::Backing
+            }
             status::Status { zero: true, .. } => What::Zero,
             _ => What::Data,
         };

@@ -20,9 +20,6 @@ use super::status;
 const PIECE: u64 = 2 << 20;
 /// Bytes that are read at a time: they are still near the processor when they are compared.
 const STEP: u64 = 256 << 10;
-/// What differs is told apart by this many bytes.
-const SECTOR: u64 = 512;
-
 pub fn run(args: &[String]) -> Outcome {
     let known = [
         FORMAT,
@@ -59,6 +56,9 @@ fn rebase(given: &Given, name: &str, base: &str, progress: &mut Progress) -> Out
     given.check_cache("T", "source cache")?;
     let source = given.source(name)?;
     let format = given.get("F");
+    if let Some(format) = format.filter(|f| chain::Format::from_name(f).is_err()) {
+        return Err(Fail::new(format!("Invalid format name: '{format}'")));
+    }
     if given.has("u") {
         let opened = open::layer(&source, Use::writing())?;
         let named = set_backing(&opened, base, format);
@@ -100,11 +100,15 @@ fn new_base(opened: &Opened, base: &str, format: Option<&str>) -> Outcome<Option
 pub fn set_backing(opened: &Opened, base: &str, format: Option<&str>) -> Outcome<()> {
     let failed =
         |why: &str| Fail::new(format!("Could not change the backing file to '{base}': {why}"));
+    if !base.is_empty() && format.is_none() {
+        return Err(failed("backing format must be specified"));
+    }
     let Some(image) = &opened.qcow2 else {
         return Err(failed(&os_text(nix::libc::ENOTSUP)));
     };
-    if !base.is_empty() && format.is_none() {
-        return Err(failed("backing format must be specified"));
+    if !base.is_empty() && image.header().data_file_is_raw() {
+        // The data file alone is to show the whole disk.
+        return Err(failed(&os_text(nix::libc::EINVAL)));
     }
     let layer: &dyn vdisk::image::Image = &**image;
     let mut identity = layer.identity().map_err(|e| failed(&reason(&e)))?;
@@ -161,7 +165,7 @@ struct Bytes {
     /// What the old backing file shows; zero wherever nothing was read.
     ours: Vec<u8>,
     theirs: Vec<u8>,
-    /// Which sectors, or clusters where they are compressed, differ.
+    /// Which units differ: see [`Job::unit`].
     differs: Vec<bool>,
 }
 
@@ -192,7 +196,7 @@ impl Job<'_> {
     fn shown_by_both(&self, at: u64, len: u64, bytes: &mut Bytes) -> Outcome<u64> {
         let both = self.look(at, len)?;
         if both.alike() {
-            let unit = if self.compress { self.unit() } else { 1 };
+            let unit = self.unit();
             if both.len >= unit {
                 return Ok(both.len - both.len % unit);
             }
@@ -204,9 +208,11 @@ impl Job<'_> {
         Ok(len)
     }
 
-    /// What differs is told apart by this many bytes.
+    /// What differs is told apart by this many bytes: what the head holds as a whole. A part of it
+    /// that reads as zeroes already would not be written, and show the new backing file.
     fn unit(&self) -> u64 {
-        if self.compress { self.disk.head().image.cluster().bytes() } else { SECTOR }
+        let head = self.disk.head().image;
+        if self.compress { head.cluster().bytes() } else { head.granularity().bytes() }
     }
 
     /// What both sides show at `at`, and how far; at most `len` bytes.
@@ -232,7 +238,7 @@ impl Job<'_> {
             let (from, to) = ((pos - at) as usize, (pos - at + both.len) as usize);
             pos += both.len;
             // What is written with its neighbours has to be read even if it is alike.
-            let whole = !self.compress && (from as u64 | to as u64).is_multiple_of(SECTOR);
+            let whole = (from as u64 | to as u64).is_multiple_of(self.unit());
             if both.old_zero && both.new_zero || both.shared && whole {
                 continue;
             }
@@ -268,7 +274,12 @@ impl Job<'_> {
             Fail::new(format!("Error while writing to COW image: {}", reason(&e)))
         };
         if is_zero(bytes) {
-            return self.disk.write_zeroes(at, bytes.len() as u64, false).map_err(failed);
+            let len = bytes.len() as u64;
+            let old = self.disk.head().image.details().and_then(|d| d.version) == Some(2);
+            // Version 2 holds zeroes as data only, and a disk without a backing file not at all
+            // unless it is made to.
+            let held = if old { self.disk.adopt(at, len) } else { Ok(()) };
+            return held.and_then(|()| self.disk.write_zeroes(at, len, false)).map_err(failed);
         }
         if !self.compress {
             return self.disk.write_at(at, &[IoSlice::new(bytes)]).map_err(failed);
