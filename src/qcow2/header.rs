@@ -267,13 +267,10 @@ impl Header {
         if self.crypt_method > 2 {
             return bad("Unsupported encryption method", 32);
         }
-        if self.refcount_table_clusters == 0 {
-            return bad("Image does not contain a reference count table", 56);
-        }
         if table_bytes > MAX_REFCOUNT_TABLE {
             return bad("Reference count table too large", 56);
         }
-        if !self.placed(self.refcount_table_offset, table_bytes) {
+        if table_bytes > 0 && !self.placed(self.refcount_table_offset, table_bytes) {
             return bad("Reference count table offset invalid", 48);
         }
         if !self.cluster.aligned(self.snapshots_offset) {

@@ -9,13 +9,13 @@ use super::cache::SLICE;
 use super::check::Repair;
 use super::crypt::{self, Crypt};
 use super::data::Data;
-use super::entry::{Entry, Shape};
+use super::entry::Shape;
 use super::header::{Header, MAX_L1, MAX_SNAPSHOTS, autoclear, incompatible};
 use super::read::Inflated;
 use super::refcount::Refcounts;
 use super::snapshot::table::Table;
 use super::step;
-use super::tables::{Place, Tables};
+use super::tables::Tables;
 use super::territory::Territory;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::block::total;
@@ -78,6 +78,8 @@ pub struct Image {
     /// Held shared while mapped host clusters are in use.
     pub(super) grace: RwLock<()>,
     pub(super) poisoned: AtomicBool,
+    /// Opened to be mended: what is wrong is not news.
+    pub(super) mends: bool,
     /// What was found and mended when it was opened.
     mended: Vec<String>,
     /// Whether the header still vouches for the label's content id.
@@ -147,6 +149,10 @@ impl Image {
                 "Image is corrupt; cannot be opened read/write (check --repair all mends it)";
             return Err(Error::corrupt(message));
         }
+        if header.refcount_table_clusters == 0 && !options.repair {
+            let message = "Image does not contain a reference count table";
+            return Err(Error::corrupt(message).at_offset(56));
+        }
         if header.snapshots > MAX_SNAPSHOTS && !options.read_only && !options.repair {
             return Err(Error::corrupt("Snapshot table too large").at_offset(60));
         }
@@ -170,6 +176,7 @@ impl Image {
             writeback: Mutex::new(()),
             grace: RwLock::new(()),
             poisoned: AtomicBool::new(false),
+            mends: options.repair,
             vouched: AtomicBool::new(header.autoclear & autoclear::CONTENT_ID != 0),
             data,
             inflated: Mutex::new(Inflated::new(header.compression)),
@@ -262,7 +269,8 @@ impl Image {
         if self.data.is_external() {
             return Ok(());
         }
-        read(&self.territory).check(self.shape.cluster, host, len)
+        let free = read(&self.territory).check(self.shape.cluster, host, len);
+        free.map_err(|e| self.noted(e))
     }
 
     /// What was found and mended when the image was opened for writing, as [`Check::messages`].
@@ -306,7 +314,11 @@ impl Image {
             return Err(Error::new(ErrorKind::ReadOnly, "the image is open for reading only"));
         }
         if self.poisoned.load(Ordering::Acquire) {
-            let message = "an earlier write of the image's metadata failed; reopen the disk";
+            let message = if self.header().is_corrupt() {
+                "the image's metadata is wrong: check --repair all mends it"
+            } else {
+                "an earlier write of the image's metadata failed; reopen the disk"
+            };
             return Err(Error::new(ErrorKind::Poisoned, message));
         }
         Ok(())
@@ -317,46 +329,6 @@ impl Image {
         self.check_writable()?;
         if self.vouched.load(Ordering::Acquire) && !self.same_contents {
             self.update_header(|h| h.autoclear &= !autoclear::CONTENT_ID)?;
-        }
-        Ok(())
-    }
-
-    /// The place and value of the L2 entry for `at`, its slice loaded. `None` without L2 table.
-    pub(super) fn load_entry(&self, at: GuestOffset) -> Result<Option<(Place, Entry)>> {
-        self.with_slice(at, |tables, found| {
-            Ok(found.map(|(place, slice)| (place, tables.entry_in(slice, place))))
-        })
-    }
-
-    /// Runs `look` with the slice that holds the entry for `at`, under the shared lock.
-    pub(super) fn with_slice<T>(
-        &self,
-        at: GuestOffset,
-        look: impl Fn(&Tables, Option<(Place, &[u8])>) -> Result<T>,
-    ) -> Result<T> {
-        loop {
-            let tables = read(&self.tables);
-            let Some(place) = tables.place(at)? else { return look(&tables, None) };
-            if let Some(slice) = tables.cache.get(place.slice) {
-                return look(&tables, Some((place, slice)));
-            }
-            let (generation, len) = (tables.cache.generation(), tables.slice_bytes());
-            drop(tables);
-            self.load_slice(place.slice, len, generation)?;
-        }
-    }
-
-    /// Reads a slice from the file and caches it, unless the cache let slices go meanwhile: then
-    /// the bytes may be older than the file, and the caller looks again.
-    fn load_slice(&self, offset: u64, len: u64, generation: u64) -> Result<()> {
-        let mut bytes = vec![0; len as usize].into_boxed_slice();
-        self.storage.about_to(step::L2_LOAD);
-        self.storage.read_exact_at(offset, &mut bytes).map_err(|_| {
-            Error::corrupt("an L2 table lies past the end of the file").at_offset(offset)
-        })?;
-        let mut tables = write(&self.tables);
-        if tables.cache.generation() == generation {
-            tables.cache.insert(offset, bytes);
         }
         Ok(())
     }

@@ -30,6 +30,7 @@ mod refcount;
 mod refcount_bits;
 mod references;
 mod shrink;
+mod slice;
 mod snapshot;
 mod step;
 mod tables;

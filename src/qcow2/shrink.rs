@@ -14,9 +14,11 @@ impl Image {
     /// Makes the disk `size` bytes long and gives back the clusters past that. What the last
     /// cluster holds past `size` stays: the caller has zeroed it.
     ///
-    /// Mappings go first: after a crash in between, the disk has its old size and nothing past the
+    /// Nothing is done where refcounts could not be changed afterwards. Mappings go first: after a crash in between, the disk has its old size and nothing past the
     /// new one; none of what is lost comes back when it grows again.
     pub(super) fn shrink(&self, size: u64) -> Result<()> {
+        self.write_back()?;
+        lock(&self.refcounts).check_blocks()?;
         let header = self.header();
         let from = self.shape.cluster.ceil(size);
         if from < header.size {

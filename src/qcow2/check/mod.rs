@@ -21,6 +21,17 @@ use crate::error::Result;
 pub use crate::image::{Check, Repair};
 use counts::Counted;
 
+/// What a walk says of the refcounts' own structures.
+#[derive(Clone, Copy)]
+struct Structure {
+    /// They cannot be mended where they stand.
+    rebuild: bool,
+    /// Corruptions that the walk found.
+    wrong: u64,
+    /// As QEMU, who mends nothing where they would have to be rebuilt and may not be.
+    strict: bool,
+}
+
 impl Image {
     /// Checks the image, and repairs what `repair` allows. Nothing else may use the image meanwhile.
     ///
@@ -44,15 +55,20 @@ impl Image {
         }
         let mut check = Check::default();
         let snapshots = self.check_snapshot_table(&mut check, repair)?;
+        let before = check.corruptions;
         let mut walk = walk::Walk::new(self, &mut check, repair)?;
         walk.run(&snapshots)?;
         let shared = if overlaps { walk.overlaps() } else { Vec::new() };
+        let rebuild = walk.rebuild;
         let counts = walk.finish();
+        let structure = Structure { rebuild, wrong: check.corruptions - before, strict: !overlaps };
         for offset in shared {
             check.corruption(format!("offset={offset:#x}: a table and something else overlap"));
         }
         check.image_end_offset = counts.end() << self.shape.cluster.bits();
-        self.compare_and_mend(&mut check, repair, &counts, &snapshots)?;
+        if !self.compare_and_mend(&mut check, (repair, structure), &counts, &snapshots)? {
+            return Ok(check);
+        }
         repair::Flags { image: self, check: &mut check, repair, stored: repair::Stored::default() }
             .run()?;
         if repair == Repair::All {
@@ -61,38 +77,52 @@ impl Image {
         Ok(check)
     }
 
-    /// Compares the refcounts with what was counted, says all differences, and then mends.
+    /// Compares the refcounts with what was counted, says all differences, and then mends. Whether
+    /// the check can go on.
     fn compare_and_mend(
         &self,
         check: &mut Check,
-        repair: Repair,
+        (repair, structure): (Repair, Structure),
         counts: &Counted,
         snapshots: &Table,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let before = (check.corruptions, check.leaks);
         let none = Repair::None;
         let found = repair::Compare { image: self, check, repair: none, counts }.run()?;
-        if repair == Repair::None || found.differences == 0 {
-            return Ok(());
+        let end = found.end << self.shape.cluster.bits();
+        check.image_end_offset = check.image_end_offset.max(end);
+        let rebuild = found.lost || structure.rebuild;
+        if repair == Repair::None || found.differences == 0 && !rebuild {
+            return Ok(true);
         }
-        if found.lost && repair == Repair::All {
+        if rebuild && repair == Repair::All {
             check.say("Rebuilding refcount structure".to_owned());
             self.rebuild_refcounts(counts, 0, |_| ())?;
-            check.corruptions_fixed += check.corruptions - before.0;
+            let mended = check.corruptions - before.0 + structure.wrong;
             check.leaks_fixed += check.leaks - before.1;
             (check.corruptions, check.leaks) = before;
-            let said = self.drop_old_refcounts(snapshots)?;
-            said.into_iter().for_each(|said| check.say(said));
-            return Ok(());
+            let again = self.drop_old_refcounts(snapshots)?;
+            // What was wrong with the blocks themselves is gone with them.
+            let still = again.corruptions.min(structure.wrong);
+            check.corruptions = check.corruptions - structure.wrong + still;
+            check.corruptions_fixed += mended - still;
+            again.messages.into_iter().for_each(|said| check.say(said));
+            return Ok(true);
+        }
+        if rebuild && structure.strict {
+            check.say("ERROR need to rebuild refcount structures".to_owned());
+            check.errors += 1;
+            return Ok(false);
         }
         (check.corruptions, check.leaks) = before;
         repair::Compare { image: self, check, repair, counts }.run()?;
-        self.write_back()
+        self.write_back()?;
+        Ok(true)
     }
 
     /// Gives the clusters back in which the refcounts stood before they were written anew: nothing
-    /// refers to them any more. Returns what there was to say.
-    fn drop_old_refcounts(&self, snapshots: &Table) -> Result<Vec<String>> {
+    /// refers to them any more. Returns what else is wrong, and what there was to say.
+    fn drop_old_refcounts(&self, snapshots: &Table) -> Result<Check> {
         let mut again = Check::default();
         let mut walk = walk::Walk::new(self, &mut again, Repair::None)?;
         walk.run(snapshots)?;
@@ -103,7 +133,8 @@ impl Image {
         self.write_back()?;
         // Where tables overlap, what the survey found is not all there is; the next check says so.
         let _ = self.survey();
-        Ok([again.messages, freed.messages].concat())
+        again.messages.append(&mut freed.messages);
+        Ok(again)
     }
 
     /// Checks and mends, and checks again what was mended: the counts of what is still wrong are

@@ -5,7 +5,7 @@
 //! clusters that nothing refers to; one write of the header makes them the image's. Until then the
 //! old ones stay as they are; afterwards nothing refers to them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use byteorder::{BigEndian, ByteOrder};
 use nix::libc::EFBIG;
@@ -24,22 +24,33 @@ struct Site<'a> {
     block_bits: u32,
     /// Cluster numbers of the new blocks by their index.
     blocks: BTreeMap<u64, u64>,
+    /// The same clusters.
+    taken: HashSet<u64>,
     /// First cluster of the new table, and how many.
     table: (u64, u64),
-    /// No cluster below this one is free.
+    /// No cluster below this one is used.
+    floor: u64,
+    /// No block is put below this one.
     next: u64,
 }
 
-impl Site<'_> {
+impl<'a> Site<'a> {
+    fn new(counts: &'a Counted, block_bits: u32, floor: u64) -> Site<'a> {
+        let (blocks, taken) = (BTreeMap::new(), HashSet::new());
+        Site { counts, block_bits, blocks, taken, table: (0, 0), floor, next: floor }
+    }
+
     fn is_free(&self, cluster: u64) -> bool {
         let in_table = cluster >= self.table.0 && cluster < self.table.0 + self.table.1;
         self.counts.is_unused(self.counts.page(cluster), cluster)
             && !in_table
-            && !self.blocks.values().any(|b| *b == cluster)
+            && !self.taken.contains(&cluster)
     }
 
-    /// Takes the first free cluster.
-    fn take(&mut self) -> u64 {
+    /// Takes the first free cluster for a block, of those that it counts itself or that stand behind
+    /// them: a block before them could be in the way of the table.
+    fn take(&mut self, index: u64) -> u64 {
+        self.next = self.next.max(index << self.block_bits);
         while !self.is_free(self.next) {
             self.next += 1;
         }
@@ -49,7 +60,7 @@ impl Site<'_> {
 
     /// Takes the first free run of clusters.
     fn take_run(&self, clusters: u64) -> u64 {
-        let mut start = self.next;
+        let mut start = self.floor;
         while let Some(used) = (start..start + clusters).rev().find(|c| !self.is_free(*c)) {
             start = used + 1;
         }
@@ -77,13 +88,13 @@ impl Image {
         let (header, cluster) = (self.header(), self.shape.cluster);
         let order = header.refcount_order;
         let block_bits = cluster.bits() + 3 - order;
-        let mut site =
-            Site { counts, block_bits, blocks: BTreeMap::new(), table: (0, 0), next: floor };
+        let mut site = Site::new(counts, block_bits, floor);
         loop {
             let needed = site.needed();
             let missing = needed.iter().find(|i| !site.blocks.contains_key(*i)).copied();
             if let Some(index) = missing {
-                let place = site.take();
+                let place = site.take(index);
+                site.taken.insert(place);
                 site.blocks.insert(index, place);
                 continue;
             }

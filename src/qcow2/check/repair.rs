@@ -24,6 +24,8 @@ pub(super) struct Found {
     pub differences: u64,
     /// A cluster in use has refcount 0.
     pub lost: bool,
+    /// Behind the last cluster with a difference.
+    pub end: u64,
 }
 
 /// A cluster whose refcount is not what was counted.
@@ -56,23 +58,24 @@ impl Compare<'_> {
                     let cluster = first + number as u64;
                     differences.push(Difference { cluster, stored: *stored, count: *count });
                     if differences.len() >= SORTED {
-                        found.differences += self.settle(&mut differences)?;
+                        self.settle(&mut differences, &mut found)?;
                     }
                 }
             }
         }
         self.unused(&mut differences, &mut found)?;
-        found.differences += self.settle(&mut differences)?;
+        self.settle(&mut differences, &mut found)?;
         Ok(found)
     }
 
-    fn settle(&mut self, differences: &mut Vec<Difference>) -> Result<u64> {
+    fn settle(&mut self, differences: &mut Vec<Difference>, found: &mut Found) -> Result<()> {
         differences.sort_by_key(|d| d.cluster);
-        let number = differences.len() as u64;
+        found.differences += differences.len() as u64;
+        found.end = differences.last().map_or(0, |d| d.cluster.saturating_add(1)).max(found.end);
         for one in differences.drain(..) {
             self.differs(one.cluster, one.stored, u64::from(one.count))?;
         }
-        Ok(number)
+        Ok(())
     }
 
     /// Finds clusters with a refcount that nothing refers to. Past the end of the file there are
@@ -117,7 +120,7 @@ impl Compare<'_> {
                     }
                 }
                 if differences.len() >= SORTED {
-                    found.differences += self.settle(differences)?;
+                    self.settle(differences, found)?;
                 }
             }
         }

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use byteorder::{BigEndian, ByteOrder};
+use nix::libc::{EFBIG, EINVAL};
 
 use super::counts::{Counted, Counts};
 use super::{Check, Repair};
@@ -23,6 +24,8 @@ pub(super) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 pub(super) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// The largest bitmap directory, in bytes.
 const MAX_BITMAP_DIRECTORY: u64 = 1 << 20;
+/// The most bytes by which a file grows to hold the refcount blocks that it says it has.
+const MAX_GROWTH: u64 = 16 << 20;
 /// The largest table of one bitmap, in bytes.
 const MAX_BITMAP_TABLE: u64 = 32 << 20;
 
@@ -46,6 +49,8 @@ pub(super) struct Walk<'a> {
     next_data: u64,
     /// Clusters of tables, and how often they are referred to as what they are.
     metadata: HashMap<u64, u32>,
+    /// The refcounts cannot be mended where they stand.
+    pub rebuild: bool,
 }
 
 /// An L2 table, and how often it is referred to.
@@ -83,6 +88,7 @@ impl<'a> Walk<'a> {
             last_l2: 0,
             next_data: 0,
             metadata: HashMap::new(),
+            rebuild: false,
         })
     }
 
@@ -134,12 +140,60 @@ impl<'a> Walk<'a> {
         self.count(header.refcount_table_offset, table);
         let blocks = lock(&self.image.refcounts).blocks();
         for (index, offset) in blocks {
-            if cluster.aligned(offset) {
-                self.count_once("refcount block", offset, cluster.bytes());
-            } else {
-                self.check.corruption(format!(
-                    "refcount block {index} is not cluster aligned; refcount table entry corrupted"
-                ));
+            self.refcount_block(index, offset)?;
+        }
+        Ok(())
+    }
+
+    fn refcount_block(&mut self, index: usize, offset: u64) -> Result<()> {
+        let cluster = self.header.cluster;
+        if !cluster.aligned(offset) {
+            self.rebuild = true;
+            self.check.corruption(format!(
+                "refcount block {index} is not cluster aligned; refcount table entry corrupted"
+            ));
+            return Ok(());
+        }
+        if cluster.index(offset) >= cluster.count(self.file_len) {
+            return self.block_outside(index, offset);
+        }
+        self.own(offset, cluster.bytes());
+        self.count(offset, cluster.bytes());
+        let references = self.counts.get(cluster.index(offset));
+        if references != 1 {
+            self.rebuild = true;
+            self.check.corruption(format!("refcount block {index} refcount={references}"));
+        }
+        Ok(())
+    }
+
+    /// A refcount block past the end of the file: an empty one, once the file is large enough.
+    fn block_outside(&mut self, index: usize, offset: u64) -> Result<()> {
+        let mends = self.repair == Repair::All;
+        let verb = if mends { "Repairing" } else { "ERROR" };
+        self.check.say(format!("{verb} refcount block {index} is outside image"));
+        if !mends {
+            self.check.corruptions += 1;
+            return Ok(());
+        }
+        let cluster = self.header.cluster.bytes();
+        let end = offset.checked_add(cluster).filter(|end| i64::try_from(*end).is_ok());
+        let grown = match end {
+            None => Err(os_text(EINVAL)),
+            Some(end) if end > self.file_len.saturating_add(MAX_GROWTH) => Err(os_text(EFBIG)),
+            Some(end) => self.image.storage.set_len(end).map(|()| end).map_err(|e| e.to_string()),
+        };
+        match grown {
+            Ok(end) => {
+                self.file_len = end;
+                self.check.corruptions_fixed += 1;
+                self.own(offset, cluster);
+                self.count(offset, cluster);
+            }
+            Err(why) => {
+                self.rebuild = true;
+                self.check.corruptions += 1;
+                self.check.say(format!("ERROR could not resize image: {why}"));
             }
         }
         Ok(())
@@ -199,11 +253,14 @@ impl<'a> Walk<'a> {
     }
 
     fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
-        if offset.checked_add(len).is_none_or(|end| end > self.file_len) {
+        // The file's last cluster may be there in part only: the rest is zero.
+        let limit = self.header.cluster.ceil(self.file_len);
+        if offset >= self.file_len || offset.checked_add(len).is_none_or(|end| end > limit) {
             return Err(Error::corrupt("a table lies past the end of the file").at_offset(offset));
         }
         let mut bytes = vec![0; len as usize];
-        self.image.storage.read_exact_at(offset, &mut bytes)?;
+        let stored = (self.file_len - offset).min(len) as usize;
+        self.image.storage.read_exact_at(offset, &mut bytes[..stored])?;
         Ok(bytes)
     }
 
@@ -477,4 +534,8 @@ impl<'a> Walk<'a> {
             }
         }
     }
+}
+
+fn os_text(errno: i32) -> String {
+    nix::errno::Errno::from_raw(errno).desc().to_owned()
 }

@@ -368,6 +368,22 @@ impl Refcounts {
         self.table.len() as u64
     }
 
+    /// Whether all blocks, which are written, can stand where the table says.
+    pub fn check_blocks(&self) -> Result<()> {
+        let len = self.cluster.ceil(self.storage.len()?);
+        let outside = |offset: u64| {
+            !self.cluster.aligned(offset)
+                || offset.checked_add(self.cluster.bytes()).is_none_or(|end| end > len)
+        };
+        match self.blocks().into_values().find(|offset| outside(*offset)) {
+            None => Ok(()),
+            Some(offset) => {
+                let message = "a refcount block cannot stand where the refcount table says";
+                Err(Error::corrupt(message).at_offset(offset))
+            }
+        }
+    }
+
     /// Host offsets of the refcount blocks by index.
     pub fn blocks(&self) -> BTreeMap<usize, u64> {
         self.table.iter().copied().enumerate().filter(|(_, o)| *o != 0).collect()
