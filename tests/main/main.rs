@@ -19,6 +19,7 @@ mod container;
 mod container_terminal;
 mod convert;
 mod create;
+mod drop_in;
 mod elsewhere;
 mod exports;
 mod formats;

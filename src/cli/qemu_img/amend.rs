@@ -47,7 +47,8 @@ fn amend_named(given: &Given, list: &str, progress: &mut Progress) -> Outcome {
     };
     given.check_cache("t", "cache")?;
     let source = given.source(name)?;
-    let opened = open::layer(&source, Use::writing())?;
+    check_format(&source)?;
+    let opened = open::on_its_chain(&source, Use::writing())?;
     let format = opened.layer.format.name();
     if help {
         return print_help(format);
@@ -79,6 +80,19 @@ fn amend_named(given: &Given, list: &str, progress: &mut Progress) -> Outcome {
     let amended = amended.and_then(|()| change_keys(&source, keys, force));
     progress.at(100.0);
     amended.map(|()| 0)
+}
+
+/// Refuses a format of which nothing can be changed.
+fn check_format(source: &Source) -> Outcome<()> {
+    let format = match &source.format {
+        Some(format) => format.clone(),
+        None => open::probe(source, Use::looking(false))?.name().to_owned(),
+    };
+    if matches!(format.as_str(), "vmdk" | "vdi" | "vpc" | "vhdx") {
+        let text = format!("Format driver '{format}' does not support option amendment");
+        return Err(Fail::new(text));
+    }
+    Ok(())
 }
 
 fn print_help(format: &str) -> Outcome {
@@ -123,6 +137,7 @@ fn amend(
     }
     if version < header.version {
         check_snapshot_sizes(source)?;
+        drop_bitmaps(source)?;
         let last = Amend { version: Some(version), ..Amend::default() };
         change(source, &last, &mut watch)?;
     }
@@ -237,6 +252,17 @@ fn resize(source: &Source, size: u64) -> Outcome<()> {
     }
     open::refuse_resize(&opened)?;
     chain.resize(size).and_then(|()| chain.flush()).map_err(|e| Fail::new(reason(&e)))
+}
+
+/// Version 2 has no bitmaps: they go, as with QEMU, whose clusters of them leak besides.
+fn drop_bitmaps(source: &Source) -> Outcome<()> {
+    let failed = |e: vdisk::Error| Fail::new(reason(&e));
+    let Some(mut image) = open::owned(source, Use::writing())? else { return Ok(()) };
+    for bitmap in image.bitmaps().map_err(failed)? {
+        report(format!("warning: Version 2 has no bitmaps: '{}' is removed", bitmap.name));
+        image.remove_bitmap(&bitmap.name).map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// Version 2 has one size for the disk and all its snapshots.

@@ -66,9 +66,15 @@ pub fn parse(args: &[String], known: &[Opt]) -> Outcome<Given> {
         }
     }
     for text in given.all("object") {
-        secret::define(text)?;
+        secret::define(text).map_err(|e| e.with_code(object_status(known)))?;
     }
     Ok(given)
+}
+
+/// The exit status of a command whose objects are wrong: of `compare`, 1 is that images differ.
+fn object_status(known: &[Opt]) -> u8 {
+    let compares = known.iter().any(|opt| opt.key == "s" && !opt.takes_value);
+    if compares { 2 } else { 1 }
 }
 
 impl Given {

@@ -40,14 +40,22 @@ pub fn run(args: &[String]) -> Outcome {
     let granularity = given.get("g").map(|g| size::bounded("granularity", g, 1, u64::MAX));
     let granularity = granularity.transpose()?;
     let source = given.source(file)?;
-    let Some(mut image) = open::owned(&source, Use::writing())? else {
-        return Err(Fail::new(format!("Bitmaps are not supported by the format of '{file}'")));
-    };
+    drop(open::on_its_chain(&source, Use::writing())?);
+    let image = open::owned(&source, Use::writing())?;
+    let old = image.as_ref().is_none_or(|image| image.header().version < 3);
+    if let Some((action, _)) = actions.first().filter(|_| old) {
+        let why = no_bitmaps(action, name, file, granularity, image.is_some());
+        return Err(Fail::new(format!("Operation {action} on bitmap {name} failed: {why}")));
+    }
+    let Some(mut image) = image else { return Ok(0) };
     let mut disabled = given.has("add") && given.has("disable");
     for (action, value) in actions {
         let failed =
             |why: String| Fail::new(format!("Operation {action} on bitmap {name} failed: {why}"));
         let done = match action {
+            "add" if !granularity.is_none_or(|g| g >= 512 && g.is_power_of_two()) => {
+                return Err(failed(BAD_GRANULARITY.to_owned()));
+            }
             "add" => image.add_bitmap(name, granularity, !disabled),
             "remove" => image.remove_bitmap(name),
             "clear" => image.clear_bitmap(name),
@@ -64,6 +72,32 @@ pub fn run(args: &[String]) -> Outcome {
     }
     vdisk::image::Image::flush(&image).map_err(|e| Fail::new(why(&e)))?;
     Ok(0)
+}
+
+const BAD_GRANULARITY: &str = "Granularity must be power of 2 and at least 512";
+
+/// Why nothing can be done with bitmaps of an image that can have none.
+fn no_bitmaps(
+    action: &str,
+    name: &str,
+    file: &str,
+    granularity: Option<u64>,
+    qcow2: bool,
+) -> String {
+    if action != "add" {
+        return format!("Dirty bitmap '{name}' not found");
+    }
+    if !granularity.is_none_or(|g| g >= 512 && g.is_power_of_two()) {
+        return BAD_GRANULARITY.to_owned();
+    }
+    if qcow2 {
+        return format!(
+            "Can't make bitmap '{name}' persistent in '{file}': Cannot store dirty bitmaps in qcow2 \
+             v2 files"
+        );
+    }
+    let why = os_text(nix::libc::ENOTSUP);
+    format!("Can't store persistent bitmaps to {file}: {why}")
 }
 
 fn check(given: &Given, actions: &[(&str, &str)]) -> Outcome<()> {
@@ -87,6 +121,9 @@ fn check(given: &Given, actions: &[(&str, &str)]) -> Outcome<()> {
 
 /// Takes the bits of the bitmap `from` over, which is in the same image or in the one that `-b` names.
 fn merge_from(image: &mut Image, given: &Given, name: &str, from: &str) -> Result<(), String> {
+    if !image.bitmaps().is_ok_and(|all| all.iter().any(|bitmap| bitmap.name == name)) {
+        return Err(format!("Dirty bitmap '{name}' not found"));
+    }
     let ranges = match given.get("b") {
         None => image.bitmap_ranges(from),
         Some(file) => {

@@ -7,7 +7,7 @@ use vdisk::ErrorKind;
 use vdisk::nbd;
 use vdisk::storage::{FileOptions, FileStorage, Storage};
 
-use super::fail::{Fail, Outcome, open_reason, reason};
+use super::fail::{Fail, Outcome, open_reason, os_text, reason};
 use super::faults::Faults;
 use super::faulty::FaultyStorage;
 use super::name::Protocol;
@@ -63,6 +63,10 @@ fn no_file(size: u64) -> Outcome<Arc<FileStorage>> {
 fn open_file(path: &Path, using: Use) -> Outcome<Arc<FileStorage>> {
     let options = FileOptions { access: Some(using.access()), write: using.write };
     let opened = FileStorage::open(path, options).map_err(|e| match e.kind() {
+        ErrorKind::Unsupported if using.write && path.is_dir() => {
+            let text = os_text(nix::libc::EISDIR);
+            Fail::new(format!("Could not open '{}': {text}", path.display()))
+        }
         ErrorKind::Unsupported => {
             Fail::new(format!("'file' driver requires '{}' to be a regular file", path.display()))
         }

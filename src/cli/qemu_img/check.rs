@@ -8,7 +8,7 @@ use vdisk::qcow2::Image;
 
 use super::args::{self, Given, value};
 use super::check_foreign;
-use super::fail::{Fail, Outcome, reason};
+use super::fail::{Fail, Outcome, os_text, reason};
 use super::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET, SHARED};
 use super::json;
 use super::open::{self, Use};
@@ -17,8 +17,6 @@ use super::open::{self, Use};
 const CORRUPT: u8 = 2;
 /// Exit status for an image that only wastes space.
 const LEAKS: u8 = 3;
-/// Exit status for a format without anything to check.
-const NO_CHECK: u8 = 63;
 
 pub fn run(args: &[String]) -> Outcome {
     let repair = value("r").or("repair");
@@ -50,9 +48,9 @@ pub fn run(args: &[String]) -> Outcome {
         check: true,
         ..Use::default()
     };
-    let opened = open::layer(&source, using)?;
+    let opened = open::on_its_chain(&source, using)?;
     let Some(image) = &opened.qcow2 else {
-        return Err(Fail::new("This image format does not support checks").with_code(NO_CHECK));
+        return Err(check_foreign::no_check());
     };
     // What is printed follows what is said on stderr meanwhile.
     let mut said = String::new();
@@ -87,6 +85,10 @@ fn check(image: &Image, repair: Repair, quiet: bool, said: &mut String) -> Outco
             Fail::new(format!("Check failed: {}", reason(&e)))
         })?;
         check.messages.iter().for_each(|line| eprintln!("{line}"));
+        if check.errors > 0 && repair == Repair::Leaks {
+            // Nothing was mended.
+            return Err(Fail::new(format!("Check failed: {}", os_text(nix::libc::EIO))));
+        }
         Ok(check)
     };
     let first = once(repair)?;

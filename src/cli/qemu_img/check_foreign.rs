@@ -25,8 +25,14 @@ pub fn check(
         Some(name) => Format::from_name(name).map_err(|e| Fail::new(reason(&e)))?,
         None => open::probe(source, Use::reading(shared))?,
     };
+    if format == Format::Vpc {
+        return Err(no_check());
+    }
     if !matches!(format, Format::Vhdx | Format::Vdi | Format::Vmdk) {
         return Ok(None);
+    }
+    if repair != Repair::None && format != Format::Vhdx {
+        return Err(no_check());
     }
     let mut fixed = 0;
     if format == Format::Vhdx && repair != Repair::None {
@@ -38,6 +44,13 @@ pub fn check(
     let opened = open::layer(source, Use { check: true, ..Use::reading(shared) })?;
     let found = Check { corruptions_fixed: fixed, ..walk(&*opened.layer.image) };
     Ok(Some((format.name(), found)))
+}
+
+/// The format has nothing to check, or not in this way.
+pub fn no_check() -> Fail {
+    /// Exit status for it.
+    const NO_CHECK: u8 = 63;
+    Fail::new("This image format does not support checks").with_code(NO_CHECK)
 }
 
 /// Looks at every part of the disk.

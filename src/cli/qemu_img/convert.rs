@@ -177,7 +177,7 @@ fn copied_bitmaps(given: &Given, name: &str, format: &str) -> Outcome<Vec<bitmap
         return Err(Fail::new("Copying bitmaps only possible with single source"));
     }
     let opened = open::layer(&given.source(name)?, given.reading())?;
-    let Some(image) = &opened.qcow2 else {
+    let Some(image) = opened.qcow2.as_ref().filter(|image| image.header().version > 2) else {
         return Err(Fail::new("Source lacks bitmap support"));
     };
     if format != "qcow2" {

@@ -83,9 +83,13 @@ pub fn reason(error: &Error) -> String {
     }
     match error.raw_os_error() {
         Some(errno) => os_text(errno),
+        None if error.message().starts_with(CORRUPT) => format!("qcow2: {CORRUPT}"),
         None => error.message().to_owned(),
     }
 }
+
+/// What QEMU says of an image with the corrupt mark; what mends it is ours to add elsewhere.
+const CORRUPT: &str = "Image is corrupt; cannot be opened read/write";
 
 /// Why a file could not be opened.
 pub fn open_reason(error: &Error, path: &Path) -> String {

@@ -95,7 +95,7 @@ fn dispatch(args: &[String]) -> Outcome {
     loop {
         match args {
             [] => return Err(Fail::usage("Not enough arguments")),
-            [first, ..] if matches!(first.as_str(), "-h" | "--help" | "help") => {
+            [first, ..] if matches!(first.as_str(), "-h" | "--help") => {
                 print!("{}", help());
                 return Ok(0);
             }

@@ -113,6 +113,11 @@ pub fn layer_and_chain(source: &Source, using: Use) -> Outcome<(Opened, Chain)> 
     opened.map_err(|e| e.prefix(format!("Could not open '{}': ", source.given)))
 }
 
+/// Opens the image alone, once all that is below it has been opened as well.
+pub fn on_its_chain(source: &Source, using: Use) -> Outcome<Opened> {
+    layer_and_chain(source, using).map(|(opened, _)| opened)
+}
+
 /// The same; the error does not name the image.
 pub fn try_chain(source: &Source, using: Use) -> Outcome<(Opened, Chain)> {
     let opened = try_layer(source, using)?;
@@ -208,7 +213,7 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
             let inner = qcow2::OpenOptions {
                 read_only: !using.write,
                 cache: if using.write { options.cache / 4 } else { 1 << 20 },
-                repair: using.check && using.write,
+                repair: using.check,
                 data_file,
                 passphrase: crypt::of_qcow2(source, &header, using.looks)?,
                 ..qcow2::OpenOptions::default()
@@ -328,7 +333,10 @@ pub fn at_snapshot(source: &Source, which: &str, using: Use) -> Outcome<Chain> {
     let (opened, chain) = layer_and_chain(source, using)?;
     if opened.qcow2.is_none() {
         let name = opened.layer.format;
-        return Err(failed(format!("Device '{name}' does not support internal snapshots")));
+        return Err(failed(format!(
+            "Block format '{name}' used by device '' does not support temporarily loading internal \
+             snapshots"
+        )));
     }
     let Bytes { storage, file, .. } = bottom::open(&source.protocol, using)?;
     let header = opened.qcow2.as_ref().map(|q| q.header());

@@ -1,6 +1,7 @@
 //! `qemu-img resize`: makes a disk bigger or smaller.
 
 use vdisk::block::BlockDevice;
+use vdisk::chain::Format;
 use vdisk::qcow2::Preallocation;
 
 use super::args::{self, long, long_value};
@@ -38,8 +39,14 @@ pub fn run(args: &[String]) -> Outcome {
         Some(true) => old.checked_add(bytes),
         Some(false) => old.checked_sub(bytes),
     };
+    let raw = opened.layer.format == Format::Raw;
+    if raw && how == Preallocation::Metadata {
+        return Err(Fail::new("Unsupported preallocation mode: metadata"));
+    }
+    // A raw file ends anywhere.
+    let unit = if raw { 1 } else { SECTOR };
     let new = new
-        .and_then(|n| n.checked_next_multiple_of(SECTOR))
+        .and_then(|n| n.checked_next_multiple_of(unit))
         .filter(|n| *n > 0 && i64::try_from(*n).is_ok())
         .ok_or_else(|| Fail::new("New image size must be positive"))?;
     if new <= old && how != Preallocation::Off {
@@ -56,6 +63,11 @@ pub fn run(args: &[String]) -> Outcome {
     open::refuse_resize(&opened)?;
     chain.resize(new).map_err(|e| Fail::new(reason(&e)))?;
     open::preallocate(&opened, old, new, how)?;
+    let below = chain.all_layers().get(1).map_or(0, |layer| layer.image.size());
+    if new > old && below > old {
+        // What the backing file holds there stays hidden, and all of the new part says so.
+        chain.write_zeroes(old, new - old, false).map_err(|e| Fail::new(reason(&e)))?;
+    }
     chain.flush().map_err(|e| Fail::new(reason(&e)))?;
     if !given.has("q") {
         println!("Image resized.");

@@ -23,7 +23,7 @@ pub fn run(args: &[String]) -> Outcome {
     let source = given.source(given.only_name()?)?;
     let action = actions.first().copied().unwrap_or("l");
     if action == "l" {
-        let opened = open::layer(&source, given.reading())?;
+        let opened = open::on_its_chain(&source, given.reading())?;
         if let Some(image) = &opened.qcow2 {
             let all = image.snapshots().map_err(|e| Fail::new(reason(&e)))?;
             print!("{}", list(&all));
@@ -37,8 +37,13 @@ pub fn run(args: &[String]) -> Outcome {
         _ => "delete",
     };
     let failed = |why: String| Fail::new(format!("Could not {verb} snapshot '{name}': {why}"));
+    drop(open::on_its_chain(&source, Use::writing())?);
     let Some(mut image) = open::owned(&source, Use::writing())? else {
-        return Err(failed(os_text(nix::libc::ENOTSUP)));
+        return Err(failed(match action {
+            "c" => os_text(nix::libc::ENOTSUP),
+            "a" => "Block driver does not support snapshots".to_owned(),
+            _ => "snapshot not found".to_owned(),
+        }));
     };
     match action {
         "c" => create(&mut image, name).map_err(failed)?,
@@ -72,6 +77,9 @@ fn create_reason(error: &vdisk::Error) -> String {
 fn apply(image: &mut Image, name: &str) -> Result<(), String> {
     if image.bitmaps().is_ok_and(|all| !all.is_empty()) {
         return Err("Device has active dirty bitmaps".to_owned());
+    }
+    if image.header().has_data_file() {
+        return Err(format!("Failed to load snapshot: {}", os_text(nix::libc::ENOTSUP)));
     }
     let id = find(image, name)?
         .ok_or_else(|| format!("Failed to load snapshot: {}", os_text(nix::libc::ENOENT)))?;

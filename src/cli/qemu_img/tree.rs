@@ -79,8 +79,12 @@ impl Tree {
             return Err(Fail::new(format!("Cannot find device='' nor node-name='{node}'")));
         } else if file.0.is_empty() {
             let name = self.take("filename");
-            let name =
-                name.ok_or_else(|| Fail::new("A block device must be specified for \"file\""))?;
+            let name = name.ok_or_else(|| {
+                Fail::new(match driver {
+                    Some(_) => "A block device must be specified for \"file\"",
+                    None => "Must specify either driver or file",
+                })
+            })?;
             protocol(&name)?
         } else {
             file.protocol()?
