@@ -162,7 +162,7 @@ fn leave_caller() {
 }
 
 /// A deep chain is many files, and so is each snapshot that is looked at: as many as may be.
-fn allow_many_files() {
+pub fn allow_many_files() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

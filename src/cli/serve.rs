@@ -16,6 +16,7 @@ use vdisk::{Error, Result};
 
 use super::disk::{self, Use};
 use super::holding::{self, Whole};
+use super::mount_daemon::allow_many_files;
 
 /// NBD's port.
 const NBD_PORT: u16 = 10809;
@@ -35,7 +36,7 @@ enum Protocol {
 
 /// Serve a disk over NBD: for nbdcopy, qemu, the kernel.
 ///
-/// Serves any number of clients until it is ended by SIGTERM or SIGINT (Ctrl-C); then all that was
+/// Serves up to 32 clients at a time until it is ended by SIGTERM or SIGINT (Ctrl-C); then all that was
 /// written is durable. When clients can connect it writes one line to standard output: "ready", and
 /// the URI to connect to.
 #[derive(ClapArgs)]
@@ -153,6 +154,7 @@ impl DiskArgs {
     }
 
     fn open(&self) -> Result<Arc<Chain>> {
+        allow_many_files();
         let using = Use {
             write: self.ephemeral || !(self.read_only || self.snapshot.is_some()),
             ephemeral: self.ephemeral,
