@@ -462,6 +462,26 @@ static void test_wait(void)
 		__asm__ volatile("hlt");
 }
 
+/* The disk grows under the guest: the device says so by an interrupt of its own kind. */
+static void test_grow(void)
+{
+	u64 before;
+	set_up(ALL);
+	watch_interrupts();
+	before = capacity();
+	print("waiting\n");
+	while (!interrupted())
+		__asm__ volatile("pause");
+	expect(get(INTERRUPT_STATUS) == 2, "the interrupt of a change of the configuration");
+	set(INTERRUPT_ACK, 2);
+	expect(get(INTERRUPT_STATUS) == 0, "acknowledged");
+	say("grew from", before);
+	say("sectors", capacity());
+	expect(reads_as(before, 8, 0), "the first new sectors");
+	expect(writes(capacity() - 1, 1, 0x55), "write to the last sector");
+	expect(request(T_FLUSH, 0, 0) == 0, "flush");
+}
+
 /* The control register is where the table says; "off" is sleep type 5. */
 static void test_acpi(const u8 *root)
 {
@@ -528,6 +548,8 @@ void guest(const u8 *boot_params)
 		test_echo();
 	else if (is_test(line, "wait"))
 		test_wait();
+	else if (is_test(line, "grow"))
+		test_grow();
 	else if (is_test(line, "acpi"))
 		test_acpi(*(const u8 *const *)(boot_params + 0x70));
 	else if (is_test(line, "triple-fault"))

@@ -242,8 +242,13 @@ struct Booted(Child);
 impl Booted {
     /// Starts a guest that writes and then sleeps; returns when it says that it has written.
     fn waiting(work: &Work) -> Booted {
+        Booted::test(work, "wait")
+    }
+
+    /// Starts a guest for one of its tests; returns when it says that it waits.
+    fn test(work: &Work, test: &str) -> Booted {
         let mut command = Command::new(VDISK);
-        command.args(words("wait", "")).current_dir(work.dir()).stdin(Stdio::null());
+        command.args(words(test, "")).current_dir(work.dir()).stdin(Stdio::null());
         let out = File::create(work.path("out")).unwrap();
         let booted = Booted(command.stdout(out).stderr(Stdio::null()).spawn().unwrap());
         let deadline = Instant::now() + PATIENCE;
@@ -328,6 +333,25 @@ fn the_disk_of_a_guest_takes_a_snapshot_and_grows_while_it_runs() {
     }
     let size = work.vdisk("info clone.qcow2").succeeds().out();
     assert!(size.contains(&(DISK + (1 << 20)).to_string()), "{size}");
+    assert_base_unchanged(&work);
+}
+
+#[test]
+fn a_guest_is_told_that_its_disk_grew_and_uses_what_is_new() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let mut booted = Booted::test(&work, "grow");
+    work.vdisk("resize clone.qcow2 +3M").succeeds();
+    assert_eq!(booted.status(), Some(0));
+    let (old, new) = (DISK / SECTOR, (DISK + (3 << 20)) / SECTOR);
+    let out = String::from_utf8(work.bytes("out")).unwrap();
+    assert!(out.ends_with(&format!("grew from: {old}\nsectors: {new}\ndone\n")), "{out}");
+    let last = (new - 1) * SECTOR;
+    let read = work.vdisk(&format!("read clone.qcow2 {last} {SECTOR}")).succeeds().stdout;
+    assert_all(&read, 0x55, "the last sector");
+    assert_sound(&work, &[]);
     assert_base_unchanged(&work);
 }
 
