@@ -4,6 +4,7 @@
 //!
 //! `VDISK_SWEEP_SECONDS` sets how long it goes on; what it tries is drawn from the seed.
 
+mod holder;
 mod power;
 mod scene;
 mod tracer;
@@ -28,6 +29,21 @@ fn vdisk() -> PathBuf {
     env!("CARGO_BIN_EXE_vdisk").into()
 }
 
+impl Operation {
+    fn program(&self) -> PathBuf {
+        if self.held { "/usr/bin/env".into() } else { vdisk() }
+    }
+
+    /// All that a directory shows, but for the disk that is held.
+    fn observe(&self, dir: &Path) -> vdisk::Result<State> {
+        let mut state = undisturbed(|| scene::observe(dir))?;
+        if self.held {
+            state.remove(holder::DISK);
+        }
+        Ok(state)
+    }
+}
+
 /// One command on one scene.
 struct Sweep {
     operation: Operation,
@@ -37,6 +53,8 @@ struct Sweep {
     new: State,
     log: Vec<Event>,
     calls: usize,
+    /// What the disk held before, where the command holds it.
+    head: Option<Vec<u8>>,
 }
 
 impl Sweep {
@@ -50,34 +68,37 @@ impl Sweep {
         }
         let (files, named) = Files::of(dir.path());
         let start = Directory::read(dir.path(), &named);
-        let old = undisturbed(|| scene::observe(dir.path())).unwrap();
-        let run = tracer::run(&vdisk(), &operation.args, files, Fate::Undisturbed);
+        let head = operation.held.then(|| undisturbed(|| holder::read(dir.path())).unwrap());
+        let old = operation.observe(dir.path()).unwrap();
+        let run = tracer::run(&operation.program(), &operation.args, files, Fate::Undisturbed);
         assert_eq!(run.status, Some(0), "{:?}: {}", operation.args, run.stderr);
-        let new = undisturbed(|| scene::observe(dir.path())).unwrap();
+        let new = operation.observe(dir.path()).unwrap();
         let end = start.after(&run.log, Rest::Kept, dice);
         let again = scratch();
         end.write(again.path());
-        let seen = undisturbed(|| scene::observe(again.path())).unwrap();
+        let seen = operation.observe(again.path()).unwrap();
         assert_eq!(seen, new, "{:?}: the log says what was done", operation.args);
-        Sweep { operation, start, old, new, log: run.log, calls: run.tried }
+        let sweep = Sweep { operation, start, old, new, log: run.log, calls: run.tried, head };
+        sweep.head_shows(again.path(), holder::durable(&sweep.log)).unwrap();
+        sweep
     }
 
     /// Runs the command on a fresh copy of the scene.
     fn run(&self, dir: &Path, fate: Fate) -> Run {
         self.start.write(dir);
-        tracer::run(&vdisk(), &self.operation.args, Files::of(dir).0, fate)
+        tracer::run(&self.operation.program(), &self.operation.args, Files::of(dir).0, fate)
     }
 
     fn cut(&self, at: usize, rest: Rest, dice: &mut Dice) -> Result<(), String> {
         let dir = scratch();
         self.start.after(&self.log[..at], rest, dice).write(dir.path());
-        self.judge(dir.path(), dice.once_in(8)).map(drop)
+        self.judge(dir.path(), &self.log[..at], dice.once_in(8)).map(drop)
     }
 
     fn kill(&self, at: usize, dice: &mut Dice) -> Result<(), String> {
         let dir = scratch();
-        self.run(dir.path(), Fate::Kill(at));
-        self.judge(dir.path(), dice.once_in(4)).map(drop)
+        let run = self.run(dir.path(), Fate::Kill(at));
+        self.judge(dir.path(), &run.log, dice.once_in(4)).map(drop)
     }
 
     fn fail(&self, fate: Fate, dice: &mut Dice) -> Result<(), String> {
@@ -86,25 +107,26 @@ impl Sweep {
         if run.status.is_none_or(|status| status > 1) {
             return Err(format!("it ended with {:?}: {}", run.status, run.stderr));
         }
-        let seen = self.judge(dir.path(), dice.once_in(4))?;
+        let seen = self.judge(dir.path(), &run.log, dice.once_in(4))?;
         if run.status == Some(0) && seen != self.new {
-            return Err(format!("it reported success, but shows {seen:?}"));
+            return Err(format!("it reported success, but shows {seen:?}\n{}", run.stderr));
         }
         Ok(())
     }
 
     /// Whether the directory is as it may be; what it shows at the end.
-    fn judge(&self, dir: &Path, again: bool) -> Result<State, String> {
+    fn judge(&self, dir: &Path, log: &[Event], again: bool) -> Result<State, String> {
         undisturbed(|| self.readers(dir))?;
+        self.head_shows(dir, holder::durable(log)).map_err(|e| format!("to a reader: {e}"))?;
         undisturbed(|| scene::heal(dir)).map_err(|e| format!("healing: {e}"))?;
-        let seen =
-            undisturbed(|| scene::observe(dir)).map_err(|e| format!("after healing: {e}"))?;
+        let seen = self.operation.observe(dir).map_err(|e| format!("after healing: {e}"))?;
+        self.head_shows(dir, holder::durable(log)).map_err(|e| format!("after healing: {e}"))?;
         if !self.allows(&seen) {
             let Sweep { old, new, .. } = self;
             return Err(format!("shows  {seen:x?}\nbefore {old:x?}\nafter  {new:x?}"));
         }
         undisturbed(|| scene::check(dir))?;
-        if again && seen == self.old {
+        if again && seen == self.old && !self.operation.held {
             let run =
                 tracer::run(&vdisk(), &self.operation.args, Files::of(dir).0, Fate::Undisturbed);
             let seen = undisturbed(|| scene::observe(dir)).map_err(|e| e.to_string())?;
@@ -119,12 +141,22 @@ impl Sweep {
     fn readers(&self, dir: &Path) -> Result<(), String> {
         for path in scene::disks(dir) {
             let name = path.file_name().unwrap().to_str().unwrap();
+            if self.operation.held && name == holder::DISK {
+                continue;
+            }
             let seen = scene::look(&path).map_err(|e| format!("to a reader: {e}"))?;
             if ![self.old.get(name), self.new.get(name)].contains(&Some(&seen)) {
                 return Err(format!("{name} shows something else to a reader"));
             }
         }
         Ok(())
+    }
+
+    /// Whether the disk that the command holds shows what it may.
+    fn head_shows(&self, dir: &Path, durable: usize) -> Result<(), String> {
+        let Some(before) = &self.head else { return Ok(()) };
+        let seen = undisturbed(|| holder::read(dir)).map_err(|e| e.to_string())?;
+        holder::may_show(before, durable, &seen)
     }
 
     fn allows(&self, seen: &State) -> bool {
@@ -166,22 +198,32 @@ impl Sweep {
 }
 
 /// Seconds that the sweep goes on, if it is limited.
-fn limit() -> Option<u64> {
+fn limit(seconds: u64) -> Option<u64> {
     match std::env::var("VDISK_SWEEP_SECONDS").as_deref() {
         Ok("all") => None,
         Ok(text) => Some(text.parse().expect("VDISK_SWEEP_SECONDS is a number, or `all`")),
-        Err(_) => Some(25),
+        Err(_) => Some(seconds),
     }
 }
 
 #[test]
 fn a_command_stopped_anywhere_leaves_the_old_tree_or_the_new_one() {
+    sweep(scene::operations(), 25);
+}
+
+#[test]
+fn a_holder_stopped_anywhere_leaves_a_tree_and_all_that_was_flushed() {
+    sweep(scene::live_operations(), 15);
+}
+
+/// Tries what time allows of all that can happen to the operations.
+fn sweep(operations: Vec<Operation>, seconds: u64) {
     let seed = seed();
     let _confess = Confess(seed);
     let mut dice = Dice::new(seed);
-    let until = limit().map(|s| std::time::Instant::now() + std::time::Duration::from_secs(s));
-    let sweeps: Vec<Sweep> =
-        scene::operations().into_iter().map(|op| Sweep::new(op, &mut dice)).collect();
+    let until =
+        limit(seconds).map(|s| std::time::Instant::now() + std::time::Duration::from_secs(s));
+    let sweeps: Vec<Sweep> = operations.into_iter().map(|op| Sweep::new(op, &mut dice)).collect();
     let mut trials: Vec<(usize, Trial)> = Vec::new();
     for (number, sweep) in sweeps.iter().enumerate() {
         trials.extend(sweep.trials().into_iter().map(|trial| (number, trial)));

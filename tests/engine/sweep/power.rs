@@ -67,6 +67,7 @@ impl Directory {
                 Event::SyncNames { upto } => {
                     names.extract_if(.., |(at, _)| *at < *upto).for_each(|(_, e)| dir.change(e));
                 }
+                Event::Said { .. } => {}
                 Event::New { .. } => dir.change(event),
                 Event::Name { .. } | Event::Rename { .. } | Event::Remove { .. } => {
                     names.push((number, event));
@@ -141,7 +142,7 @@ impl Directory {
                 self.names.insert(to.clone(), file);
             }
             Event::Remove { name } => drop(self.names.remove(name)),
-            Event::Sync { .. } | Event::SyncNames { .. } => {}
+            Event::Sync { .. } | Event::SyncNames { .. } | Event::Said { .. } => {}
         }
     }
 }

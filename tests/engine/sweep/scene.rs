@@ -30,6 +30,8 @@ pub struct Operation {
     /// Whether it is one step, so that nothing between the old state and the new one is allowed.
     /// Otherwise each disk and each snapshot is as before or as after.
     pub atomic: bool,
+    /// Whether it holds a disk and writes to it, as [`holder`](super::holder) does.
+    pub held: bool,
 }
 
 /// What a user sees: a digest of each disk's contents, and of each of its snapshots as
@@ -92,7 +94,8 @@ pub fn build(dir: &Path, dice: &mut Dice) {
 /// The commands of a sweep.
 pub fn operations() -> Vec<Operation> {
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
-    let one = |line: &str| Operation { first: Vec::new(), args: words(line), atomic: true };
+    let one =
+        |line: &str| Operation { first: Vec::new(), args: words(line), atomic: true, held: false };
     let many = |line: &str| Operation { atomic: false, ..one(line) };
     let after = |first: &str, line: &str| Operation { first: vec![words(first)], ..one(line) };
     vec![
@@ -125,6 +128,32 @@ pub fn operations() -> Vec<Operation> {
         one("resize disk.qcow2 +64K"),
         one("convert disk.qcow2 new.qcow2 --compress"),
         one("create new.qcow2 1M"),
+    ]
+}
+
+/// Changes of the tree of a disk in use, as [`holder`](super::holder) does them.
+pub fn live_operations() -> Vec<Operation> {
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let after = |first: Vec<Vec<String>>, change: &str| {
+        let args = super::holder::command(change);
+        Operation { first, args, atomic: true, held: true }
+    };
+    let one = |change: &str| after(Vec::new(), change);
+    let deleted = || vec![words("snapshot delete disk.qcow2 d --yes")];
+    vec![
+        one("create e"),
+        one("merge a"),
+        one("merge b"),
+        one("merge c"),
+        one("merge a batches"),
+        one("merge b batches"),
+        one("merge c batches"),
+        one("delete d"),
+        one("delete d kept"),
+        one("rename b e"),
+        after(deleted(), "undo"),
+        after(deleted(), "forget"),
+        after(vec![words("snapshot delete disk.qcow2 c --yes")], "forget"),
     ]
 }
 

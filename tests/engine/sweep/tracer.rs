@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use super::holder::SAID;
 use crate::processes::spawn;
 
 /// A file, however many names it has. Unlike an inode's number it is not used again.
@@ -64,6 +65,10 @@ pub enum Event {
     /// All changes of names before the event `upto` are durable.
     SyncNames {
         upto: usize,
+    },
+    /// A holder said how many of its writes are durable.
+    Said {
+        number: usize,
     },
 }
 
@@ -172,6 +177,9 @@ enum Call {
     },
     Remove {
         name: String,
+    },
+    Said {
+        number: usize,
     },
 }
 
@@ -327,6 +335,7 @@ impl Tracer {
             Call::Zero { file, offset, len, grow } => Event::Zero { file, offset, len, grow },
             Call::SetLen { file, len } => Event::SetLen { file, len },
             Call::Grow { file, len } => Event::Zero { file, offset: len, len: 0, grow: true },
+            Call::Said { number } => Event::Said { number },
             Call::Sync { file, upto } => Event::Sync { file, upto },
             Call::SyncNames { upto } => Event::SyncNames { upto },
             Call::Rename { from, to } => Event::Rename { from, to },
@@ -367,6 +376,11 @@ impl Tracer {
         let at = self.run.log.len();
         let fd = first as i32;
         match regs.orig_rax as c_long {
+            libc::SYS_write if fd == libc::STDERR_FILENO => {
+                let said = String::from_utf8(peek(thread, second, third)).ok()?;
+                let number = said.strip_prefix(SAID)?.trim_end().parse().ok()?;
+                Some(Call::Said { number })
+            }
             libc::SYS_write => {
                 let file = self.file(thread, fd)?;
                 let bytes = peek(thread, second, third);
