@@ -213,7 +213,7 @@ fn a_command_stopped_anywhere_leaves_the_old_tree_or_the_new_one() {
 
 #[test]
 fn a_holder_stopped_anywhere_leaves_a_tree_and_all_that_was_flushed() {
-    sweep(scene::live_operations(), 15);
+    sweep(scene::live_operations(), 12);
 }
 
 /// Tries what time allows of all that can happen to the operations.
