@@ -1,6 +1,19 @@
 //! What the fuzz targets and the seeded run in `tests/engine/fuzz.rs` share: images of all shapes, a
 //! mutation that knows where an image keeps what, and one body for each target.
 
+//!
+//! With AddressSanitizer and coverage, on the stable toolchain, whose runtimes it ships:
+//!
+//! ```text
+//! cargo install cargo-fuzz
+//! mkdir corpus && VDISK_SHAPES=$PWD/corpus cargo test --test engine fuzz::
+//! RUSTC_BOOTSTRAP=1 cargo fuzz run read corpus -- -timeout=10 -malloc_limit_mb=256 -rss_limit_mb=1024
+//! ```
+//!
+//! The corpus is one of qcow2 images; `foreign` takes what is in `testdata/formats`, unpacked, with
+//! `-max_len=4400000`. A limit of 256 MiB is the product's; what lies above it is the sanitizer's, and
+//! files that stand in memory here: a sparse one of 300 MiB is no finding.
+
 #![allow(missing_docs, reason = "for the targets beside it only")]
 
 #[path = "../../tests/engine/dice.rs"]

@@ -67,7 +67,9 @@ impl Spec {
     /// QEMU makes.
     pub fn parse(cipher: &str, mode: &str, key_len: u32) -> Result<Spec> {
         let unsupported = || {
-            Error::unsupported(format!("the cipher {cipher}-{mode} with {key_len} bytes of key"))
+            Error::unsupported(format!(
+                "the cipher {cipher}-{mode} with {key_len} bytes of key is not supported: AES is"
+            ))
         };
         // Some name a hash that their vectors do without.
         let plain = mode.split_once(':').map_or(mode, |(plain, _)| plain);

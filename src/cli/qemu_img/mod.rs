@@ -30,6 +30,7 @@ mod info;
 mod info_foreign;
 mod json;
 mod keys;
+mod leftover;
 mod map;
 mod measure;
 mod name;

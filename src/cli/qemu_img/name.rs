@@ -91,8 +91,10 @@ pub struct Source {
     pub above: Option<Rules>,
     /// The driver that stands alone, without a format on it.
     pub bare: Option<&'static str>,
-    /// The other options, which do not change what is read.
+    /// All options, as they were given.
     pub rest: List,
+    /// Those that nobody has used.
+    pub left: List,
 }
 
 /// Bytes of a disk of nothing, unless the user says otherwise.
@@ -152,6 +154,7 @@ impl Source {
             above: None,
             bare: None,
             rest: List::default(),
+            left: List::default(),
         }
     }
 

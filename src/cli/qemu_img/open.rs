@@ -19,6 +19,7 @@ use super::data_file;
 use super::fail::{Fail, Outcome, open_reason, os_text, reason, report};
 use super::faults::Faults;
 use super::faulty::Faulty;
+use super::leftover;
 use super::name::{Below, Protocol, Source, has_protocol};
 use super::opts::List;
 use super::window::Window;
@@ -203,6 +204,7 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
             None => failed(e),
         })?,
     };
+    leftover::of_format(format.name(), &source.left)?;
     let mut vmdk = None;
     let mut luks = None;
     let (image, qcow2): (Arc<dyn Image>, _) = match format {
@@ -226,6 +228,8 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
                 if let Some(error) = over {
                     return Err(Fail::new(error.message()));
                 }
+                // So does a bitmap of a kind that nobody could keep right.
+                image.bitmaps().map_err(|e| Fail::new(e.message()))?;
             }
             image.mended_on_opening().iter().for_each(|line| eprintln!("{line}"));
             (image.clone(), Some(image))

@@ -7,6 +7,7 @@ use serde_json::Value;
 use vdisk::formats::vhd::SizeBy;
 
 use super::fail::{Fail, Outcome};
+use super::leftover;
 use super::name::{Below, FORMATS, Key, NULL, Protocol, Rules, Source, protocol};
 use super::nbd;
 use super::opts::List;
@@ -78,7 +79,7 @@ impl Tree {
         source.protocol = if let Some(node) = self.take("file") {
             return Err(Fail::new(format!("Cannot find device='' nor node-name='{node}'")));
         } else if file.0.is_empty() {
-            let name = self.take("filename");
+            let name = if driver.is_none() { self.take("filename") } else { None };
             let name = name.ok_or_else(|| {
                 Fail::new(match driver {
                     Some(_) => "A block device must be specified for \"file\"",
@@ -94,7 +95,10 @@ impl Tree {
         source.data_file = (!data.0.is_empty()).then(|| data.protocol()).transpose()?;
         source.vhd_size = self.vhd_size()?;
         source.key = self.key(driver.as_deref());
-        source.window = (self.number("offset")?.unwrap_or(0), self.number("size")?);
+        if driver.as_deref().is_none_or(|d| d == "raw") {
+            source.window = (self.number("offset")?.unwrap_or(0), self.number("size")?);
+        }
+        source.left = List(std::mem::take(&mut self.0));
         Ok(source)
     }
 
@@ -147,6 +151,7 @@ impl Tree {
                 let name = self.take("filename");
                 let name =
                     name.ok_or_else(|| Fail::new("The 'file' block driver requires a file name"))?;
+                leftover::of_protocol(&driver, &List(std::mem::take(&mut self.0)))?;
                 Ok(Protocol::File(PathBuf::from(name)))
             }
             "blkdebug" => {
@@ -161,7 +166,11 @@ impl Tree {
                 Ok(Protocol::Faulty { config, rules, image: Box::new(image) })
             }
             "nbd" => nbd::from_options(self).map(Protocol::Nbd),
-            "null-co" | "null-aio" => Ok(Protocol::Null(self.number("size")?.unwrap_or(NULL))),
+            "null-co" | "null-aio" => {
+                let size = self.number("size")?.unwrap_or(NULL);
+                leftover::of_protocol(&driver, &List(std::mem::take(&mut self.0)))?;
+                Ok(Protocol::Null(size))
+            }
             "quorum" => {
                 let mut parts = Vec::new();
                 for number in 0.. {

@@ -110,7 +110,8 @@ pub(in crate::qcow2) fn read(storage: &dyn Storage, header: &Header) -> Result<V
             || entry.kind != DIRTY_TRACKING
             || !(9..=31).contains(&entry.granularity_bits);
         if unknown {
-            return bad("a bitmap has a form that this version does not know", place);
+            let name = String::from_utf8_lossy(&entry.name);
+            return bad(&format!("Bitmap '{name}' doesn't satisfy the constraints"), place);
         }
         tables += u64::from(entry.table_size);
         if tables > MAX_TABLES {
