@@ -5,13 +5,14 @@
 //! A layer on which something stands cannot go with the rest: it loses its name, and is folded into
 //! what stands on it.
 
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::merge::{self, Progress};
 use super::plan::{Fate, Forgotten, Operation, Plan, Touched, Work, now};
 use super::reach::Reach;
 use super::snapshot::relabel;
-use super::tree::{Family, Member, clones_of};
+use super::tree::{Beside, Family, Member};
 use super::{cost, heal};
 use crate::error::{ErrorKind, Result};
 use crate::image::{Id, Kept, Role, Was};
@@ -97,7 +98,8 @@ pub(super) fn last(family: &Family) -> Option<Event<'_>> {
 pub fn kept_aside(family: &Family) -> Result<Option<KeptAside>> {
     let Some(event) = last(family) else { return Ok(None) };
     let mut bytes = 0;
-    for member in event.layers.iter().filter(|m| !is_shown(family, m)) {
+    let shown = shown(family);
+    for member in event.layers.iter().filter(|m| !shown.contains(&m.label.layer)) {
         match cost::look(member) {
             // Whoever holds the disk has just let go of it.
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -117,9 +119,22 @@ pub fn kept_aside(family: &Family) -> Result<Option<KeptAside>> {
 
 /// Whether the layer is the head or a snapshot, or one of them stands on it.
 pub(super) fn is_shown(family: &Family, member: &Member) -> bool {
-    let aside = |m: &Member| matches!(m.label.role, Role::Dropped | Role::Unnamed);
-    let above = family.descendants(member.label.layer);
-    above.into_iter().chain([member]).any(|m| !aside(m))
+    shown(family).contains(&member.label.layer)
+}
+
+/// The layers that the head or a snapshot is, or stands on.
+fn shown(family: &Family) -> HashSet<Id> {
+    let below: HashMap<Id, Option<Id>> =
+        family.members().map(|m| (m.label.layer, m.parent())).collect();
+    let mut shown = HashSet::new();
+    let aside = |m: &&Member| matches!(m.label.role, Role::Dropped | Role::Unnamed);
+    for member in family.members().filter(|m| !aside(m)) {
+        let mut at = Some(member.label.layer);
+        while let Some(id) = at.filter(|id| below.contains_key(id) && shown.insert(*id)) {
+            at = below.get(&id).copied().flatten();
+        }
+    }
+    shown
 }
 
 /// What letting go of all that is kept aside of the disk at `path` will do.
@@ -131,8 +146,9 @@ pub fn plan_forget(path: &Path) -> Result<Plan> {
     let mut plan = Plan::new(Operation::Forget, &family, Work::Forget(numbers));
     plan.forgets = kept_aside(&family)?.map(Forgotten::from);
     let unnamed = family.layers.iter().filter(|m| m.label.role == Role::Unnamed);
+    let shown = shown(&family);
     for member in all.iter().flat_map(|e| e.layers.iter().copied()).chain(unnamed) {
-        if !is_shown(&family, member) {
+        if !shown.contains(&member.label.layer) {
             plan.layers.push(Touched::new(member, Fate::Removed));
             plan.freed += cost::data_bytes(&*cost::look(member)?.image)?;
         } else if let Some(fold) = merge::plan_fold(&family, member, false)? {
@@ -201,8 +217,12 @@ pub(super) fn tidy(reach: &Reach<'_>, path: &Path, family: &Family) -> Result<()
 
 /// Whether [`tidy`] has nothing to do.
 pub(super) fn is_tidy(family: &Family) -> bool {
-    let idle = |m: &Member| m.label.role == Role::Unnamed && !is_shown(family, m);
-    overdue(family).is_empty() && !family.layers.iter().any(idle)
+    let unnamed = |m: &Member| m.label.role == Role::Unnamed;
+    let idle = || {
+        let shown = shown(family);
+        family.layers.iter().any(|m| unnamed(m) && !shown.contains(&m.label.layer))
+    };
+    overdue(family).is_empty() && !(family.layers.iter().any(unnamed) && idle())
 }
 
 fn overdue(family: &Family) -> Vec<u64> {
@@ -217,13 +237,15 @@ fn let_go(reach: &Reach<'_>, path: &Path, event: u64) -> Result<()> {
     let is_ours = |m: &&Member| {
         m.label.role == Role::Dropped && m.label.kept.as_ref().is_some_and(|k| k.event == event)
     };
-    let mut gone = Vec::new();
-    for member in children_first(&family).into_iter().filter(is_ours) {
-        let on = family.children(member.label.layer);
-        let bare = on.iter().all(|m| gone.contains(&m.label.layer));
-        if bare && clones_of(&member.path, Some(member.label.disk))?.is_empty() {
+    let layers: Vec<&Member> = family.children_first().into_iter().filter(is_ours).collect();
+    if layers.is_empty() {
+        return Ok(());
+    }
+    let mut on = Standing::read(path, &family)?;
+    for member in layers {
+        if on.is_bare(member) {
             discard(reach, member)?;
-            gone.push(member.label.layer);
+            on.took(member);
         } else {
             let layer = reach.open(&member.path)?;
             relabel(&layer, |label| (label.role, label.kept) = (Role::Unnamed, None))?;
@@ -232,10 +254,32 @@ fn let_go(reach: &Reach<'_>, path: &Path, event: u64) -> Result<()> {
     sync_directory(path)
 }
 
-fn children_first(family: &Family) -> Vec<&Member> {
-    let known = |id: Option<Id>| id.is_some_and(|id| family.member(id).is_some());
-    let roots = family.members().filter(|m| !known(m.parent()));
-    roots.flat_map(|root| family.descendants(root.label.layer).into_iter().chain([root])).collect()
+/// What stands on the layers of a disk, while they go.
+struct Standing {
+    /// How many layers of the disk stand on each.
+    own: HashMap<Id, usize>,
+    beside: Beside,
+}
+
+impl Standing {
+    fn read(path: &Path, family: &Family) -> Result<Standing> {
+        let mut own = HashMap::new();
+        for parent in family.members().filter_map(Member::parent) {
+            *own.entry(parent).or_default() += 1;
+        }
+        Ok(Standing { own, beside: Beside::read(path)? })
+    }
+
+    fn is_bare(&self, member: &Member) -> bool {
+        let own = self.own.get(&member.label.layer).copied().unwrap_or(0);
+        own == 0 && self.beside.clones_of(member).is_empty()
+    }
+
+    fn took(&mut self, member: &Member) {
+        if let Some(on) = member.parent().and_then(|id| self.own.get_mut(&id)) {
+            *on = on.saturating_sub(1);
+        }
+    }
 }
 
 /// Removes the file of a layer that is still none of the disk's once nobody else can change that.
@@ -258,30 +302,43 @@ pub(super) fn collect(
     path: &Path,
     mut progress: Option<&mut Progress<'_>>,
 ) -> Result<()> {
-    let mut left = Vec::new();
-    loop {
-        let Some(family) = Family::read(path)? else { return Ok(()) };
-        let unnamed = |m: &&Member| m.label.role == Role::Unnamed && !left.contains(&m.label.layer);
-        let Some(member) = children_first(&family).into_iter().find(unnamed) else {
-            return Ok(());
-        };
-        let id = member.label.layer;
-        let on = family.children(id);
-        if on.is_empty() && clones_of(&member.path, Some(member.label.disk))?.is_empty() {
-            discard(reach, member)?;
+    let mut left = HashSet::new();
+    // Whatever goes or is folded makes the tree another one.
+    while let Some(family) = Family::read(path)? {
+        let unnamed = |m: &&Member| m.label.role == Role::Unnamed;
+        let layers: Vec<&Member> = family.children_first().into_iter().filter(unnamed).collect();
+        if layers.iter().all(|m| left.contains(&m.label.layer)) {
+            break;
+        }
+        let mut on = Standing::read(path, &family)?;
+        let (mut stays, mut gone) = (None, false);
+        for member in layers {
+            if on.is_bare(member) {
+                discard(reach, member)?;
+                on.took(member);
+                gone = true;
+            } else if !left.contains(&member.label.layer) {
+                if progress.is_some() {
+                    stays = Some(member);
+                    break;
+                }
+                left.insert(member.label.layer);
+            }
+        }
+        if gone {
             sync_directory(path)?;
             continue;
         }
-        let Some(progress) = progress.as_deref_mut() else {
-            left.push(id);
-            continue;
-        };
+        let (Some(member), Some(progress)) = (stays, progress.as_deref_mut()) else { break };
         match merge::fold_unnamed(reach, &family, member, progress) {
             Ok(true) => {}
             // It stays as it is: the disk is right with it.
-            Ok(false) => left.push(id),
-            Err(e) if matches!(e.kind(), ErrorKind::NoSpace | ErrorKind::InUse) => left.push(id),
+            Ok(false) => _ = left.insert(member.label.layer),
+            Err(e) if matches!(e.kind(), ErrorKind::NoSpace | ErrorKind::InUse) => {
+                left.insert(member.label.layer);
+            }
             Err(e) => return Err(e),
         }
     }
+    Ok(())
 }

@@ -14,7 +14,7 @@ use super::open::{OpenOptions, open_image};
 use super::plan::{Fate, Forgotten, Keeping, Operation, Plan, Touched, Undoable, Work, now};
 use super::reach::Reach;
 use super::snapshot::{check_new_name, freeze, head_label, put_head_on, relabel, thaw};
-use super::tree::{Family, Member, refuse_clones};
+use super::tree::{Beside, Family, Member};
 use super::{Layer, cost};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Id, Kept, Label, Role, Was};
@@ -92,7 +92,8 @@ pub fn plan_delete(path: &Path, name: &str, tree: bool, keeping: Keeping) -> Res
         );
         return Err(Error::new(ErrorKind::Sealed, message).at_path(path));
     }
-    above.iter().copied().chain([target]).try_for_each(refuse_clones)?;
+    let beside = Beside::read(path)?;
+    above.iter().copied().chain([target]).try_for_each(|m| beside.refuse_clones(m))?;
     let moves_head = above.iter().any(|m| m.label.layer == family.head.label.layer);
     let aside = Aside::new(keeping);
     let layers = others.len() + 1 + usize::from(moves_head);

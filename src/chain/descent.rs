@@ -103,9 +103,31 @@ impl Descent {
         // Hundreds of layers share what one may have.
         let cache = self.options.cache.saturating_mul(4) / (self.depth() as u64).max(4);
         let options = OpenOptions { read_only: true, format, cache, ..self.options.clone() };
-        let layer = open_image(path, &options)?;
+        let layer = open_image(path, &options).map_err(|e| self.too_many(e))?;
         let identity = identity(&layer)?;
         Ok((layer, identity))
+    }
+
+    /// Says why the host opens no further file, where that is so.
+    fn too_many(&self, error: Error) -> Error {
+        let limit = match error.raw_os_error() {
+            Some(libc::EMFILE) => {
+                "this process may have open (`ulimit -n` tells, and sets, how many)"
+            }
+            Some(libc::ENFILE) => "this host may have open (the sysctl fs.file-max says how many)",
+            _ => return error,
+        };
+        let text = format!(
+            "layer {} of the disk needs one more file than {limit}; `vdisk snapshot merge` and \
+             `vdisk rebase --flatten` make chains shorter",
+            self.depth() + 1
+        );
+        let source = std::io::Error::from_raw_os_error(error.raw_os_error().unwrap_or_default());
+        let told = Error::io(text, source);
+        match error.path() {
+            Some(path) => told.at_path(path),
+            None => told,
+        }
     }
 
     /// Makes sure that `layer` is what the lowest layer was made on, or finds what is.

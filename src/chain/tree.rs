@@ -4,14 +4,14 @@
 //! names stay right when a layer becomes the head or the head a layer. Each file's label says which
 //! disk it belongs to and what it stands on; there is no catalogue.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::gate;
 use super::open::{Peek, peek};
 use super::scan::peek_all;
+use super::{gate, sealed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Id, Label, Role};
 use crate::storage::draft::directory;
@@ -125,11 +125,12 @@ impl Family {
 
     /// All layers above `layer`, each after those that stand on it.
     pub fn descendants(&self, layer: Id) -> Vec<&Member> {
+        let on = self.by_parent();
         let mut found = Vec::new();
         let mut seen = HashSet::from([layer]);
         let mut todo = vec![layer];
         while let Some(id) = todo.pop() {
-            for child in self.children(id) {
+            for &child in on.get(&id).into_iter().flatten() {
                 if seen.insert(child.label.layer) {
                     found.push(child);
                     todo.push(child.label.layer);
@@ -138,6 +139,35 @@ impl Family {
         }
         found.reverse();
         found
+    }
+
+    /// All layers, each after those that stand on it.
+    pub(super) fn children_first(&self) -> Vec<&Member> {
+        let known: HashSet<Id> = self.members().map(|m| m.label.layer).collect();
+        let on = self.by_parent();
+        let is_root = |m: &&Member| !m.parent().is_some_and(|id| known.contains(&id));
+        let mut found: Vec<&Member> = self.members().filter(is_root).collect();
+        let mut seen: HashSet<Id> = found.iter().map(|m| m.label.layer).collect();
+        let mut at = 0;
+        while let Some(member) = found.get(at) {
+            let above = on.get(&member.label.layer).into_iter().flatten();
+            let new: Vec<&Member> = above.copied().filter(|m| seen.insert(m.label.layer)).collect();
+            found.extend(new);
+            at += 1;
+        }
+        found.reverse();
+        found
+    }
+
+    /// The layers that stand on each.
+    fn by_parent(&self) -> HashMap<Id, Vec<&Member>> {
+        let mut on: HashMap<Id, Vec<&Member>> = HashMap::new();
+        for member in self.members() {
+            if let Some(parent) = member.parent() {
+                on.entry(parent).or_default().push(member);
+            }
+        }
+        on
     }
 
     /// The snapshot that the head stands on, directly or over layers without a name.
@@ -221,25 +251,62 @@ pub fn clones_of(layer: &Path, own_disk: Option<Id>) -> Result<Vec<PathBuf>> {
     Ok(clones)
 }
 
+/// The files in a directory that name others as their backing file: read once, asked often.
+pub(super) struct Beside {
+    /// By the file that is named: who names it, and which disk that says it belongs to.
+    on: HashMap<(u64, u64), Vec<(PathBuf, Option<Id>)>>,
+}
+
+impl Beside {
+    /// Reads the headers of all files in the directory of `path`.
+    pub fn read(path: &Path) -> Result<Beside> {
+        let mut beside = Beside { on: HashMap::new() };
+        for (path, peek) in peek_all(names_beside(path, |name| !name.starts_with('.'))?) {
+            let Some(backing) = peek.identity.backing else { continue };
+            let below = gate::resolve(&path, &backing.name).ok();
+            let Some(below) = below.and_then(|below| file_key(&below)) else { continue };
+            let disk = peek.identity.label.map(|label| label.disk);
+            beside.on.entry(below).or_default().push((path, disk));
+        }
+        Ok(beside)
+    }
+
+    /// Files of other disks that name `member` as their backing file.
+    pub fn clones_of(&self, member: &Member) -> Vec<&Path> {
+        let on = file_key(&member.path).and_then(|key| self.on.get(&key));
+        let others = on.into_iter().flatten().filter(|(_, d)| *d != Some(member.label.disk));
+        others.map(|(path, _)| path.as_path()).collect()
+    }
+
+    /// Refuses to change or drop a layer on which other disks stand.
+    pub fn refuse_clones(&self, member: &Member) -> Result<()> {
+        let clones = self.clones_of(member);
+        if clones.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<PathBuf> = clones.into_iter().map(Path::to_path_buf).collect();
+        let message = format!(
+            "is the layer of snapshot '{}', and clones stand on it: {}",
+            member.label.name,
+            sealed::list(&names)
+        );
+        Err(Error::new(ErrorKind::Sealed, message).at_path(&member.path))
+    }
+}
+
 /// Refuses to change or drop a layer on which other disks stand.
 pub(super) fn refuse_clones(member: &Member) -> Result<()> {
-    let clones = clones_of(&member.path, Some(member.label.disk))?;
-    if clones.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<String> = clones.iter().map(|p| p.display().to_string()).collect();
-    let message = format!(
-        "is the layer of snapshot '{}', and clones stand on it: {}",
-        member.label.name,
-        names.join(", ")
-    );
-    Err(Error::new(ErrorKind::Sealed, message).at_path(&member.path))
+    Beside::read(&member.path)?.refuse_clones(member)
 }
 
 /// Whether two names mean one file.
 pub(super) fn same_file(a: &Path, b: &Path) -> bool {
-    let identity = |p: &Path| fs::metadata(p).ok().map(|m| (m.dev(), m.ino()));
-    matches!((identity(a), identity(b)), (Some(a), Some(b)) if a == b)
+    matches!((file_key(a), file_key(b)), (Some(a), Some(b)) if a == b)
+}
+
+/// The device and inode number of a file, which all its names share.
+fn file_key(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 #[cfg(test)]

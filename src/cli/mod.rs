@@ -16,6 +16,7 @@ mod disk;
 mod held;
 mod holding;
 mod info;
+mod limit;
 mod map;
 mod memory;
 mod mount;
@@ -96,6 +97,7 @@ const USAGE: u8 = 64;
 ///
 /// A program that is called as `qemu-img`, and `vdisk qemu-img`, reads its command line as that does.
 pub fn run() -> ExitCode {
+    limit::raise();
     let mut words = std::env::args_os();
     let called = words.next().unwrap_or_default();
     if Path::new(&called).file_name().is_some_and(|name| name == qemu_img::NAME) {

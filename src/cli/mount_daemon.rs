@@ -147,7 +147,6 @@ fn leave_caller() {
     // Fails only for a process that leads its group already.
     let _ = nix::unistd::setsid();
     let _ = std::env::set_current_dir("/");
-    allow_many_files();
     let open: Vec<i32> = std::fs::read_dir("/proc/self/fd")
         .into_iter()
         .flatten()
@@ -159,14 +158,6 @@ fn leave_caller() {
         // The directory's own descriptor is gone by now.
         let _ = nix::unistd::close(fd);
     }
-}
-
-/// A deep chain is many files, and so is each snapshot that is looked at: as many as may be.
-pub fn allow_many_files() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// Keeps signals that would end the process, and the mount with it, for a thread that waits for

@@ -12,7 +12,7 @@ use vdisk::mount::{self, AttachOptions};
 
 use super::disk::{self, Use};
 use super::holding::{self, Files};
-use super::size;
+use super::{limit, size};
 
 /// Run a command as a container whose root is a disk.
 ///
@@ -116,6 +116,7 @@ fn spec(args: &Args) -> Spec {
         user: args.user.clone(),
         hostname: args.hostname.clone().unwrap_or_else(|| hostname_of(&args.disk)),
         limits: Limits { memory: args.memory, milli_cpus: args.cpus, pids: args.pids },
+        open_files: limit::found(),
     }
 }
 

@@ -11,6 +11,7 @@ use std::process::Command;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::SigSet;
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setsid};
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::privilege::User;
 use super::wire::{self, Message};
@@ -115,6 +116,12 @@ fn prepare(order: &Message) -> Result<Command> {
     for variable in order.all("env") {
         let (name, value) = split(variable);
         command.env(name, value);
+    }
+    if let Some(files) = order.get("open-files").and_then(OsStr::to_str) {
+        let mut limit = getrlimit(Resource::Nofile);
+        limit.current = files.parse().ok();
+        // A program that may open more files than its user said is no reason not to run it.
+        let _ = setrlimit(Resource::Nofile, limit);
     }
     user.become_user().map_err(|e| Error::io("cannot give up privileges", e))?;
     SigSet::empty().thread_set_mask()?;

@@ -69,6 +69,9 @@ pub struct Spec {
     pub hostname: String,
     /// What it may use of the host.
     pub limits: Limits,
+    /// How many files its processes may have open unless they ask for more; as this process where
+    /// not given.
+    pub open_files: Option<u64>,
 }
 
 /// How a container ended.

@@ -96,6 +96,9 @@ fn order(root: &Path, spec: &Spec) -> Message {
     if let Some(user) = &spec.user {
         message.push("user", user);
     }
+    if let Some(files) = spec.open_files {
+        message.push("open-files", files.to_string());
+    }
     let term = std::env::var_os("TERM").filter(|_| terminal::wanted());
     message.push("env", joined("TERM", term.unwrap_or_else(|| "xterm".into())));
     for (name, value) in &spec.env {

@@ -132,3 +132,36 @@ fn the_cache_is_a_setting_of_the_command_or_of_the_environment() {
     with("2M").succeeds();
     with("all").fails(&["VDISK_CACHE_SIZE"]);
 }
+
+/// Runs `vdisk` with `words` where a process may have few files open.
+fn with_few_files(work: &Work, flag: &str, words: &str) -> crate::host::Done {
+    let vdisk = crate::host::VDISK;
+    work.run("sh", ["-c", &format!("ulimit {flag} 64 && exec '{vdisk}' {words}")])
+}
+
+#[test]
+fn a_chain_may_have_more_layers_than_a_process_usually_has_files_open() {
+    let work = Work::new();
+    work.vdisk("create disk.q 1M").succeeds();
+    work.vdisk_fed("write disk.q 0", b"at the bottom").succeeds();
+    for number in 0..100 {
+        work.vdisk(&format!("snapshot create disk.q s{number}")).succeeds();
+    }
+    let read = with_few_files(&work, "-Sn", "read disk.q 0 13").succeeds();
+    assert_eq!(read.stdout, b"at the bottom");
+    with_few_files(&work, "-n", "read disk.q 0 13").fails(&["layer", "ulimit -n", "flatten"]);
+    // What is dropped goes all at once, and leaves no file behind.
+    work.vdisk("snapshot delete disk.q s1 --tree --yes --forget").succeeds();
+    assert_eq!(work.files().len(), 2, "{:?}", work.files());
+    assert_eq!(work.vdisk("read disk.q 0 13").succeeds().stdout, b"at the bottom");
+}
+
+#[test]
+fn a_program_in_a_container_has_the_limit_of_open_files_that_its_user_has() {
+    if !crate::container::able() {
+        return;
+    }
+    let work = crate::container::work();
+    let run = with_few_files(&work, "-Sn", "run web.qcow2 -- sh -c 'ulimit -n'").succeeds();
+    assert_eq!(run.out().trim(), "64");
+}
