@@ -9,6 +9,9 @@
 //! flat guest disk; [`mount`] shows the files in it; [`container`] runs the programs among them;
 //! [`virtio`] carries it into a guest, and [`vm`] is such a guest; [`serve`] carries it to other
 //! people's programs.
+//! keeps bytes; [`image`] is one layer; [`block`] is a flat guest disk; [`ext4`] reads the files
+//! in it, and [`mount`] shows them; [`nbd`] asks another program for bytes; [`container`] runs the programs among them; [`virtio`] carries it into a guest, and
+//! [`vm`] is such a guest.
 
 pub mod addr;
 pub mod block;
@@ -16,6 +19,7 @@ pub mod chain;
 pub mod container;
 pub mod control;
 pub mod error;
+pub mod ext4;
 pub mod formats;
 pub mod image;
 pub mod luks;

@@ -251,10 +251,13 @@ pub fn clones_of(layer: &Path, own_disk: Option<Id>) -> Result<Vec<PathBuf>> {
     Ok(clones)
 }
 
+/// Device and inode number of a file, which all its names share.
+type FileKey = (u64, u64);
+
 /// The files in a directory that name others as their backing file: read once, asked often.
 pub(super) struct Beside {
     /// By the file that is named: who names it, and which disk that says it belongs to.
-    on: HashMap<(u64, u64), Vec<(PathBuf, Option<Id>)>>,
+    on: HashMap<FileKey, Vec<(PathBuf, Option<Id>)>>,
 }
 
 impl Beside {
@@ -304,8 +307,7 @@ pub(super) fn same_file(a: &Path, b: &Path) -> bool {
     matches!((file_key(a), file_key(b)), (Some(a), Some(b)) if a == b)
 }
 
-/// The device and inode number of a file, which all its names share.
-fn file_key(path: &Path) -> Option<(u64, u64)> {
+fn file_key(path: &Path) -> Option<FileKey> {
     fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 

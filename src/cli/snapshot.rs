@@ -1,5 +1,6 @@
 //! `vdisk snapshot`: restore points of a disk, which is named by its head.
 
+mod files;
 mod live;
 pub mod show;
 

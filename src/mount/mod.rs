@@ -117,16 +117,20 @@ pub fn attach(
     }
 }
 
-/// The file system to mount and where in the disk it stands.
-struct Found {
-    fs: FileSystem,
-    offset: u64,
+/// A file system and where in the disk it stands.
+#[derive(Debug, Clone, Copy)]
+pub struct Found {
+    /// Which one it is.
+    pub fs: FileSystem,
+    /// Its first byte.
+    pub offset: u64,
     /// In bytes; 0 for all that follows.
-    len: u64,
+    pub len: u64,
 }
 
-/// Finds the file system, or says what is there instead and what the user can do.
-fn find(device: &dyn BlockDevice, partition: Option<u32>) -> Result<Found> {
+/// Finds the file system on a disk or in a partition, or says what is there instead and what the
+/// user can do.
+pub fn find(device: &dyn BlockDevice, partition: Option<u32>) -> Result<Found> {
     let size = device.size();
     let Some(number) = partition else {
         let content = probe::probe(device, 0, size)?;

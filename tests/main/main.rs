@@ -22,6 +22,7 @@ mod create;
 mod drop_in;
 mod elsewhere;
 mod exports;
+mod files;
 mod formats;
 mod inspect;
 mod interop;

@@ -11,20 +11,26 @@ use vdisk::control::Request;
 use vdisk::{Error, ErrorKind, Result};
 
 use super::super::{held, output, size};
-use super::CreateArgs;
+use super::{CreateArgs, files};
 
 /// What changed between two moments.
 #[derive(ClapArgs)]
 pub struct DiffArgs {
     /// The disk.
-    disk: PathBuf,
+    pub(super) disk: PathBuf,
     /// The earlier snapshot.
-    name: String,
+    pub(super) name: String,
     /// The later one, instead of the disk as it is now.
-    other: Option<String>,
+    pub(super) other: Option<String>,
     /// As JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
+    /// Name the files that differ in its ext2, ext3 or ext4 file system.
+    #[arg(long)]
+    pub(super) files: bool,
+    /// The partition that holds the file system.
+    #[arg(long, value_name = "N", requires = "files")]
+    pub(super) partition: Option<u32>,
 }
 
 /// Takes a snapshot.
@@ -57,6 +63,9 @@ pub fn refuse(disk: &Path, request: &Request) -> Result<()> {
 
 /// Prints what changed.
 pub fn diff(args: &DiffArgs) -> Result<()> {
+    if args.files {
+        return files::diff(args);
+    }
     let (from, to) = (args.name.clone(), args.other.clone());
     let changes = match held::ask(&args.disk, &Request::Diff { from, to })? {
         Some(answer) => parse(&answer)?,

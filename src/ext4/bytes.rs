@@ -1,0 +1,30 @@
+//! Numbers out of byte strings: 0 where the string ends before.
+
+/// Two bytes, low one first.
+pub fn le16(bytes: &[u8], at: usize) -> u16 {
+    take(bytes, at).map_or(0, u16::from_le_bytes)
+}
+
+/// Four bytes, low one first.
+pub fn le32(bytes: &[u8], at: usize) -> u32 {
+    take(bytes, at).map_or(0, u32::from_le_bytes)
+}
+
+/// Two bytes, high one first: the journal's order.
+pub fn be16(bytes: &[u8], at: usize) -> u16 {
+    take(bytes, at).map_or(0, u16::from_be_bytes)
+}
+
+/// Four bytes, high one first.
+pub fn be32(bytes: &[u8], at: usize) -> u32 {
+    take(bytes, at).map_or(0, u32::from_be_bytes)
+}
+
+/// A number of which the halves stand apart.
+pub fn wide(high: u32, low: u32) -> u64 {
+    u64::from(high) << 32 | u64::from(low)
+}
+
+fn take<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}
