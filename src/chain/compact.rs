@@ -24,7 +24,35 @@ pub struct Compacted {
     pub after: u64,
 }
 
+/// What a compaction would give back, as far as it can be told without doing it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Compactable {
+    /// Bytes of the disk that are stored, and read as zeroes.
+    pub zeroes: u64,
+    /// Bytes that the host stores for parts of the file that nothing uses.
+    pub unused: u64,
+    /// Bytes of the host that the head takes now.
+    pub before: u64,
+}
+
+impl Compactable {
+    /// Bytes that the host gets back.
+    pub fn freed(&self) -> u64 {
+        self.zeroes.saturating_add(self.unused).min(self.before)
+    }
+}
+
 impl Chain {
+    /// What [`compact`](Chain::compact) would give back. Reads all data that the head stores.
+    pub fn plan_compact(&self, progress: &mut Progress<'_>) -> Result<Compactable> {
+        let zeroes = self.each_zero(progress, &|at, len| {
+            Ok(if self.is_stored(&self.layers(), at, len)? { len } else { 0 })
+        })?;
+        let head = self.head();
+        let unused = head.image.unused().map_err(|e| e.at_path(&head.path))?;
+        Ok(Compactable { zeroes, unused, before: self.allocated()? })
+    }
+
     /// Gives back what the head stores without need: clusters that read as zeroes, clusters that
     /// nothing refers to, and the file's tail. What the disk shows does not change.
     ///
@@ -32,7 +60,7 @@ impl Chain {
     /// [`ErrorKind::Interrupted`] where `progress` asked to stop; what was given back stays so.
     pub fn compact(&self, progress: &mut Progress<'_>) -> Result<Compacted> {
         let before = self.allocated()?;
-        let zeroes = self.drop_zeroes(progress)?;
+        let zeroes = self.each_zero(progress, &|at, len| self.drop_zero(at, len))?;
         // The second pass writes down what the first one made free.
         self.flush()?;
         self.flush()?;
@@ -48,15 +76,19 @@ impl Chain {
         self.head().file.allocated()
     }
 
-    /// Unmaps the head's clusters of data that are all zero; returns how many bytes that were.
-    fn drop_zeroes(&self, progress: &mut Progress<'_>) -> Result<u64> {
+    /// Calls `act` with each cluster of data in the head that is all zero, and sums up what it says.
+    fn each_zero(
+        &self,
+        progress: &mut Progress<'_>,
+        act: &dyn Fn(u64, u64) -> Result<u64>,
+    ) -> Result<u64> {
         let unit = self.head().image.cluster();
-        let (mut at, mut dropped) = (0, 0);
+        let (mut at, mut sum) = (0, 0);
         let mut buf = vec![0; CHUNK.max(unit.bytes()) as usize];
         loop {
             let size = self.size();
             if at >= size {
-                return Ok(dropped);
+                return Ok(sum);
             }
             let mut next = self.skip_unstored(at, size)?;
             if next == at {
@@ -66,7 +98,7 @@ impl Chain {
                 for (number, cluster) in (0..).zip(bytes.chunks(unit.bytes() as usize)) {
                     if cluster.iter().all(|b| *b == 0) {
                         let start = at + number * unit.bytes();
-                        dropped += self.drop_zero(start, cluster.len() as u64)?;
+                        sum += act(start, cluster.len() as u64)?;
                     }
                 }
             }

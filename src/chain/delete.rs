@@ -95,6 +95,9 @@ pub fn plan_delete(path: &Path, name: &str, tree: bool, keeping: Keeping) -> Res
     let beside = Beside::read(path)?;
     above.iter().copied().chain([target]).try_for_each(|m| beside.refuse_clones(m))?;
     let moves_head = above.iter().any(|m| m.label.layer == family.head.label.layer);
+    if moves_head {
+        beside.refuse_head(&family)?;
+    }
     let aside = Aside::new(keeping);
     let layers = others.len() + 1 + usize::from(moves_head);
     let work = Delete { target: target.label.layer, moves_head, layers, aside, keeping };
@@ -131,6 +134,7 @@ pub fn plan_revert(path: &Path, name: &str, keep: Option<&str>, keeping: Keeping
     heal::heal(path)?;
     let family = Family::of(path)?;
     let target = family.snapshot(name)?;
+    Beside::read(path)?.refuse_head(&family)?;
     keep.map_or(Ok(()), |keep| check_new_name(path, keep))?;
     let work =
         Revert { target: target.label.layer, keep: keep.map(str::to_owned), aside: None, keeping };

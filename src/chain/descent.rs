@@ -34,9 +34,7 @@ impl Descent {
         let identity = identity(&head)?;
         if guarded {
             sealed::refuse(path, &identity)?;
-            if identity.label.is_none() {
-                sealed::refuse_unlabelled(path)?;
-            }
+            sealed::refuse_unaware(path, &identity)?;
         }
         Ok(Descent::new(gate, options, head, identity))
     }

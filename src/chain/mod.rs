@@ -27,6 +27,7 @@ mod inflight;
 pub mod live;
 pub mod merge;
 mod open;
+pub mod outlook;
 mod parent;
 pub mod plan;
 pub mod queue;
@@ -53,7 +54,7 @@ use crate::image::{Image, Mapping};
 use crate::storage::FileStorage;
 
 pub use clone::{Base, unseal};
-pub use compact::Compacted;
+pub use compact::{Compactable, Compacted};
 pub use compare::{Difference, compare};
 pub use convert::{Copying, Target, convert, copy_into};
 pub use create::{create, create_raw, create_with_data, ephemeral};

@@ -6,9 +6,12 @@ use super::open::peek;
 use super::tree::{Family, clones_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Identity, Role};
+use crate::storage::draft::directory;
 
 /// More children than these are only counted.
 const NAMED: usize = 8;
+/// The most files of a directory that are looked at whenever a head is opened for writing.
+const AROUND: usize = 256;
 
 /// Refuses to write to the layer at `path`, which says of itself that others stand on it.
 ///
@@ -45,21 +48,42 @@ pub(super) fn refuse(path: &Path, identity: &Identity) -> Result<()> {
     Err(Error::new(ErrorKind::Sealed, message).at_path(path))
 }
 
-/// Refuses to write to a file without a label if a file in its directory names it as its base.
+/// Refuses to write to the layer at `path`, which does not say that others stand on it, if a file in
+/// its directory names it as its base: other programs make clones and leave no word in the base.
+///
+/// A head is written often and its directory may hold thousands of clones of another: it is looked
+/// around in only where there are at most [`AROUND`] files. What changes a whole tree looks at all.
 ///
 /// # Errors
 /// [`ErrorKind::Sealed`] names them.
-pub(super) fn refuse_unlabelled(path: &Path) -> Result<()> {
-    let children = clones_of(path, None).unwrap_or_default();
+pub(super) fn refuse_unaware(path: &Path, identity: &Identity) -> Result<()> {
+    let children = match &identity.label {
+        None => clones_of(path, None).unwrap_or_default(),
+        Some(label) if label.role == Role::Head && is_small(path) => {
+            clones_of(path, Some(label.disk)).unwrap_or_default()
+        }
+        Some(_) => return Ok(()),
+    };
+    refuse_children(path, &children)
+}
+
+/// Refuses to change the layer at `path` on which `children` stand.
+pub(super) fn refuse_children(path: &Path, children: &[PathBuf]) -> Result<()> {
     if children.is_empty() {
         return Ok(());
     }
     let message = format!(
         "is a base: these stand on it: {}. Writing would change them: make a clone of it and write \
          to that",
-        list(&children)
+        list(children)
     );
     Err(Error::new(ErrorKind::Sealed, message).at_path(path))
+}
+
+/// Whether the directory of `path` holds few files.
+fn is_small(path: &Path) -> bool {
+    let entries = std::fs::read_dir(directory(path));
+    entries.is_ok_and(|entries| entries.take(AROUND + 1).count() <= AROUND)
 }
 
 /// Refuses to overwrite or remove the file at `path` where its label says that others stand on it.

@@ -101,9 +101,7 @@ pub(super) fn open_head(path: &Path) -> Result<Layer> {
     let head = open_image(path, &unprotected())?;
     let identity = head.image.identity()?;
     sealed::refuse(path, &identity)?;
-    if identity.label.is_none() {
-        sealed::refuse_unlabelled(path)?;
-    }
+    sealed::refuse_unaware(path, &identity)?;
     Ok(head)
 }
 

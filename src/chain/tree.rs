@@ -281,6 +281,12 @@ impl Beside {
         others.map(|(path, _)| path.as_path()).collect()
     }
 
+    /// Refuses to change what a disk shows on which other disks stand.
+    pub fn refuse_head(&self, family: &Family) -> Result<()> {
+        let clones = self.clones_of(&family.head).into_iter().map(Path::to_path_buf);
+        sealed::refuse_children(&family.head.path, &clones.collect::<Vec<_>>())
+    }
+
     /// Refuses to change or drop a layer on which other disks stand.
     pub fn refuse_clones(&self, member: &Member) -> Result<()> {
         let clones = self.clones_of(member);

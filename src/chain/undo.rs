@@ -14,7 +14,7 @@ use super::open::{OpenOptions, open};
 use super::plan::{Fate, Operation, Plan, Touched, Undoable, Work};
 use super::reach::Reach;
 use super::snapshot::{check_new_name, freeze, head_label, relabel, thaw, unprotected};
-use super::tree::{Family, Member};
+use super::tree::{Beside, Family, Member};
 use super::{cost, heal};
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
@@ -42,6 +42,9 @@ pub fn plan_undo(path: &Path, keep: Option<&str>) -> Result<Plan> {
     };
     let family = Family::read(path)?.ok_or_else(nothing)?;
     let event = last(&family).ok_or_else(nothing)?;
+    if event.was(Was::Head).is_some() {
+        Beside::read(path)?.refuse_head(&family)?;
+    }
     let work = Undo { event: event.kept.event, keep: keep.map(str::to_owned) };
     let mut plan = Plan::new(Operation::Undo, &family, Work::Undo(work));
     keep.map_or(Ok(()), |keep| check_new_name(path, keep))?;

@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use serde_json::json;
-use vdisk::chain::Compacted;
+use vdisk::chain::{self, Compacted, OpenOptions};
 use vdisk::control::Request;
 use vdisk::image::Repair;
 use vdisk::{Error, Result};
 
 use super::disk::{self, Use};
 use super::output::{self, Progress};
-use super::{held, size, stop};
+use super::{held, memory, passphrase, size, stop};
 
 /// Give a disk's unused space back to the host: clusters that read as zeroes, free clusters, the
 /// file's tail.
@@ -22,6 +22,9 @@ use super::{held, size, stop};
 pub struct Args {
     /// The disk.
     disk: PathBuf,
+    /// Only say what would be given back.
+    #[arg(long)]
+    dry_run: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -30,6 +33,9 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<u8> {
     let stop = stop::on_signals()?;
+    if args.dry_run {
+        return plan(args, &stop).map(|()| 0);
+    }
     let asked = held::ask_long(&args.disk, &Request::Compact, "compacting", &stop)?;
     let done = match asked {
         Some(answer) => Compacted {
@@ -59,6 +65,47 @@ pub fn run(args: &Args) -> Result<u8> {
         output::text(&text)?;
     }
     Ok(0)
+}
+
+/// Says what would be done.
+fn plan(args: &Args, stop: &stop::Stop) -> Result<()> {
+    // Whoever has the disk may go on using it: then this is what was so a moment ago.
+    let options = OpenOptions {
+        shared: true,
+        passphrase: passphrase::given()?,
+        cache: memory::given()?,
+        ..OpenOptions::default()
+    };
+    let disk = chain::open(&args.disk, &options)?;
+    let mut bar: Option<Progress> = None;
+    let plan = disk.plan_compact(&mut |done, total| {
+        bar.get_or_insert_with(|| Progress::new("looking", total)).at(done);
+        !stop.asked()
+    })?;
+    drop(bar);
+    if args.json {
+        return output::json(&json!({
+            "operation": "compact",
+            "dry_run": true,
+            "disk": args.disk,
+            "layers": [{ "file": args.disk, "name": null, "fate": "compacted" }],
+            "moved": 0,
+            "space_needed": 0,
+            "allocated_before": plan.before,
+            "zeroes_unmapped": plan.zeroes,
+            "unused": plan.unused,
+            "freed": plan.freed(),
+        }));
+    }
+    output::text(&format!(
+        "compact: what is not needed goes back to the host\n  layer      {}: compacted\n  zeroes     \
+         {}\n  unused     {}\n  moved      0 B\n  freed      {} of {}\n",
+        args.disk.file_name().unwrap_or_default().to_string_lossy(),
+        size::human(plan.zeroes),
+        size::human(plan.unused),
+        size::human(plan.freed()),
+        size::human(plan.before),
+    ))
 }
 
 fn idle(args: &Args, stop: &stop::Stop) -> Result<Compacted> {

@@ -3,8 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
+use serde_json::{Value, json};
 use vdisk::Result;
+use vdisk::chain::outlook::{Rebase, plan_flatten, plan_rebase};
 use vdisk::chain::rebase::{Contents, accept_base, flatten, rebase};
+
+use super::output::{self, Progress};
+use super::size;
 
 /// Put a disk on another base, or make it stand alone.
 #[derive(ClapArgs)]
@@ -23,6 +28,12 @@ pub struct Args {
     /// Take the bases below it as they are now: record what changed, and where one has moved to.
     #[arg(long, conflicts_with_all = ["backing", "trust", "flatten"])]
     accept_base: bool,
+    /// Only say what would be done.
+    #[arg(long, conflicts_with = "accept_base")]
+    dry_run: bool,
+    /// Say what is done as JSON.
+    #[arg(long, conflicts_with = "accept_base")]
+    json: bool,
 }
 
 pub fn run(args: &Args) -> Result<u8> {
@@ -34,14 +45,70 @@ pub fn run(args: &Args) -> Result<u8> {
         recorded.iter().for_each(|line| eprintln!("{line}"));
         return Ok(0);
     }
+    let contents = if args.trust { Contents::Trust } else { Contents::Keep };
+    if args.dry_run || args.json {
+        let plan = match &args.backing {
+            Some(base) => plan_rebase(&args.disk, base, contents)?,
+            None => plan_flatten(&args.disk)?,
+        };
+        if args.json {
+            output::json(&value(&plan, args.dry_run))?;
+        } else {
+            output::text(&said(&plan))?;
+        }
+    }
+    if args.dry_run {
+        return Ok(0);
+    }
     let stop = super::stop::on_signals()?;
-    let mut go_on = |_, _| !stop.asked();
+    let mut bar: Option<Progress> = None;
+    let mut go_on = |done, total| {
+        bar.get_or_insert_with(|| Progress::new("rebasing", total)).at(done);
+        !stop.asked()
+    };
     match &args.backing {
         Some(base) => {
-            let contents = if args.trust { Contents::Trust } else { Contents::Keep };
             rebase(&args.disk, base, contents, &mut go_on)?;
         }
         None => flatten(&args.disk, &mut go_on)?,
     }
     Ok(0)
+}
+
+fn why(plan: &Rebase) -> String {
+    match &plan.backing {
+        Some(base) => format!("the disk stands on '{}' then", base.display()),
+        None => "the disk stands alone then".to_owned(),
+    }
+}
+
+fn said(plan: &Rebase) -> String {
+    let mut text = format!("rebase: {}\n", why(plan));
+    for layer in &plan.layers {
+        let file = layer.path.file_name().unwrap_or_default().to_string_lossy();
+        text += &format!("  layer      {file}: {}\n", layer.fate.words());
+    }
+    let at_most = if plan.compared > 0 { " at most" } else { "" };
+    text += &format!("  compared   {}\n", size::human(plan.compared));
+    text += &format!("  moved      {}{at_most}\n", size::human(plan.moved));
+    text += &format!("  needed     {}{at_most}\n  freed      0 B\n", size::human(plan.moved));
+    text
+}
+
+fn value(plan: &Rebase, dry_run: bool) -> Value {
+    let layers = plan.layers.iter();
+    let layers = layers.map(|l| json!({ "file": l.path, "name": l.name, "fate": l.fate.words() }));
+    json!({
+        "operation": if plan.backing.is_some() { "rebase" } else { "flatten" },
+        "dry_run": dry_run,
+        "disk": plan.disk,
+        "backing_before": plan.before,
+        "backing": plan.backing,
+        "layers": layers.collect::<Vec<_>>(),
+        "why": why(plan),
+        "compared": plan.compared,
+        "moved": plan.moved,
+        "space_needed": plan.moved,
+        "freed": 0,
+    })
 }

@@ -280,6 +280,11 @@ pub trait Image: Send + Sync {
         Ok(())
     }
 
+    /// Bytes of the host's space that [`give_back`](Image::give_back) would give back.
+    fn unused(&self) -> Result<u64> {
+        Ok(0)
+    }
+
     /// Cuts the file after the last byte in use. The caller keeps all others out.
     fn shorten(&self) -> Result<()> {
         Ok(())

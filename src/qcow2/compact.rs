@@ -12,15 +12,43 @@ impl Image {
     /// at, nobody can be given its clusters; whoever had them before is done with them, since only
     /// then did they become free.
     pub(super) fn punch_free(&self) -> Result<()> {
+        self.each_free(&mut |start, end| self.punch_if_stored(start, end))
+    }
+
+    /// Bytes that the host stores for free clusters.
+    pub(super) fn unused_bytes(&self) -> Result<u64> {
+        let bits = self.shape.cluster.bits();
+        let mut bytes = 0;
+        self.each_free(&mut |start, end| {
+            let (mut at, end) = (start << bits, end << bits);
+            while let Some((from, to)) = self.storage.next_data(at)? {
+                if from >= end || to <= at {
+                    break;
+                }
+                bytes += to.min(end) - from;
+                at = to;
+            }
+            Ok(())
+        })?;
+        Ok(bytes)
+    }
+
+    /// Calls `act` with the first and the end of each stretch of free clusters.
+    fn each_free(&self, act: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<()> {
         let cluster = self.shape.cluster;
         let clusters = cluster.count(self.storage.len()?);
         for first in (0..clusters).step_by(BATCH as usize) {
-            self.punch_batch(first, (first + BATCH).min(clusters))?;
+            self.each_free_of(first, (first + BATCH).min(clusters), act)?;
         }
         Ok(())
     }
 
-    fn punch_batch(&self, first: u64, end: u64) -> Result<()> {
+    fn each_free_of(
+        &self,
+        first: u64,
+        end: u64,
+        act: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
         let mut refcounts = lock(&self.refcounts);
         let mut at = first;
         while at < end {
@@ -32,7 +60,7 @@ impl Image {
             while at < end && refcounts.has_block(at) && refcounts.get(at)? == 0 {
                 at += 1;
             }
-            self.punch_if_stored(start, at)?;
+            act(start, at)?;
         }
         Ok(())
     }

@@ -499,6 +499,10 @@ impl image::Image for Image {
         self.punch_free()
     }
 
+    fn unused(&self) -> Result<u64> {
+        self.unused_bytes()
+    }
+
     fn shorten(&self) -> Result<()> {
         self.check_writable()?;
         self.shorten_file()
