@@ -7,13 +7,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::merge::{self, Progress};
 use super::plan::{Fate, Forgotten, Operation, Plan, Touched, Work, now};
 use super::reach::Reach;
 use super::snapshot::relabel;
 use super::tree::{Beside, Family, Member};
-use super::{cost, heal};
+use super::{Chain, cost, heal};
 use crate::error::{ErrorKind, Result};
 use crate::image::{Id, Kept, Role, Was};
 use crate::storage::draft::{remove, sync_directory};
@@ -189,6 +190,51 @@ pub(super) fn let_go_all(reach: &Reach<'_>, path: &Path) -> Result<()> {
     let gone: Vec<u64> = events(&family).iter().map(|e| e.kept.event).collect();
     gone.into_iter().try_for_each(|event| let_go(reach, path, event))?;
     collect(reach, path, None)
+}
+
+/// When room was last made for what is written to a disk.
+#[derive(Debug, Default)]
+pub(super) struct Room(Option<Instant>);
+
+impl Chain {
+    /// Lets go of what is kept aside of the disk, because the host has no space for what is written
+    /// to it; whether there is more space than before.
+    pub(super) fn make_room(&self) -> bool {
+        /// Who failed while another made room had better try again.
+        const RECENT: Duration = Duration::from_secs(1);
+        let mut room = self.room.lock().unwrap_or_else(|e| e.into_inner());
+        if room.0.is_some_and(|then| then.elapsed() < RECENT) {
+            return true;
+        }
+        let head = self.head();
+        // A throw-away delta is not the disk.
+        let own =
+            !head.image.read_only() && heal::same_open_file(&head.path, &head).is_ok_and(|o| o);
+        let made = own && discard_bare(&head.path).unwrap_or(false);
+        room.0 = made.then(Instant::now);
+        made
+    }
+}
+
+/// Removes what is kept aside and has nothing on it, whoever looks at the rest; whether there was
+/// anything. What is left of it the next open puts right.
+fn discard_bare(path: &Path) -> Result<bool> {
+    let Some(family) = Family::read(path)? else { return Ok(false) };
+    let aside = |m: &&Member| matches!(m.label.role, Role::Dropped | Role::Unnamed);
+    let layers: Vec<&Member> = family.children_first().into_iter().filter(aside).collect();
+    if layers.is_empty() {
+        return Ok(false);
+    }
+    let mut on = Standing::read(path, &family)?;
+    let mut any = false;
+    for member in layers {
+        if on.is_bare(member) && discard(&Reach::Idle, member).is_ok() {
+            on.took(member);
+            any = true;
+        }
+    }
+    sync_directory(path)?;
+    Ok(any)
 }
 
 /// Lets go of what older events than `event` dropped: only the last one is kept.

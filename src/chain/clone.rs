@@ -135,6 +135,13 @@ fn is_sealed(layer: &Layer, identity: &Identity) -> bool {
     frozen && (identity.vouched || !can_vouch)
 }
 
+/// The layer at `path` as one that is put on it should remember it. It is not sealed.
+pub fn remembered(path: &Path, format: Option<Format>) -> Result<Parent> {
+    let options = OpenOptions { unprotected: true, format, ..OpenOptions::default() };
+    let layer = open_image(path, &options)?;
+    as_parent(&layer, &layer.image.identity()?)
+}
+
 /// A layer as those on it remember it.
 fn as_parent(layer: &Layer, identity: &Identity) -> Result<Parent> {
     let label = identity.label.as_ref();

@@ -101,6 +101,14 @@ impl Layers {
 }
 
 impl Chain {
+    fn write_once(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        let layers = self.layers();
+        check_range(offset, total(bufs), layers.head.image.size())?;
+        self.check_not_lost()?;
+        let _hold = layers.head.image.hold();
+        self.write(&layers, offset, bufs).map_err(|e| e.at_path(&layers.head.path))
+    }
+
     /// Writes at most `bufs`, at a place that needs a new mapping; returns how much it wrote.
     fn write_new(&self, layers: &Layers, pos: u64, bufs: &[IoSlice<'_>]) -> Result<u64> {
         let head = &layers.head.image;
@@ -281,11 +289,12 @@ impl BlockDevice for Chain {
     }
 
     fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
-        let layers = self.layers();
-        check_range(offset, total(bufs), layers.head.image.size())?;
-        self.check_not_lost()?;
-        let _hold = layers.head.image.hold();
-        self.write(&layers, offset, bufs).map_err(|e| e.at_path(&layers.head.path))
+        match self.write_once(offset, bufs) {
+            Err(e) if e.kind() == ErrorKind::NoSpace && self.make_room() => {
+                self.write_once(offset, bufs)
+            }
+            done => done,
+        }
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {

@@ -153,7 +153,7 @@ pub(super) fn thaw(path: &Path, head: &Layer) -> Result<()> {
     head.image.set_identity(&identity).map_err(|e| e.at_path(path))
 }
 
-fn same_open_file(path: &Path, layer: &Layer) -> Result<bool> {
+pub(super) fn same_open_file(path: &Path, layer: &Layer) -> Result<bool> {
     let meta =
         std::fs::metadata(path).map_err(|e| Error::io("could not be examined", e).at_path(path))?;
     Ok((meta.dev(), meta.ino()) == layer.file.identity()?)

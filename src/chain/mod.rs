@@ -46,14 +46,14 @@ mod witness;
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 
 use crate::addr::GuestOffset;
 use crate::error::Result;
 use crate::image::{Image, Mapping};
 use crate::storage::FileStorage;
 
-pub use clone::{Base, unseal};
+pub use clone::{Base, remembered, unseal};
 pub use compact::{Compactable, Compacted};
 pub use compare::{Difference, compare};
 pub use convert::{Copying, Target, convert, copy_into};
@@ -66,6 +66,7 @@ pub use open::{OpenOptions, Peek, open, open_file, open_image, peek, probe};
 pub use sealed::refuse_sealed;
 pub use witness::keeping_time;
 
+use aside::Room;
 use flat::Flat;
 use inflight::InFlight;
 
@@ -93,6 +94,8 @@ pub struct Chain {
     settled: RwLock<()>,
     /// Whether a change of the tree failed so that what is written now might not be found again.
     lost: AtomicBool,
+    /// Held while what is kept aside is let go of to make room for what is written.
+    room: Mutex<Room>,
 }
 
 struct Layers {
@@ -124,6 +127,7 @@ impl Chain {
             notes: Vec::new(),
             settled: RwLock::default(),
             lost: AtomicBool::new(false),
+            room: Mutex::default(),
         }
     }
 

@@ -16,7 +16,6 @@ use vdisk::{Error, Result};
 
 use super::disk::{self, Use};
 use super::holding::{self, Whole};
-use super::mount_daemon::allow_many_files;
 
 /// NBD's port.
 const NBD_PORT: u16 = 10809;
@@ -154,7 +153,6 @@ impl DiskArgs {
     }
 
     fn open(&self) -> Result<Arc<Chain>> {
-        allow_many_files();
         let using = Use {
             write: self.ephemeral || !(self.read_only || self.snapshot.is_some()),
             ephemeral: self.ephemeral,

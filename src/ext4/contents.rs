@@ -69,6 +69,9 @@ impl Moments<'_, '_> {
             let all = inode.block.iter().chain(inode.inline_rest());
             return Ok(all.copied().take(inode.size as usize).collect());
         }
+        if inode.is_blockless() {
+            return Ok(inode.block.iter().copied().take(inode.size as usize).collect());
+        }
         // What has become too long for the inode, or short enough, is one block at most.
         let first = inode.run(fs, 0)?.place;
         block(fs, first, inode.size.min(fs.block_size() as u64) as usize)

@@ -10,6 +10,8 @@ mod bytes;
 pub mod compare;
 mod contents;
 mod directory;
+#[cfg(test)]
+mod hostile;
 mod inode;
 mod journal;
 mod superblock;

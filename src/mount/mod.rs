@@ -15,7 +15,7 @@ pub mod table;
 pub mod volume;
 
 #[cfg(test)]
-mod ram;
+pub(crate) mod ram;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};

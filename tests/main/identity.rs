@@ -350,3 +350,21 @@ fn a_file_is_taken_for_a_base_only_if_it_carries_both_ids_unchanged() {
     fs::remove_file(work.path("copy.qcow2")).unwrap();
     work.vdisk("read disk.q 0 8").fails(&["base.qcow2", "missing"]);
 }
+
+#[test]
+fn a_clone_that_the_drop_in_put_on_another_base_knows_that_one_again() {
+    if !have(Need::Qemu) {
+        return;
+    }
+    let work = Work::new();
+    work.vdisk("create old.q 4M").succeeds();
+    work.vdisk("clone old.q clone.q").succeeds();
+    work.put("new.raw", noise(1, SIZE));
+    work.qemu_img("create -q -f qcow2 new.q 4M").succeeds();
+    for (base, format) in [("new.raw", "raw"), ("new.q", "qcow2")] {
+        work.vdisk(&format!("qemu-img rebase -u -b {base} -F {format} clone.q")).succeeds();
+        work.vdisk("read clone.q 0 1").succeeds();
+        work.qemu_io(base, &["write -P 9 4096 512"]).succeeds();
+        work.vdisk("read clone.q 0 1").fails(&[base, "has changed"]);
+    }
+}

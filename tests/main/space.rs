@@ -127,6 +127,34 @@ fn a_merge_lets_go_of_what_is_kept_aside_when_the_space_is_wanted() {
     work.vdisk("snapshot undo host/disk.qcow2").fails(&["nothing is kept aside"]);
 }
 
+/// ... and before a write fails.
+#[test]
+fn a_write_lets_go_of_what_is_kept_aside_when_the_space_is_wanted() {
+    if !have(Need::Root) {
+        return;
+    }
+    let work = Work::new();
+    tmpfs(&work, "80M");
+    let mut disk = Twin::create(&work, "host/disk.qcow2", 128 * MIB, "");
+    disk.write(0, &noise(1, 8 * MIB));
+    let before = disk.bytes.clone();
+    work.vdisk("snapshot create host/disk.qcow2 s").succeeds();
+    disk.write(6 * MIB, &noise(2, 40 * MIB));
+    work.vdisk("snapshot revert host/disk.qcow2 s --yes").succeeds();
+    disk.bytes = before;
+    fill(&work, 10 * MIB);
+    assert!(work.vdisk("snapshot list host/disk.qcow2").succeeds().text().contains("kept aside"));
+    disk.write(64 * MIB, &noise(3, 24 * MIB));
+    disk.reads_right();
+    assert!(free(&work) > 16 * MIB, "what was kept is gone");
+    work.vdisk("snapshot undo host/disk.qcow2").fails(&["nothing is kept aside"]);
+    // What nobody keeps gives no room: the write fails, and the disk is as it was.
+    work.vdisk_fed("write host/disk.qcow2 8M", &noise(4, 40 * MIB)).fails(&["No space left"]);
+    if have(Need::Qemu) {
+        clean(&work, "host/disk.qcow2");
+    }
+}
+
 #[test]
 fn a_merge_in_batches_that_is_killed_goes_on_where_it_stopped() {
     for (lower, upper) in [(16, 24), (24, 12)] {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use vdisk::block::{BlockDevice, is_zero};
 use vdisk::chain::{self, Chain, Layer};
-use vdisk::image::{Backing, Identity, Parent};
+use vdisk::image::{Backing, Identity};
 
 use super::args::{self, Given, flag, value};
 use super::fail::{Fail, Outcome, os_text, reason};
@@ -121,15 +121,14 @@ pub fn set_backing(opened: &Opened, base: &str, format: Option<&str>) -> Outcome
     })
 }
 
-/// A disk with a label also records which layer it stands on.
+/// A disk with a label also records which layer it stands on, and how that is known again.
 fn relabel(path: &Path, identity: &mut Identity) {
     let Some(label) = &mut identity.label else { return };
     label.parent = identity.backing.as_ref().and_then(|backing| {
-        let below = chain::peek(&chain::resolve(path, &backing.name).ok()?).ok()??;
-        let vouched = below.identity.vouched;
-        let parent = below.identity.label?;
-        let content = if vouched { parent.content } else { vdisk::image::Id::nil() };
-        Some(Parent { layer: parent.layer, content, witness: None })
+        let below = chain::resolve(path, &backing.name).ok()?;
+        let format = backing.format.as_deref().map(chain::Format::from_name).transpose().ok()?;
+        // A base that is missing, or being written, is not remembered.
+        chain::remembered(&below, format).ok()
     });
 }
 
