@@ -40,7 +40,7 @@ pub fn run(args: &[String]) -> Outcome {
     let granularity = given.get("g").map(|g| size::bounded("granularity", g, 1, u64::MAX));
     let granularity = granularity.transpose()?;
     let source = given.source(file)?;
-    drop(open::on_its_chain(&source, Use::writing())?);
+    // What is below need not be there.
     let image = open::owned(&source, Use::writing())?;
     let old = image.as_ref().is_none_or(|image| image.header().version < 3);
     if let Some((action, _)) = actions.first().filter(|_| old) {
