@@ -26,7 +26,7 @@ const MAX_THREADS: usize = 8;
 
 /// Bytes of data that a part of a copy should have: so few that they are still near the processor
 /// when they are written, and that no thread has the turn for long.
-pub const PIECE: u64 = 256 << 10;
+pub const PIECE: u64 = 512 << 10;
 
 /// How many threads a long copy takes.
 pub fn threads() -> usize {
