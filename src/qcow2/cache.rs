@@ -7,6 +7,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use foldhash::fast::RandomState;
+
 /// The largest slice in bytes; a table smaller than this is one slice.
 pub(super) const SLICE: u64 = 4096;
 
@@ -19,7 +21,9 @@ pub(super) struct Dirty {
 /// Slices by their host offset.
 pub(super) struct Cache {
     slots: Vec<Slot>,
-    index: HashMap<u64, usize>,
+    /// Looked into for every request: its keys are hashed in a few cycles, seeded all the same, since
+    /// they come from the image.
+    index: HashMap<u64, usize, RandomState>,
     hand: usize,
     capacity: usize,
     dirty: usize,
@@ -42,7 +46,7 @@ impl Cache {
     pub fn new(capacity: usize) -> Cache {
         Cache {
             slots: Vec::new(),
-            index: HashMap::new(),
+            index: HashMap::default(),
             hand: 0,
             capacity: capacity.max(4),
             dirty: 0,
