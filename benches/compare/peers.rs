@@ -115,11 +115,26 @@ fn conversions(dir: &Path, size: u64) {
         Side::Peer.run(dir, &["convert", "-O", "qcow2", "disk.raw", "disk.qcow2"]);
         for (from, to) in [("raw", "qcow2"), ("qcow2", "raw")] {
             let (source, peer) = (format!("disk.{from}"), "qemu-img");
-            row(&format!("convert {from} to {to}, {kind}"), peer, |side| {
+            let convert = |side: Side| {
                 let target = format!("{}.{to}", side.name());
-                let _ = fs::remove_file(dir.join(&target));
                 side.timed(dir, &["convert", "-f", from, "-O", to, &source, &target])
+            };
+            let sides = [Side::Ours, Side::Peer];
+            // Both targets go before each run: who gets memory that was in use a moment ago is
+            // sooner done than who gets some that a host has to find first.
+            let clear = || {
+                for side in sides {
+                    let _ = fs::remove_file(dir.join(format!("{}.{to}", side.name())));
+                }
+            };
+            row(&format!("convert {from} to {to}, {kind}"), peer, |side| {
+                clear();
+                convert(side)
             });
+            clear();
+            for side in sides {
+                convert(side);
+            }
             same(dir, to);
         }
         fs::remove_file(dir.join("disk.raw")).unwrap();
