@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args as ClapArgs;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::SigSet;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 use vdisk::control::Server;
@@ -14,7 +14,7 @@ use vdisk::{Error, ErrorKind, Result};
 
 use super::disk::{self, Use};
 use super::holding::{self, Whole};
-use super::size;
+use super::{size, stop};
 
 /// What every guest's kernel is told, before the disks and `--append`: later words win.
 const COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> Result<u8> {
         ));
     };
     // Before any thread is started, so that the signals reach the one that waits for them.
-    let signals = hold_signals()?;
+    let signals = stop::hold_endings()?;
     let (disks, chains) = open_disks(args)?;
     let guest = Guest::new(Config {
         kernel,
@@ -130,16 +130,6 @@ fn open_disks(args: &Args) -> Result<(Vec<Disk>, Vec<Arc<Chain>>)> {
             Ok((Disk { device, id: name.to_string_lossy().into_owned() }, chain))
         })
         .collect()
-}
-
-/// Signals that end the guest, held back for [`end_on`].
-fn hold_signals() -> Result<SigSet> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        set.add(signal);
-    }
-    set.thread_block()?;
-    Ok(set)
 }
 
 /// Ends the guest in good order when one of these signals comes.

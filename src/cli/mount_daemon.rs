@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::SigSet;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 use vdisk::control::{self, Kind, place};
@@ -17,7 +17,7 @@ use vdisk_fuse::{Caching, Options, Server, Tree};
 use super::disk::{self, Use};
 use super::holding::{self, Bystander, Files, Whole};
 use super::mount::Args;
-use super::{mount_snapshots, umount};
+use super::{mount_snapshots, stop, umount};
 
 /// The word on standard output when the mount can be used.
 pub const READY: &str = "ready";
@@ -27,7 +27,7 @@ const THREADS: usize = 4;
 /// Serves the mount that `args` name.
 pub fn run(args: &Args) -> Result<u8> {
     leave_caller();
-    let ending = catch_endings()?;
+    let ending = stop::hold_endings()?;
     let chain = open(args)?;
     let device: Arc<dyn BlockDevice> = chain.clone();
     let (mount, number) = if args.raw {
@@ -158,17 +158,6 @@ fn leave_caller() {
         // The directory's own descriptor is gone by now.
         let _ = nix::unistd::close(fd);
     }
-}
-
-/// Keeps signals that would end the process, and the mount with it, for a thread that waits for
-/// them. To be called before any other thread starts.
-fn catch_endings() -> Result<SigSet> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        set.add(signal);
-    }
-    set.thread_block().map_err(|e| Error::io("cannot block signals", e.into()))?;
-    Ok(set)
 }
 
 /// Unmounts when somebody asks this process to end. While the mount is in use it is served on:

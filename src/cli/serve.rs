@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args as ClapArgs, Subcommand};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::SigSet;
 use vdisk::chain::Chain;
 use vdisk::control;
 use vdisk::serve::nbd::{Export, Server};
@@ -16,6 +16,7 @@ use vdisk::{Error, Result};
 
 use super::disk::{self, Use};
 use super::holding::{self, Whole};
+use super::stop;
 
 /// NBD's port.
 const NBD_PORT: u16 = 10809;
@@ -104,7 +105,7 @@ pub fn run(args: &Args) -> Result<u8> {
 }
 
 fn vhost_user(args: &VhostArgs) -> Result<u8> {
-    let signals = hold_signals()?;
+    let signals = stop::hold_endings()?;
     let chain = args.disk.open()?;
     let socket = UnixSocket::bind(&args.socket)?;
     let place = socket.path().display().to_string();
@@ -131,7 +132,7 @@ fn nbd(args: &NbdArgs) -> Result<u8> {
         return Err(Error::invalid("an export's name has 4096 bytes at most"));
     }
     // Before any thread is started, so that the signals reach the one that waits for them.
-    let signals = hold_signals()?;
+    let signals = stop::hold_endings()?;
     let chain = args.disk.open()?;
     let listener = args.place.listen()?;
     let uri = uri(&listener, &args.export)?;
@@ -237,16 +238,6 @@ fn encoded(bytes: &[u8]) -> String {
 fn ready(place: &str) {
     let mut out = std::io::stdout();
     let _ = writeln!(out, "ready {place}").and_then(|()| out.flush());
-}
-
-/// Signals that end the server, held back for [`wait`].
-fn hold_signals() -> Result<SigSet> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        set.add(signal);
-    }
-    set.thread_block()?;
-    Ok(set)
 }
 
 /// Returns when one of these signals comes.

@@ -1,8 +1,10 @@
-//! Stopping a long command well when the user interrupts it.
+//! Stopping well: a long command that the user interrupts, a process that serves until it is told to
+//! end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vdisk::{Error, Result};
 
@@ -24,4 +26,15 @@ pub fn on_signals() -> Result<Stop> {
             .map_err(|e| Error::io("signals could not be handled", e))?;
     }
     Ok(Stop(flag))
+}
+
+/// Holds back the signals that end a process which serves a disk, for whoever waits for them. To be
+/// called before any other thread starts: threads inherit it.
+pub fn hold_endings() -> Result<SigSet> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block().map_err(|e| Error::io("cannot hold signals back", e.into()))?;
+    Ok(set)
 }
