@@ -17,6 +17,9 @@ pub enum ErrorKind {
     Exists,
     /// Another process holds the disk; the text names it.
     InUse,
+    /// Another command is at work on the disk, or was meanwhile: nothing was done, and the same
+    /// request may succeed a moment later.
+    Busy,
     /// The bytes of an image contradict its format.
     Corrupt,
     /// A valid image or request that this version does not handle.

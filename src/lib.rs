@@ -4,37 +4,149 @@
 //! changed; a *snapshot* freezes the current delta and starts a new one. Every layer is a qcow2
 //! file that QEMU opens, and QEMU's files open here.
 //!
-//! Rooms, from the ground up: [`addr`], [`error`] and [`mountinfo`] serve every floor; [`storage`]
-//! keeps bytes, and [`nbd`] asks another program for them; [`image`] is one layer; [`block`] is a
-//! flat guest disk; [`mount`] shows the files in it; [`container`] runs the programs among them;
-//! [`virtio`] carries it into a guest, and [`vm`] is such a guest; [`serve`] carries it to other
-//! people's programs.
-//! keeps bytes; [`image`] is one layer; [`block`] is a flat guest disk; [`ext4`] reads the files
-//! in it, and [`mount`] shows them; [`nbd`] asks another program for bytes; [`container`] runs the programs among them; [`virtio`] carries it into a guest, and
-//! [`vm`] is such a guest.
+//! ```
+//! use vdisk::{Disk, Snapshots};
+//!
+//! # fn main() -> vdisk::Result<()> {
+//! # let dir = std::env::temp_dir().join(format!("vdisk-front-{}", std::process::id()));
+//! # std::fs::create_dir_all(&dir).unwrap();
+//! let base = Disk::create(dir.join("base.qcow2"), 20 << 30)?;
+//! base.write(0, b"an operating system")?;
+//! base.close()?;
+//!
+//! let web = vdisk::create_clone(dir.join("base.qcow2"), dir.join("web.qcow2"))?;
+//! web.take_snapshot("installed")?;
+//! web.write(0, b"AN")?;
+//! web.close()?;
+//!
+//! let snapshots = Snapshots::of(dir.join("web.qcow2"));
+//! let plan = snapshots.revert("installed", None)?;
+//! println!("{} bytes of changes will go", plan.dropped());
+//! plan.execute()?;
+//!
+//! let mut text = [0; 19];
+//! Disk::open(dir.join("web.qcow2"))?.read(0, &mut text)?;
+//! assert_eq!(&text, b"an operating system");
+//! # std::fs::remove_dir_all(&dir).unwrap();
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What there is
+//!
+//! | to | use |
+//! |---|---|
+//! | open or make a disk, read and write it | [`Disk`], [`OpenOptions`], [`CreateOptions`] |
+//! | hand it to other code as flat bytes | [`BlockDevice`], which a [`Disk`] is |
+//! | make a linked clone | [`create_clone`] |
+//! | take, list, merge, delete snapshots, go back to one | [`Snapshots`], [`Plan`] |
+//! | copy a disk into one new file | [`Convert`] |
+//! | know what a disk is, and whether it is right | [`Disk::info`], [`Disk::check`], [`Disk::repair`] |
+//! | read the files in a disk without mounting it | [`Files`] |
+//! | use the qcow2 engine alone, on bytes of your own | [`Storage`], [`open_image`], [`Image`] |
+//!
+//! Everything blocks, and everything may be used from many threads. The library prints nothing, ends no
+//! process and starts no thread that outlives a call. Files are untrusted: an image names other files
+//! in its own directory only, unless its user says otherwise.
+//!
+//! # Features
+//!
+//! The engine alone is what there is by default. `serve` adds `NbdServer`. The others are for the
+//! `vdisk` command, `cli` being all of it, and promise nothing to other programs.
+//!
+//! # Layers, from the ground up
+//!
+//! ```text
+//! disk (this page)        cli, qemu_img: the command
+//! change, family, copy    snapshots and clones; the files of disks as trees; bytes from disk to disk
+//! open, chain             from a name to an open disk; layers as one flat disk
+//! qcow2, formats, luks    kinds of layers        filesystem: what is inside a disk
+//! image, block            one layer; one flat disk
+//! storage                 bytes that last
+//! ```
 
-pub mod addr;
-pub mod block;
-pub mod chain;
-pub mod container;
-pub mod control;
-pub mod error;
-pub mod ext4;
-pub mod formats;
-pub mod image;
-pub mod luks;
-pub mod mount;
-pub mod mountinfo;
-pub mod nbd;
-pub mod qcow2;
-pub mod serve;
-pub mod storage;
-pub mod virtio;
-pub mod vm;
+// Without the command and the tests much of what the rooms offer has no user.
+#![cfg_attr(not(feature = "internals"), allow(dead_code, unused_imports))]
+
+mod addr;
+mod block;
+mod chain;
+mod change;
+#[cfg(feature = "container")]
+mod container;
+#[cfg(feature = "control")]
+mod control;
+mod copy;
+mod disk;
+mod error;
+mod family;
+mod filesystem;
+mod formats;
+mod image;
+#[cfg(feature = "instance")]
+mod instance;
+#[cfg(feature = "vm")]
+mod kernel;
+mod luks;
+#[cfg(feature = "mount")]
+mod mount;
+mod mountinfo;
+mod nbd;
+#[cfg(feature = "oci")]
+mod oci;
+mod open;
+mod progress;
+mod qcow2;
+#[cfg(feature = "serve")]
+mod serve;
+mod storage;
+#[cfg(feature = "virtio")]
+mod virtio;
+#[cfg(feature = "vm")]
+mod vm;
+
+#[cfg(feature = "cli")]
+#[macro_use]
+mod say;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
+#[cfg(feature = "cli")]
+mod qemu_img;
+
+// The command names the library as other programs do.
+#[cfg(feature = "cli")]
+extern crate self as vdisk;
+
+/// The rooms themselves, for the tests, benches and fuzz targets of this package. They promise nothing:
+/// what is there changes with every version.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+#[allow(missing_docs)]
+pub mod internals {
+    macro_rules! open {
+        ($($room:ident)*) => { $(pub mod $room { pub use crate::$room::*; })* };
+    }
+
+    #[cfg(feature = "vm")]
+    open! { vm }
+    open! { addr block chain change copy error family filesystem formats image luks nbd open qcow2 storage }
+}
 
 #[cfg(test)]
 #[allow(dead_code, reason = "the black-box tests use the rest")]
 #[path = "../tests/main/require.rs"]
 mod require;
 
+pub use addr::{GuestOffset, HostOffset, Unit};
+pub use block::{BlockDevice, BlockExtent, BlockStatus};
+#[cfg(feature = "serve")]
+pub use disk::NbdServer;
+pub use disk::{
+    CheckReport, Convert, CreateOptions, DirEntry, Disk, DiskInfo, Files, LayerInfo, OpenOptions,
+    Plan, Snapshot, Snapshots, create_clone, create_image, open_image, unseal,
+};
 pub use error::{Error, ErrorKind, Result};
+pub use image::{Allocation, Backing, Extent, Hold, Image, Mapping};
+pub use open::Format;
+pub use storage::{MemoryStorage, Storage};

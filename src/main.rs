@@ -1,9 +1,5 @@
 //! The `vdisk` command.
 
-use std::process::ExitCode;
-
-mod cli;
-
-fn main() -> ExitCode {
-    cli::run()
+fn main() -> std::process::ExitCode {
+    vdisk::cli::main()
 }

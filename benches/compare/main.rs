@@ -1,26 +1,36 @@
 //! Ratios, measured in turn in one run: `cargo bench --bench compare`.
 //!
 //! Each line is one claim: both sides are measured in turn, several times, and the table shows the
-//! median and the worst of the ratios (1 is parity, more is better for the side named first). Files
-//! are in `$TMPDIR`. It is for people; no test depends on it. `cargo bench --bench compare peers`
-//! prints the table of single disks against QEMU alone, `trees` that of clones, snapshots and deep
-//! chains, `ratios` the rest.
+//! median and the worst of the ratios (1 is parity, more is better for the side named first), by the
+//! clock and, for what this process does itself, in time of processors. Files are in `$TMPDIR`. It is
+//! for people; no test depends on it. `cargo bench --bench compare peers` prints the table of single
+//! disks against QEMU alone, `trees` that of clones, snapshots and deep chains, `threads` that of many
+//! threads on one disk, `files` those of overlays and of files in a disk (only where it is asked for: they
+//! take the superuser), `images` that of images against podman (the same), `ratios` the rest.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod disks;
+mod files;
+mod images;
 mod peers;
+mod threads;
 mod trees;
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use vdisk::block::BlockDevice;
-use vdisk::chain::{self, Base, Chain, OpenOptions, snapshot};
-use vdisk::image::Backing;
-use vdisk::qcow2::CreateOptions;
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::change::{self, Base, snapshot};
+use vdisk::internals::image::Backing;
+use vdisk::internals::open;
+use vdisk::internals::open::OpenOptions;
+use vdisk::internals::qcow2::CreateOptions;
 
 /// How often both sides of a claim are measured.
 const PAIRS: usize = 7;
@@ -49,7 +59,38 @@ fn seconds(work: impl FnOnce()) -> f64 {
     begin.elapsed().as_secs_f64()
 }
 
-/// Measures both sides in turn and prints how much faster `ours` was.
+/// Nanoseconds of a processor that threads which have ended took for a measurement.
+static SPENT: AtomicU64 = AtomicU64::new(0);
+
+/// Nanoseconds of a processor that this thread has taken.
+fn taken() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0)
+}
+
+/// What one side of a pair took.
+struct Cost {
+    seconds: f64,
+    /// Time of processors, which does not count while others have them: 0 where the host does not say.
+    processor: f64,
+}
+
+fn cost(work: impl FnOnce()) -> Cost {
+    SPENT.store(0, Ordering::Relaxed);
+    let before = taken();
+    let seconds = seconds(work);
+    let spent = taken() - before + SPENT.load(Ordering::Relaxed);
+    Cost { seconds, processor: spent as f64 }
+}
+
+/// Prints the head of a table of claims.
+fn claims() {
+    let (ratio, cpu) = ("ratio, more is better", "processor");
+    println!("{ratio:<64} {:>7} {:>7} {cpu:>10} {:>7}", "median", "worst", "worst");
+}
+
+/// Measures both sides in turn and prints how much faster `ours` was, by the clock and in time of
+/// processors: on a busy machine only the latter says anything.
 fn claim(what: &str, mut ours: impl FnMut(u64), mut peer: impl FnMut(u64)) {
     ours(0);
     peer(0);
@@ -57,17 +98,25 @@ fn claim(what: &str, mut ours: impl FnMut(u64), mut peer: impl FnMut(u64)) {
         let seed = n as u64 * 7919 + 1;
         // The order changes, so that neither side always comes first.
         let (a, b) = if n.is_multiple_of(2) {
-            let a = seconds(|| ours(seed));
-            (a, seconds(|| peer(seed)))
+            let a = cost(|| ours(seed));
+            (a, cost(|| peer(seed)))
         } else {
-            let b = seconds(|| peer(seed));
-            (seconds(|| ours(seed)), b)
+            let b = cost(|| peer(seed));
+            (cost(|| ours(seed)), b)
         };
-        b / a
+        (b.seconds / a.seconds, b.processor / a.processor)
     };
-    let mut ratios: Vec<f64> = (0..PAIRS).map(pair).collect();
-    ratios.sort_by(f64::total_cmp);
-    println!("{what:<64} {:>7.2} {:>7.2}", ratios[PAIRS / 2], ratios[0]);
+    let (mut clock, mut processor): (Vec<f64>, Vec<f64>) = (0..PAIRS).map(pair).unzip();
+    for ratios in [&mut clock, &mut processor] {
+        ratios.sort_by(f64::total_cmp);
+    }
+    println!(
+        "{what:<64} {:>7.2} {:>7.2} {:>10.2} {:>7.2}",
+        clock[PAIRS / 2],
+        clock[0],
+        processor[PAIRS / 2],
+        processor[0]
+    );
 }
 
 fn reads(disk: &Chain, seed: u64) {
@@ -93,7 +142,7 @@ fn fill(disk: &Chain) {
 }
 
 fn open(path: &Path) -> Chain {
-    chain::open(path, &OpenOptions::writable()).unwrap()
+    change::open(path, &OpenOptions::writable()).unwrap()
 }
 
 /// A full disk below `depth - 1` deltas, each with a little of its own.
@@ -103,7 +152,7 @@ fn stack(dir: &Path, depth: usize) -> PathBuf {
         let below = || Backing { name: name(n - 1), format: Some("qcow2".to_owned()) };
         let options = CreateOptions { backing: (n > 0).then(below), ..CreateOptions::new(SIZE) };
         let path = dir.join(name(n));
-        chain::create(&path, &options).unwrap();
+        open::create(&path, &options).unwrap();
         let disk = open(&path);
         if n == 0 {
             fill(&disk);
@@ -122,7 +171,7 @@ fn stack(dir: &Path, depth: usize) -> PathBuf {
 fn family(dir: &Path, size: u64) -> (PathBuf, PathBuf) {
     let (disk, base) = (dir.join(format!("disk{size}")), dir.join(format!("base{size}")));
     for path in [&disk, &base] {
-        chain::create(path, &CreateOptions::new(size)).unwrap();
+        open::create(path, &CreateOptions::new(size)).unwrap();
         let disk = open(path);
         // Some data everywhere: tables over the whole disk.
         for n in 0..64 {
@@ -146,12 +195,22 @@ fn main() {
     if asked("trees") {
         trees::table();
     }
+    if asked("threads") {
+        threads::table();
+    }
+    if words.iter().any(|w| w == "images") {
+        images::table();
+    }
+    if words.iter().any(|w| w == "files") {
+        files::table();
+        disks::table();
+    }
 }
 
 fn ratios() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    println!("{:<64} {:>7} {:>7}", "ratio, more is better", "median", "worst");
+    claims();
 
     let (shallow, deep) = (open(&stack(dir, 1)), open(&stack(dir, 100)));
     claim("4 KiB random reads, depth 100 / depth 1", |s| reads(&deep, s), |s| reads(&shallow, s));

@@ -13,8 +13,8 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use vdisk::block::BlockDevice;
-use vdisk::chain::Chain;
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
 
 use super::{open, seconds};
 

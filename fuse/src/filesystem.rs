@@ -6,7 +6,8 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -26,7 +27,7 @@ const MAX_REQUEST: u32 = 1 << 20;
 /// Requests that the kernel may have under way without a waiting caller (readahead, writeback,
 /// asynchronous direct I/O). The kernel's default of 12 starves a loop device's queue.
 const MAX_BACKGROUND: u16 = 64;
-/// How long the kernel may believe names and attributes. Names never change; a size can grow.
+/// How long the kernel may believe names that stay, and attributes: a size can grow.
 const TTL: Duration = Duration::from_secs(1);
 
 thread_local! {
@@ -36,10 +37,8 @@ thread_local! {
 
 /// Serves a tree.
 pub(crate) struct VolumeFs {
-    tree: Tree,
+    tree: Arc<Tree>,
     caching: Caching,
-    /// By place in the tree: how many open files may write.
-    writers: Vec<AtomicU64>,
     started: SystemTime,
 }
 
@@ -56,33 +55,32 @@ fn errno(error: io::Error) -> Errno {
 }
 
 impl VolumeFs {
-    pub(crate) fn new(tree: Tree, caching: Caching) -> VolumeFs {
-        let writers = (0..tree.len()).map(|_| AtomicU64::new(0)).collect();
-        VolumeFs { tree, caching, writers, started: SystemTime::now() }
+    pub(crate) fn new(tree: Arc<Tree>, caching: Caching) -> VolumeFs {
+        VolumeFs { tree, caching, started: SystemTime::now() }
     }
 
-    fn node(&self, ino: INodeNo) -> Result<&Node, Errno> {
+    fn node(&self, ino: INodeNo) -> Result<Arc<Node>, Errno> {
         self.tree.node(ino.0).ok_or(Errno::ENOENT)
     }
 
-    fn volume(&self, ino: INodeNo) -> Result<&dyn Volume, Errno> {
+    fn volume(&self, ino: INodeNo) -> Result<Arc<dyn Volume>, Errno> {
         match &self.node(ino)?.kind {
-            Kind::File(volume) => Ok(volume.as_ref()),
+            Kind::File(volume) => Ok(volume.clone()),
             Kind::Directory(_) => Err(Errno::EISDIR),
         }
     }
 
-    fn writable(&self, ino: INodeNo) -> Result<&dyn Volume, Errno> {
+    fn writable(&self, ino: INodeNo) -> Result<Arc<dyn Volume>, Errno> {
         let volume = self.volume(ino)?;
         if volume.read_only() { Err(Errno::EROFS) } else { Ok(volume) }
     }
 
-    fn writers(&self, ino: INodeNo) -> Option<&AtomicU64> {
-        self.writers.get(usize::try_from(ino.0.checked_sub(crate::tree::ROOT)?).ok()?)
+    fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
+        self.attr_of(ino, &*self.node(ino)?)
     }
 
-    fn attr(&self, ino: INodeNo) -> Result<FileAttr, Errno> {
-        let (size, kind, perm, nlink, blksize) = match &self.node(ino)?.kind {
+    fn attr_of(&self, ino: INodeNo, node: &Node) -> Result<FileAttr, Errno> {
+        let (size, kind, perm, nlink, blksize) = match &node.kind {
             Kind::File(volume) => {
                 let perm = if volume.read_only() { 0o400 } else { 0o600 };
                 (volume.size(), FileType::RegularFile, perm, 1, volume.block_size())
@@ -114,8 +112,8 @@ impl VolumeFs {
         let writes = flags.acc_mode() != OpenAccMode::O_RDONLY;
         let volume = if writes { self.writable(ino)? } else { self.volume(ino)? };
         guarded(|| volume.opened())?;
-        if writes && let Some(count) = self.writers(ino) {
-            count.fetch_add(1, Ordering::AcqRel);
+        if writes {
+            self.node(ino)?.writers.fetch_add(1, Ordering::AcqRel);
         }
         Ok(match self.caching {
             Caching::None => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
@@ -131,7 +129,7 @@ impl VolumeFs {
 
     fn write_file(&self, ino: INodeNo, offset: u64, data: &[u8]) -> Result<u32, Errno> {
         let volume = self.writable(ino)?;
-        let len = Self::clip(volume, offset, data.len() as u64) as usize;
+        let len = Self::clip(&*volume, offset, data.len() as u64) as usize;
         if len == 0 && !data.is_empty() {
             return Err(Errno::ENOSPC);
         }
@@ -146,7 +144,7 @@ impl VolumeFs {
         if end > volume.size() && !keep_size {
             return Err(Errno::ENOSPC);
         }
-        let len = Self::clip(volume, offset, len);
+        let len = Self::clip(&*volume, offset, len);
         let may_unmap = match mode & !libc::FALLOC_FL_KEEP_SIZE {
             libc::FALLOC_FL_PUNCH_HOLE if keep_size => true,
             libc::FALLOC_FL_ZERO_RANGE => false,
@@ -165,7 +163,7 @@ impl VolumeFs {
         // While somebody may write, the kernel can hold written pages that no volume knows of:
         // to call their place a hole would lose them in a sparse copy.
         let dirty = self.caching == Caching::WriteBack
-            && self.writers(ino).is_some_and(|count| count.load(Ordering::Acquire) > 0);
+            && self.node(ino)?.writers.load(Ordering::Acquire) > 0;
         let data = if dirty { Some((offset, size)) } else { guarded(|| volume.next_data(offset))? };
         let found = match (whence, data) {
             (libc::SEEK_DATA, Some((start, _))) => start.max(offset),
@@ -179,7 +177,7 @@ impl VolumeFs {
 
     fn list(&self, ino: INodeNo, offset: u64, reply: &mut ReplyDirectory) -> Result<(), Errno> {
         let node = self.node(ino)?;
-        let Kind::Directory(names) = &node.kind else { return Err(Errno::ENOTDIR) };
+        let names = node.names().ok_or(Errno::ENOTDIR)?;
         let dots = [(OsStr::new("."), ino.0), (OsStr::new(".."), node.parent)];
         let entries = dots.into_iter().chain(names.iter().map(|(n, i)| (n.as_os_str(), *i)));
         let skip = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -221,16 +219,20 @@ impl Filesystem for VolumeFs {
     }
 
     fn destroy(&mut self) {
-        for volume in self.tree.volumes().filter(|volume| !volume.read_only()) {
+        for volume in self.tree.volumes().iter().filter(|volume| !volume.read_only()) {
             // Whoever needs to know flushes for himself; this is for a server left to itself.
             let _ = guarded(|| volume.flush());
         }
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = self.tree.child(parent.0, name).ok_or(Errno::ENOENT);
-        match found.and_then(|number| self.attr(INodeNo(number))) {
-            Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
+        let found = self.tree.child(parent.0, name).ok_or(Errno::ENOENT).and_then(|number| {
+            let node = self.node(INodeNo(number))?;
+            let ttl = if node.passing { Duration::ZERO } else { TTL };
+            Ok((ttl, self.attr_of(INodeNo(number), &node)?))
+        });
+        match found {
+            Ok((ttl, attr)) => reply.entry(&ttl, &attr, Generation(0)),
             Err(errno) => reply.error(errno),
         }
     }
@@ -320,7 +322,7 @@ impl Filesystem for VolumeFs {
             Ok(volume) => volume,
             Err(errno) => return reply.error(errno),
         };
-        let len = Self::clip(volume, offset, size.into()) as usize;
+        let len = Self::clip(&*volume, offset, size.into()) as usize;
         BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < len {
                 buffer.resize(len, 0);
@@ -366,9 +368,9 @@ impl Filesystem for VolumeFs {
         reply: ReplyEmpty,
     ) {
         if flags.acc_mode() != OpenAccMode::O_RDONLY
-            && let Some(count) = self.writers(ino)
+            && let Ok(node) = self.node(ino)
         {
-            count.fetch_sub(1, Ordering::AcqRel);
+            node.writers.fetch_sub(1, Ordering::AcqRel);
         }
         if let Ok(volume) = self.volume(ino) {
             let _ = guarded(|| {
@@ -414,13 +416,13 @@ impl Filesystem for VolumeFs {
     }
 
     fn access(&self, _: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
-        let result = match self.node(ino).map(|node| &node.kind) {
-            Ok(Kind::File(volume)) if volume.read_only() && mask.contains(AccessFlags::W_OK) => {
+        let asked = |node: Arc<Node>| match &node.kind {
+            Kind::File(volume) if volume.read_only() && mask.contains(AccessFlags::W_OK) => {
                 Err(Errno::EROFS)
             }
-            other => other.map(drop),
+            _ => Ok(()),
         };
-        answer(reply, result);
+        answer(reply, self.node(ino).and_then(asked));
     }
 
     fn fallocate(

@@ -1,26 +1,27 @@
 //! A tree being served: the mount, the worker threads, and their end.
 //! Knows nothing of what the volumes are used for.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fuser::{Config, MountOption, Session, SessionACL};
-use nix::unistd::{getgid, getuid};
 use rustix::fs::CWD;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount,
-};
+use rustix::mount::{MoveMountFlags, move_mount};
 
+use crate::files::{Files, Keeping};
 use crate::filesystem::VolumeFs;
+use crate::mount::MountOptions;
 use crate::tree::Tree;
+use crate::{kernel, mount};
 
 /// What `/proc/self/mounts` shows after `fuse.`.
 pub const SUBTYPE: &str = "vdisk";
+/// The same of an overlay; also the name of its mount helper.
+pub const OVERLAY_SUBTYPE: &str = "vdisk-overlay";
 
 /// What the kernel keeps of a volume's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +45,17 @@ pub struct Options {
     pub threads: usize,
 }
 
+/// How a tree of files is served.
+#[derive(Debug, Clone)]
+pub struct Serving {
+    /// How it is mounted.
+    pub mount: MountOptions,
+    /// What the kernel keeps.
+    pub keeping: Keeping,
+    /// How many requests are worked on at a time, at least 1.
+    pub threads: usize,
+}
+
 /// A tree being served by threads of this process. Dropping it ends nothing: the threads end
 /// when the kernel lets go of the file system, that is when it is unmounted and no file in it
 /// is open.
@@ -54,8 +66,8 @@ pub struct Server {
 impl Server {
     /// Serves `tree` at `directory`, as any user who may mount there (through `fusermount3`
     /// where the kernel asks for more rights than the process has).
-    pub fn mount(tree: Tree, directory: &Path, options: &Options) -> io::Result<Server> {
-        if !privileged() {
+    pub fn mount(tree: Arc<Tree>, directory: &Path, options: &Options) -> io::Result<Server> {
+        if !mount::privileged() {
             return Server::through_fusermount(tree, directory, options);
         }
         let (server, root) = Server::detached(tree, options)?;
@@ -63,10 +75,14 @@ impl Server {
         Ok(server)
     }
 
-    fn through_fusermount(tree: Tree, directory: &Path, options: &Options) -> io::Result<Server> {
+    fn through_fusermount(
+        tree: Arc<Tree>,
+        directory: &Path,
+        options: &Options,
+    ) -> io::Result<Server> {
         let mut config = config(options);
         config.mount_options = vec![
-            MountOption::FSName(options.name.replace(',', "_")),
+            MountOption::FSName(shown(&options.name).replace(',', "_")),
             MountOption::CUSTOM(format!("subtype={SUBTYPE}")),
             MountOption::DefaultPermissions,
             MountOption::NoSuid,
@@ -82,29 +98,25 @@ impl Server {
         Ok(Server { workers })
     }
 
+    /// Serves a tree of files at `directory`, as [`mount`](Server::mount) does.
+    ///
+    /// # Errors
+    /// Where it cannot be mounted there.
+    pub fn files(files: Arc<dyn Files>, directory: &Path, serving: &Serving) -> io::Result<Server> {
+        let device = mount::open(directory, &serving.mount)?;
+        let workers = kernel::serve(device, files, serving.keeping, serving.threads);
+        let workers = workers.inspect_err(|_| mount::take_back(directory, &serving.mount))?;
+        Ok(Server { workers })
+    }
+
     /// Serves `tree` in a mount that stands in no mount namespace and returns its root, through
     /// which alone its files are opened. Needs `CAP_SYS_ADMIN`.
     ///
     /// The mount lives as long as its root or a file in it is open anywhere, and leaves nothing
     /// behind when this process is killed.
-    pub fn detached(tree: Tree, options: &Options) -> io::Result<(Server, OwnedFd)> {
-        let device = File::options().read(true).write(true).open("/dev/fuse")?;
-        let fs = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        let settings = [
-            ("source", options.name.clone()),
-            ("subtype", SUBTYPE.to_owned()),
-            ("fd", device.as_raw_fd().to_string()),
-            ("rootmode", "40000".to_owned()),
-            ("user_id", getuid().to_string()),
-            ("group_id", getgid().to_string()),
-        ];
-        for (key, value) in settings {
-            fsconfig_set_string(&fs, key, value.as_str())?;
-        }
-        fsconfig_set_flag(&fs, "default_permissions")?;
-        fsconfig_create(&fs)?;
-        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
-        let root = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    pub fn detached(tree: Arc<Tree>, options: &Options) -> io::Result<(Server, OwnedFd)> {
+        let mounting = MountOptions { source: options.name.clone(), ..MountOptions::default() };
+        let (device, root) = mount::detached(&mounting)?;
         let (filesystem, config) = (VolumeFs::new(tree, options.caching), config(options));
         let session = Session::from_fd(filesystem, device.into(), SessionACL::Owner, config)?;
         let server = Server { workers: start(session)? };
@@ -137,17 +149,19 @@ impl Server {
     }
 }
 
+/// The end of a name, as much of it as the kernel takes for the source of a mount.
+pub(crate) fn shown(name: &str) -> &str {
+    /// Bytes; one more ends the text.
+    const MOST: usize = 255;
+    name.get(name.ceil_char_boundary(name.len().saturating_sub(MOST))..).unwrap_or_default()
+}
+
 fn config(options: &Options) -> Config {
     let mut config = Config::default();
     config.acl = SessionACL::Owner;
     config.n_threads = Some(options.threads.max(1));
     config.clone_fd = true;
     config
-}
-
-/// Whether the kernel lets this process mount by itself.
-fn privileged() -> bool {
-    fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
 }
 
 fn start(session: Session<VolumeFs>) -> io::Result<JoinHandle<io::Result<()>>> {

@@ -1,76 +1,139 @@
 //! The one place for `unsafe` in this crate: what a process that serves its own mounts needs.
 
+use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::sched::{CloneFlags, unshare};
+use crate::layer::FileHandle;
 
-/// Runs `work` on a thread whose file table holds only standard input, output and error and
-/// `keep`, and returns what it returned.
-///
-/// A process that waits for a file system which it serves itself must do so here. Such a wait
-/// cannot be interrupted; were the process killed meanwhile, the waiting thread would hold the
-/// shared file table open, `/dev/fuse` with it, the kernel would never learn that the server is
-/// gone, and the thread would wait forever. With a file table of its own the waiting thread
-/// keeps nothing alive: the connection ends with the other threads, and the wait with an error.
-///
-/// `work` must name files by path or by `keep`: no other descriptor of the process is open there.
-pub fn apart<T: Send>(
-    keep: Option<BorrowedFd<'_>>,
-    work: impl FnOnce() -> T + Send,
-) -> io::Result<T> {
-    let keep = keep.map(|fd| fd.as_raw_fd());
-    std::thread::scope(|scope| {
-        let thread =
-            std::thread::Builder::new().name("apart".into()).spawn_scoped(scope, || {
-                unshare(CloneFlags::CLONE_FILES)?;
-                close_all_but(keep)?;
-                Ok(work())
-            })?;
-        thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
-    })
-}
-
-/// Closes every descriptor above 2 except `keep` in this thread's own file table.
-fn close_all_but(keep: Option<i32>) -> io::Result<()> {
-    let keep = keep.and_then(|fd| u32::try_from(fd).ok()).filter(|fd| *fd > 2);
-    match keep {
-        None => close_range(3, u32::MAX),
-        Some(fd) => {
-            if fd > 3 {
-                close_range(3, fd - 1)?;
-            }
-            close_range(fd + 1, u32::MAX)
+/// Closes every descriptor above 2 except these in this thread's file table, which must be its own.
+pub(crate) fn close_all_but(mut kept: Vec<i32>) -> io::Result<()> {
+    kept.sort_unstable();
+    let mut next = 3;
+    for fd in kept.into_iter().filter_map(|fd| u32::try_from(fd).ok()).filter(|fd| *fd > 2) {
+        if fd > next {
+            close_range(next, fd - 1)?;
         }
+        next = fd + 1;
     }
+    close_range(next, u32::MAX)
 }
 
 fn close_range(first: u32, last: u32) -> io::Result<()> {
-    // SAFETY: called only from `apart`, after the thread got a file table of its own: every
-    // owned descriptor of the process stays open in the table that its owner uses.
+    // SAFETY: called only after the thread got a file table of its own: every owned descriptor of
+    // the process stays open in the table that its owner uses.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0u32) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::fs::File;
-    use std::io::Read;
-    use std::os::fd::AsFd;
+/// Takes a descriptor that a message on a socket has brought into this process.
+pub(crate) fn received(fd: i32) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for the receiver of the message, who hands
+    // it on to here and nowhere else.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
 
-    use super::*;
+/// fchmodat2(2) of a name in a directory, which is not followed, or of what is open where the name
+/// is empty; `EOPNOTSUPP` of a symbolic link, `ENOSYS` before Linux 6.6.
+pub(crate) fn chmod_at(dir: BorrowedFd<'_>, name: &[u8], mode: u32) -> io::Result<()> {
+    const FCHMODAT2: libc::c_long = 452;
+    let name = CString::new(name)?;
+    let empty = if name.is_empty() { libc::AT_EMPTY_PATH } else { 0 };
+    let flags = libc::AT_SYMLINK_NOFOLLOW | empty;
+    // SAFETY: the name ends in NUL, and nothing is written.
+    let result = unsafe { libc::syscall(FCHMODAT2, dir.as_raw_fd(), name.as_ptr(), mode, flags) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
 
-    #[test]
-    fn work_done_apart_sees_only_the_descriptor_it_keeps() {
-        let (kept, mut other) =
-            (File::open("/dev/zero").unwrap(), File::open("/dev/zero").unwrap());
-        let (k, o) = (kept.as_raw_fd(), other.as_raw_fd());
-        let seen = apart(Some(kept.as_fd()), || {
-            [k, o].map(|fd| std::fs::read_link(format!("/proc/thread-self/fd/{fd}")).is_ok())
-        });
-        assert_eq!(seen.unwrap(), [true, false]);
-        let mut byte = [1];
-        other.read_exact(&mut byte).unwrap();
-        assert_eq!(byte, [0], "the process keeps its own descriptors");
+/// `struct file_handle` with room for the longest.
+#[repr(C)]
+struct HandleRoom {
+    bytes: u32,
+    kind: i32,
+    handle: [u8; 128],
+}
+
+/// name_to_handle_at(2) of a name in a directory, or of what is open where the name is empty. A
+/// symbolic link is not followed.
+pub(crate) fn name_to_handle(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<FileHandle> {
+    let name = CString::new(name)?;
+    let mut room = HandleRoom { bytes: 128, kind: 0, handle: [0; 128] };
+    let mut mount = 0i32;
+    let flags = if name.is_empty() { libc::AT_EMPTY_PATH } else { 0 };
+    // SAFETY: the name ends in NUL; the kernel writes at most `bytes` bytes behind the two
+    // numbers of the handle, which has room for as many, and one number for the mount.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            dir.as_raw_fd(),
+            name.as_ptr(),
+            &raw mut room,
+            &raw mut mount,
+            flags,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
     }
+    let unknown = || io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+    let kind = u8::try_from(room.kind).map_err(|_| unknown())?;
+    let bytes = room.handle.get(..room.bytes as usize).ok_or_else(unknown)?.to_vec();
+    Ok(FileHandle { kind, bytes })
+}
+
+/// `struct fsuuid2`.
+#[repr(C)]
+struct Uuid {
+    len: u8,
+    uuid: [u8; 16],
+}
+
+const FS_IOC_GETFSUUID: libc::Ioctl = 0x8011_1500;
+
+/// The UUID of the file system that an open file is on.
+pub(crate) fn file_system_uuid(fd: BorrowedFd<'_>) -> io::Result<[u8; 16]> {
+    let mut uuid = Uuid { len: 0, uuid: [0; 16] };
+    // SAFETY: the kernel writes one `fsuuid2` to the pointer, which is to a live local.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_GETFSUUID, &raw mut uuid) };
+    match (result, uuid.len) {
+        (0, 16) => Ok(uuid.uuid),
+        (0, _) => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// `struct fuse_backing_map`.
+#[repr(C)]
+struct BackingMap {
+    fd: i32,
+    flags: u32,
+    padding: u64,
+}
+
+const DEV_IOC_CLONE: libc::Ioctl = 0x8004_e500;
+const DEV_IOC_BACKING_OPEN: libc::Ioctl = 0x4010_e501;
+const DEV_IOC_BACKING_CLOSE: libc::Ioctl = 0x4004_e502;
+
+/// Makes `device`, freshly opened, one more channel of the connection of `of`.
+pub(crate) fn clone_device(device: BorrowedFd<'_>, of: BorrowedFd<'_>) -> io::Result<()> {
+    let number = of.as_raw_fd().cast_unsigned();
+    // SAFETY: the kernel reads one u32 from the pointer, which is to a live local.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), DEV_IOC_CLONE, &raw const number) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Gives the kernel a file that it may use in the place of one of ours, and returns its number.
+pub(crate) fn open_backing(device: BorrowedFd<'_>, fd: i32) -> io::Result<u32> {
+    let map = BackingMap { fd, flags: 0, padding: 0 };
+    // SAFETY: the kernel reads one `fuse_backing_map` from the pointer, to a live local.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), DEV_IOC_BACKING_OPEN, &raw const map) };
+    u32::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Takes such a number back.
+pub(crate) fn close_backing(device: BorrowedFd<'_>, number: u32) -> io::Result<()> {
+    // SAFETY: the kernel reads one u32 from the pointer, which is to a live local.
+    let result =
+        unsafe { libc::ioctl(device.as_raw_fd(), DEV_IOC_BACKING_CLOSE, &raw const number) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -4,13 +4,13 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vdisk::addr::{GuestOffset, Unit};
-use vdisk::image::{Identity, Image as _, Label};
-use vdisk::luks::{self, Passphrase};
-use vdisk::qcow2::{
+use vdisk::internals::addr::{GuestOffset, Unit};
+use vdisk::internals::image::{Compress as _, Identity, Image as _, Label};
+use vdisk::internals::luks::{self, Passphrase};
+use vdisk::internals::qcow2::{
     self, Compression, CreateOptions, DataFile, Encryption, Image, Method, NewSnapshot, OpenOptions,
 };
-use vdisk::storage::{MemoryStorage, Storage};
+use vdisk::internals::storage::{MemoryStorage, Storage};
 
 use crate::dice::Dice;
 

@@ -4,14 +4,16 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 
-use vdisk::addr::{GuestOffset, Unit};
-use vdisk::formats::vhd::{SizeBy, Vhd};
-use vdisk::formats::{vdi::Vdi, vhdx::Vhdx, vmdk::Plan};
-use vdisk::image::{Image as _, Mapping};
-use vdisk::qcow2::{
+use vdisk::internals::addr::{GuestOffset, Unit};
+use vdisk::internals::formats::vhd::{SizeBy, Vhd};
+use vdisk::internals::formats::{
+    parallels::Parallels, qcow::Qcow, qed::Qed, vdi::Vdi, vhdx::Vhdx, vmdk::Plan,
+};
+use vdisk::internals::image::{Compress as _, Image as _, Mapping};
+use vdisk::internals::qcow2::{
     self, Amend, Compression, CreateOptions, Image, NewSnapshot, OpenOptions, Repair,
 };
-use vdisk::storage::{MemoryStorage, Storage};
+use vdisk::internals::storage::{MemoryStorage, Storage};
 
 use crate::dice::Dice;
 use crate::mutation::{get, put};
@@ -72,7 +74,7 @@ pub fn read(bytes: &[u8]) {
 }
 
 /// A damaged size may promise exabytes: a bounded number of extents, the beginning of each.
-fn walk(image: &dyn vdisk::image::Image) {
+fn walk(image: &dyn vdisk::internals::image::Image) {
     let mut at = 0;
     for _ in 0..512 {
         if at >= image.size() {
@@ -97,7 +99,7 @@ pub fn check(bytes: &[u8]) {
     let storage = memory(bytes);
     let Ok(image) = image(&storage, true) else { return };
     let _ = Image::check(&image, Repair::None);
-    let _ = vdisk::image::Image::check(&image, Repair::None);
+    let _ = vdisk::internals::image::Checked::check(&image, Repair::None);
     assert!(storage.to_vec() == bytes, "a check has changed the file");
 }
 
@@ -108,7 +110,7 @@ pub fn repair(bytes: &[u8]) {
         let options = OpenOptions { repair: true, ..opening(false) };
         let Ok(image) = Image::open(storage.clone(), options) else { continue };
         let check = match whole {
-            true => vdisk::image::Image::check(&image, Repair::All),
+            true => vdisk::internals::image::Checked::check(&image, Repair::All),
             false => Image::check(&image, Repair::All),
         };
         drop(image);
@@ -117,7 +119,7 @@ pub fn repair(bytes: &[u8]) {
         }
         match self::image(&storage, false) {
             Ok(image) => {
-                let again = vdisk::image::Image::check(&image, Repair::None).unwrap();
+                let again = vdisk::internals::image::Checked::check(&image, Repair::None).unwrap();
                 assert!(again.is_clean(), "a repaired image is not right: {:#?}", again.messages);
             }
             Err(error) => panic!("a repaired image cannot be opened: {error}"),
@@ -240,6 +242,9 @@ pub fn foreign(bytes: &[u8]) {
     let _ = Vdi::open(storage.clone()).map(|image| walk(&image));
     let _ = Vhd::open(storage.clone(), SizeBy::Creator).map(|image| walk(&image));
     let _ = Vhdx::open(storage.clone()).map(|image| walk(&image));
+    let _ = Qcow::open(storage.clone()).map(|image| walk(&image));
+    let _ = Qed::open(storage.clone()).map(|image| walk(&image));
+    let _ = Parallels::open(storage.clone()).map(|image| walk(&image));
     let Ok(plan) = Plan::read(storage.clone()) else { return };
     // Every file that a descriptor names is the image itself.
     let files: Vec<_> = plan.files().iter().map(|_| storage.clone()).collect();
@@ -248,7 +253,7 @@ pub fn foreign(bytes: &[u8]) {
 
 /// Bytes as a LUKS header, and the cipher that it names over a sector.
 pub fn luks(bytes: &[u8]) {
-    let Ok(header) = vdisk::luks::Header::parse(bytes) else { return };
+    let Ok(header) = vdisk::internals::luks::Header::parse(bytes) else { return };
     let rounds = (0..8).filter_map(|n| header.slot(n)?.0).max().unwrap_or(0);
     // More is slow, not wrong.
     if rounds.max(header.digest_iterations()) > 1000 {

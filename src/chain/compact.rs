@@ -2,12 +2,12 @@
 
 use std::io::IoSliceMut;
 
-use super::merge::Progress;
-use super::{Chain, Layers};
 use crate::addr::GuestOffset;
 use crate::block::{BlockDevice, check_range};
+use crate::chain::{Chain, Layers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Mapping;
+use crate::progress::Progress;
 use crate::storage::Storage;
 
 /// Bytes that are looked at in one go.

@@ -5,12 +5,15 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::IoSliceMut;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, RwLock};
 
-use super::Layer;
+use crossbeam_utils::sync::ShardedLock;
+use foldhash::fast::RandomState;
+
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::block::{fill_zero, with_window};
+use crate::chain::Layer;
 use crate::error::Result;
 use crate::image::{Extent, Mapping};
 
@@ -23,18 +26,18 @@ const PAGE_MIN_BITS: u32 = 18;
 const PAGE_COST: usize = 4;
 
 /// The layers below the head as one map.
-pub(super) struct Flat {
+pub(crate) struct Flat {
     /// From the layer below the head down to the base.
     layers: Vec<Layer>,
     page: Unit,
     /// The most runs that are kept.
     capacity: usize,
-    pages: RwLock<Pages>,
+    pages: ShardedLock<Pages>,
 }
 
 #[derive(Default)]
 struct Pages {
-    by_index: HashMap<u64, Kept>,
+    by_index: HashMap<u64, Kept, RandomState>,
     /// Page numbers in the order in which they are considered for eviction.
     turn: VecDeque<u64>,
     /// Runs that are kept, with what their pages take.
@@ -42,13 +45,13 @@ struct Pages {
 }
 
 struct Kept {
-    page: Arc<[Run]>,
+    page: Box<[Run]>,
     used: AtomicBool,
 }
 
 /// A piece of the disk that one layer maps in one way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Run {
+pub(crate) struct Run {
     /// The extent in its layer. [`Mapping::Unallocated`] where no layer holds anything.
     pub extent: Extent,
     /// The layer's place below the head, from 0.
@@ -77,7 +80,7 @@ impl Flat {
         let smallest = layers.iter().map(|l| l.image.cluster().bits()).min().unwrap_or(16);
         let page = Unit::from_bits((smallest + PAGE_CLUSTERS_BITS).max(PAGE_MIN_BITS));
         let capacity = (memory as usize / size_of::<Run>()).max(1024);
-        Flat { layers, page, capacity, pages: RwLock::default() }
+        Flat { layers, page, capacity, pages: ShardedLock::default() }
     }
 
     pub fn layers(&self) -> &[Layer] {
@@ -100,14 +103,7 @@ impl Flat {
             let mapping = Mapping::Unallocated;
             return Ok(Run { extent: Extent { start: at, len, mapping }, layer: 0 });
         }
-        let page = self.page(self.page.index(at.0))?;
-        let index = page.partition_point(|r| r.end() <= at.0);
-        // A page's runs cover it without gaps.
-        let run = page.get(index).copied().unwrap_or(Run {
-            extent: Extent { start: at, len, mapping: Mapping::Unallocated },
-            layer: 0,
-        });
-        let run = cut(run, at, len);
+        let run = cut(self.run_at(at)?, at, len);
         if run.is_hole() && run.extent.len < len && self.page.aligned(run.end()) {
             return self.beyond(run, len);
         }
@@ -136,6 +132,19 @@ impl Flat {
         Ok(run)
     }
 
+    /// Whether a range is known to read as zeroes without reading it.
+    pub fn is_zero(&self, from: u64, to: u64) -> Result<bool> {
+        let mut pos = from;
+        while pos < to {
+            let run = self.find(GuestOffset(pos), to - pos)?;
+            if !run.is_zero() {
+                return Ok(false);
+            }
+            pos += run.extent.len;
+        }
+        Ok(true)
+    }
+
     /// Reads from the lower layers.
     pub fn read(&self, at: GuestOffset, len: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         let mut done = 0;
@@ -156,20 +165,24 @@ impl Flat {
         Ok(())
     }
 
-    fn page(&self, index: u64) -> Result<Arc<[Run]>> {
-        let kept = self.pages.read().unwrap_or_else(|e| e.into_inner());
-        if let Some(kept) = kept.by_index.get(&index) {
+    /// The run of its page that holds the byte at `at`. It is copied under the lock: a reference to
+    /// the page would be counted in a place where all threads meet.
+    fn run_at(&self, at: GuestOffset) -> Result<Run> {
+        let index = self.page.index(at.0);
+        let pages = self.pages.read().unwrap_or_else(|e| e.into_inner());
+        if let Some(kept) = pages.by_index.get(&index) {
             if !kept.used.load(Ordering::Relaxed) {
                 kept.used.store(true, Ordering::Relaxed);
             }
-            return Ok(kept.page.clone());
+            return Ok(run_in(&kept.page, at));
         }
-        drop(kept);
+        drop(pages);
         let start = index << self.page.bits();
-        let page: Arc<[Run]> = self.resolve(start, start.saturating_add(self.page.bytes()))?.into();
+        let page = self.resolve(start, start.saturating_add(self.page.bytes()))?;
+        let run = run_in(&page, at);
         let mut pages = self.pages.write().unwrap_or_else(|e| e.into_inner());
-        pages.keep(index, page.clone(), self.capacity);
-        Ok(page)
+        pages.keep(index, page.into(), self.capacity);
+        Ok(run)
     }
 
     /// Asks the layers from the top down; each is asked only for what those above left open.
@@ -179,7 +192,7 @@ impl Flat {
         for (number, layer) in self.layers.iter().enumerate() {
             let mut below = Vec::new();
             for (from, to) in open {
-                resolve_in(layer, number as u32, (from, to), &mut runs, &mut below)
+                resolve_in(layer, number as u32, from..to, &mut runs, &mut below)
                     .map_err(|e| e.at_path(&layer.path))?;
             }
             open = below;
@@ -195,7 +208,7 @@ impl Flat {
 }
 
 impl Pages {
-    fn keep(&mut self, index: u64, page: Arc<[Run]>, capacity: usize) {
+    fn keep(&mut self, index: u64, page: Box<[Run]>, capacity: usize) {
         if self.by_index.contains_key(&index) {
             return;
         }
@@ -216,16 +229,22 @@ impl Pages {
     }
 }
 
-/// Finds what `layer` says of `from..to`: its runs, and what it leaves to the layers below.
+/// The run of `page` that holds the byte at `at`. A page's runs cover it without gaps.
+fn run_in(page: &[Run], at: GuestOffset) -> Run {
+    let index = page.partition_point(|r| r.end() <= at.0);
+    page.get(index).copied().unwrap_or_else(|| empty(at.0, u64::MAX, 0))
+}
+
+/// Finds what `layer` says of a range: its runs, and what it leaves to the layers below.
 fn resolve_in(
     layer: &Layer,
     number: u32,
-    (from, to): (u64, u64),
+    range: Range<u64>,
     runs: &mut Vec<Run>,
     below: &mut Vec<(u64, u64)>,
 ) -> Result<()> {
     let size = layer.image.size();
-    let mut pos = from;
+    let (mut pos, to) = (range.start, range.end);
     while pos < to.min(size) {
         let extent = layer.image.map(GuestOffset(pos), to.min(size) - pos)?;
         if extent.mapping == Mapping::Unallocated {

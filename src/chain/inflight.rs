@@ -5,13 +5,13 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 
 /// The ranges being changed. Two that overlap wait for each other; others do not meet.
 #[derive(Default)]
-pub(super) struct InFlight {
+pub(crate) struct InFlight {
     ranges: Mutex<Vec<Range<u64>>>,
     changed: Condvar,
 }
 
 /// The right to change the mapping of a range, given back when dropped.
-pub(super) struct Entry<'a> {
+pub(crate) struct Entry<'a> {
     owner: &'a InFlight,
     range: Range<u64>,
 }

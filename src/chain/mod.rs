@@ -1,105 +1,50 @@
-//! A chain of layers as one flat guest disk: copy-on-write over images of any format.
+//! An open disk: a chain of layers of any format as one flat guest disk, with copy-on-write.
 //!
-//! Only [`open`] names concrete formats. Nothing here sees an L2 entry or a refcount.
+//! The flattened map, in-flight copy-on-write, read and write, and the exchange of layers. Nothing
+//! here sees an L2 entry or a refcount, opens a file by name, or knows a tree.
 
-mod adopt;
-mod aside;
-mod clone;
-pub mod commit;
-mod compact;
-mod compare;
-mod convert;
-pub mod cost;
-mod create;
-mod data_file;
-mod delete;
-mod descent;
+pub(crate) mod compact;
+mod copy_up;
 mod device;
-pub mod diff;
-mod exclusive;
 mod flat;
-mod fold;
-mod foreign;
-pub mod forest;
-mod gate;
-mod heal;
 mod inflight;
-pub mod live;
-pub mod merge;
-mod open;
-pub mod outlook;
-mod parent;
-pub mod plan;
-pub mod queue;
-mod reach;
-pub mod rebase;
-mod scan;
-mod sealed;
-mod search;
-pub mod snapshot;
+mod layer;
+mod space;
 mod swap;
-pub mod transfer;
-pub mod tree;
-mod undo;
-mod way;
-mod witness;
 
-use std::path::PathBuf;
+use std::sync::RwLock;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
+
+use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
 
 use crate::addr::GuestOffset;
 use crate::error::Result;
-use crate::image::{Image, Mapping};
-use crate::storage::FileStorage;
+use crate::image::Mapping;
 
-pub use clone::{Base, remembered, unseal};
 pub use compact::{Compactable, Compacted};
-pub use compare::{Difference, compare};
-pub use convert::{Copying, Target, convert, copy_into};
-pub use create::{create, create_raw, create_with_data, ephemeral};
-pub use data_file::open_data_file;
-pub use descent::Descent;
-pub use foreign::open_vmdk;
-pub use gate::{Format, MAX_DEPTH, resolve};
-pub use open::{OpenOptions, Peek, open, open_file, open_image, peek, probe};
-pub use sealed::refuse_sealed;
-pub use witness::keeping_time;
+pub use layer::Layer;
+pub use space::MakeSpace;
 
-use aside::Room;
 use flat::Flat;
 use inflight::InFlight;
-
-/// One open layer.
-#[derive(Clone)]
-pub struct Layer {
-    /// The file's name, as it was opened.
-    pub path: PathBuf,
-    /// Its format.
-    pub format: Format,
-    /// What it maps.
-    pub image: Arc<dyn Image>,
-    /// The open file.
-    pub file: Arc<FileStorage>,
-}
+use space::Space;
 
 /// A head and the layers below it, as one disk. See [`crate::block::BlockDevice`].
 pub struct Chain {
     /// Read by everything that reads or writes; changed when the tree is changed under it.
-    layers: RwLock<Layers>,
-    inflight: InFlight,
-    notes: Vec<String>,
+    layers: ShardedLock<Layers>,
+    pub(crate) inflight: InFlight,
+    pub(crate) notes: Vec<String>,
     /// Held for writing by a change of the tree until the head that it made is to be found on the
     /// host. A flush, which waits for it, never calls durable what nobody would find.
-    settled: RwLock<()>,
+    publishing: RwLock<()>,
     /// Whether a change of the tree failed so that what is written now might not be found again.
     lost: AtomicBool,
-    /// Held while what is kept aside is let go of to make room for what is written.
-    room: Mutex<Room>,
+    space: Space,
 }
 
-struct Layers {
-    head: Layer,
+pub(crate) struct Layers {
+    pub(crate) head: Layer,
     lower: Flat,
 }
 
@@ -118,16 +63,16 @@ pub struct MapExtent {
 
 impl Chain {
     /// The disk whose layers are `head` and, from the one below it down to the base, `lower`.
-    /// `memory` bounds the flattened map, in bytes. Opening by name is [`open`]'s work.
+    /// `memory` bounds the flattened map, in bytes. Opening by name is the work of [`crate::open`].
     pub fn new(head: Layer, lower: Vec<Layer>, memory: u64) -> Chain {
         let layers = Layers { head, lower: Flat::new(lower, memory) };
         Chain {
-            layers: RwLock::new(layers),
+            layers: ShardedLock::new(layers),
             inflight: InFlight::default(),
             notes: Vec::new(),
-            settled: RwLock::default(),
+            publishing: RwLock::default(),
             lost: AtomicBool::new(false),
-            room: Mutex::default(),
+            space: Space::default(),
         }
     }
 
@@ -137,7 +82,14 @@ impl Chain {
         &self.notes
     }
 
-    fn layers(&self) -> RwLockReadGuard<'_, Layers> {
+    /// Writes down all that would be written when the disk is dropped, durably, and says how that went.
+    pub fn close(&self) -> Result<()> {
+        use crate::block::BlockDevice;
+        self.flush()?;
+        if self.read_only() { Ok(()) } else { self.head().image.close() }
+    }
+
+    pub(crate) fn layers(&self) -> ShardedLockReadGuard<'_, Layers> {
         self.layers.read().unwrap_or_else(|e| e.into_inner())
     }
 

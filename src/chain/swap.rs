@@ -8,10 +8,12 @@ use std::sync::RwLockWriteGuard;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::device::whole_units;
-use super::flat::Flat;
-use super::{Chain, Layer, Layers};
+use crossbeam_utils::sync::ShardedLockWriteGuard;
+
 use crate::addr::GuestOffset;
+use crate::chain::device::whole_units;
+use crate::chain::flat::Flat;
+use crate::chain::{Chain, Layer, Layers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, Mapping};
 
@@ -19,7 +21,7 @@ use crate::image::{Image, Mapping};
 const CHUNK: u64 = 1 << 20;
 
 /// What a new head was put on, for the way back.
-pub(super) struct Before {
+pub(crate) struct Before {
     head: Layer,
     lower: Flat,
     /// How long no request was served.
@@ -27,36 +29,37 @@ pub(super) struct Before {
 }
 
 impl Chain {
-    pub(super) fn layers_alone(&self) -> RwLockWriteGuard<'_, Layers> {
+    pub(crate) fn layers_alone(&self) -> ShardedLockWriteGuard<'_, Layers> {
         self.layers.write().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Keeps flushes waiting until the change of the tree that is begun can be found on the host.
-    pub(super) fn unsettle(&self) -> RwLockWriteGuard<'_, ()> {
-        self.settled.write().unwrap_or_else(|e| e.into_inner())
+    pub(crate) fn begin_publishing(&self) -> RwLockWriteGuard<'_, ()> {
+        self.publishing.write().unwrap_or_else(|e| e.into_inner())
     }
 
     /// The head, once it can be found on the host.
-    pub(super) fn settled_head(&self) -> Layer {
-        let _settled = self.settled.read().unwrap_or_else(|e| e.into_inner());
+    pub(crate) fn published_head(&self) -> Layer {
+        let _published = self.publishing.read().unwrap_or_else(|e| e.into_inner());
         self.head()
     }
 
     /// Refuses every change from now on.
-    pub(super) fn lose(&self) {
+    pub(crate) fn lose(&self) {
         self.lost.store(true, Ordering::Release);
     }
 
-    pub(super) fn check_not_lost(&self) -> Result<()> {
+    pub(crate) fn check_not_lost(&self) -> Result<()> {
         if self.lost.load(Ordering::Acquire) {
             let message = "an earlier change of the disk's snapshots failed; reopen the disk";
-            return Err(Error::new(ErrorKind::Poisoned, message).at_path(self.head().path));
+            // Without the head's name: callers hold the layers, which are not asked for twice.
+            return Err(Error::new(ErrorKind::Poisoned, message));
         }
         Ok(())
     }
 
     /// Puts the empty delta `next` on the head, which is to be called `below` from then on.
-    pub(super) fn put_on(&self, next: Layer, below: Layer) -> Before {
+    pub(crate) fn put_on(&self, next: Layer, below: Layer) -> Before {
         let mut lower = vec![below];
         lower.extend_from_slice(self.layers().lower.layers());
         // The new map is made before, the old one is let go after: both may take their time.
@@ -73,7 +76,7 @@ impl Chain {
     ///
     /// # Errors
     /// Where that fails, the delta stays, the disk reads as before, and every change is refused.
-    pub(super) fn take_off(&self, before: Before) -> Result<()> {
+    pub(crate) fn take_off(&self, before: Before) -> Result<()> {
         let mut layers = self.layers_alone();
         let old = Layers { head: before.head, lower: before.lower };
         let next = std::mem::replace(&mut *layers, old);
@@ -112,7 +115,7 @@ impl Chain {
     }
 
     /// Makes a range of the head zero, for a caller that is alone.
-    pub(super) fn zero_alone(&self, layers: &Layers, from: u64, to: u64) -> Result<()> {
+    pub(crate) fn zero_alone(&self, layers: &Layers, from: u64, to: u64) -> Result<()> {
         let head = &layers.head.image;
         let Some((start, end)) = whole_units(head.granularity(), from, to, head.size()) else {
             return self.write_zero_bytes(layers, from, to);
@@ -124,7 +127,7 @@ impl Chain {
     }
 
     /// Puts other layers below the head, which show the same to it.
-    pub(super) fn replace_lower(&self, lower: Vec<Layer>) {
+    pub(crate) fn replace_lower(&self, lower: Vec<Layer>) {
         let flat = self.layers().lower.over(lower);
         let mut layers = self.layers_alone();
         let old = std::mem::replace(&mut layers.lower, flat);
@@ -133,13 +136,13 @@ impl Chain {
     }
 
     /// Returns when every request that was under way has been answered.
-    pub(super) fn wait_for_requests(&self) {
+    pub(crate) fn wait_for_requests(&self) {
         drop(self.layers_alone());
     }
 
     /// Puts another image of the same file in the place of layer `number` below the head; returns
     /// the one before.
-    pub(super) fn replace_layer(&self, number: usize, layer: Layer) -> Option<Layer> {
+    pub(crate) fn replace_layer(&self, number: usize, layer: Layer) -> Option<Layer> {
         self.layers_alone().lower.replace(number, layer)
     }
 }

@@ -2,45 +2,32 @@
 //!
 //! Only this room prints, exits and parses arguments.
 
-mod ask;
 mod boot;
-mod bytes;
-mod check;
-mod clone;
-mod commit;
-mod compact;
-mod compare;
-mod convert;
-mod create;
 mod disk;
-mod held;
-mod holding;
-mod info;
-mod limit;
-mod map;
-mod memory;
+mod files;
+mod help;
+mod image;
+mod instance;
 mod mount;
-mod mount_daemon;
-mod mount_snapshots;
-mod output;
-mod passphrase;
-mod picture;
-mod qemu_img;
-mod rebase;
-mod resize;
-mod run;
-mod serve;
-mod size;
+mod open;
+mod report;
 mod snapshot;
-mod stop;
-mod tree;
-mod umount;
+mod terminal;
 
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{FromArgMatches, Parser, Subcommand};
+
+use crate::{qemu_img, say};
+use disk::{bytes, clone, commit, compact, convert, create, rebase, resize, rm};
+use instance::{attach, exec, list, logs, run, serve, start, stats, steer, systemd};
+use mount::{daemon as mount_daemon, overlay, umount};
+use open::{limit, memory, passphrase, turn};
+use report::{check, compare, info, map, tree};
+use terminal::size;
 
 /// Base disks, linked clones and snapshots for virtual machines and containers.
 #[derive(Parser)]
@@ -52,17 +39,29 @@ struct Cli {
     /// Memory for a disk's tables, 32M by default; also from VDISK_CACHE_SIZE.
     #[arg(long, global = true, value_name = "SIZE", value_parser = size::parse)]
     cache_size: Option<u64>,
+    /// Seconds to wait for another command that has the disk for a moment.
+    #[arg(long, global = true, value_name = "S", default_value = "10", value_parser = turn::seconds)]
+    wait: Duration,
+    #[arg(long = start::OPTION, hide = true, value_name = "ROLE")]
+    instance_role: Option<std::ffi::OsString>,
     #[command(subcommand)]
     verb: Verb,
 }
 
 #[derive(Subcommand)]
 enum Verb {
-    Boot(boot::Args),
+    Boot(Box<boot::Args>),
+    Kernel(boot::keep::Args),
     Create(create::Args),
     Mount(mount::Args),
     #[command(hide = true)]
     MountDaemon(mount::Args),
+    #[command(name = overlay::DAEMON, hide = true)]
+    OverlayDaemon(overlay::Args),
+    Ls(files::ListArgs),
+    Cat(files::CatArgs),
+    Cp(files::CopyArgs),
+    Apply(files::ApplyArgs),
     Clone(clone::Args),
     Unseal(clone::UnsealArgs),
     Snapshot(snapshot::Args),
@@ -76,16 +75,110 @@ enum Verb {
     Compare(compare::Args),
     Convert(convert::Args),
     Resize(resize::Args),
+    Rm(rm::Args),
     Read(bytes::ReadArgs),
     Umount(umount::Args),
     Write(bytes::WriteArgs),
-    Run(run::Args),
+    Run(Box<run::Args>),
+    Exec(exec::ExecArgs),
+    Ps(list::PsArgs),
+    Stop(steer::StopArgs),
+    Kill(steer::KillArgs),
+    Pause(steer::PauseArgs),
+    Resume(steer::ResumeArgs),
+    Wait(steer::WaitArgs),
+    Inspect(list::InspectArgs),
+    Logs(logs::LogsArgs),
+    Attach(attach::AttachArgs),
+    Stats(stats::StatsArgs),
+    Generate(systemd::GenerateArgs),
     Serve(serve::Args),
     /// Do as qemu-img does: `vdisk qemu-img --help` says more.
     #[command(name = qemu_img::NAME, disable_help_flag = true)]
     QemuImg(qemu_img::Args),
+    Import(image::ImportArgs),
+    Export(image::export::Args),
+    Pull(image::registry::PullArgs),
+    Push(Box<image::registry::PushArgs>),
+    Image(image::Args),
+    Completions(help::CompletionsArgs),
+    #[command(hide = true)]
+    Manual(help::ManualArgs),
     #[command(name = vdisk::container::STAGE, hide = true)]
     ContainerStage(run::Stage),
+}
+
+impl Verb {
+    /// Whether it holds a disk for as long as somebody uses it, and not for as long as its own work
+    /// takes.
+    fn stays(&self) -> bool {
+        matches!(
+            self,
+            Verb::Boot(_)
+                | Verb::Mount(_)
+                | Verb::MountDaemon(_)
+                | Verb::OverlayDaemon(_)
+                | Verb::Run(_)
+                | Verb::Serve(_)
+                | Verb::ContainerStage(_)
+        )
+    }
+
+    fn run(&self) -> vdisk::Result<ExitCode> {
+        let status = match self {
+            Verb::Boot(args) => boot::run(args),
+            Verb::Kernel(args) => boot::keep::run(args),
+            Verb::Create(args) => create::run(args),
+            Verb::Mount(args) => mount::run(args),
+            Verb::Ls(args) => files::list(args),
+            Verb::Cat(args) => files::cat(args),
+            Verb::Cp(args) => files::copy(args),
+            Verb::Apply(args) => files::apply(args),
+            Verb::MountDaemon(args) => mount_daemon::run(args),
+            Verb::OverlayDaemon(args) => overlay::serve(args),
+            Verb::Clone(args) => clone::run(args),
+            Verb::Unseal(args) => clone::unseal(args),
+            Verb::Snapshot(args) => snapshot::run(args),
+            Verb::Tree(args) => tree::run(args),
+            Verb::Rebase(args) => rebase::run(args),
+            Verb::Commit(args) => commit::run(args),
+            Verb::Info(args) => info::run(args),
+            Verb::Check(args) => check::run(args),
+            Verb::Map(args) => map::run(args),
+            Verb::Compact(args) => compact::run(args),
+            Verb::Compare(args) => compare::run(args),
+            Verb::Convert(args) => convert::run(args),
+            Verb::Resize(args) => resize::run(args),
+            Verb::Rm(args) => rm::run(args),
+            Verb::Read(args) => bytes::read(args),
+            Verb::Umount(args) => umount::run(args),
+            Verb::Write(args) => bytes::write(args),
+            Verb::Run(args) => run::run(args),
+            Verb::Exec(args) => exec::exec(args),
+            Verb::Ps(args) => list::ps(args),
+            Verb::Stop(args) => steer::stop(args),
+            Verb::Kill(args) => steer::kill(args),
+            Verb::Pause(args) => steer::pause(args),
+            Verb::Resume(args) => steer::resume(args),
+            Verb::Wait(args) => steer::wait(args),
+            Verb::Inspect(args) => list::inspect(args),
+            Verb::Logs(args) => logs::logs(args),
+            Verb::Attach(args) => attach::attach(args),
+            Verb::Stats(args) => stats::stats(args),
+            Verb::Generate(args) => systemd::generate(args),
+            Verb::Serve(args) => serve::run(args),
+            Verb::QemuImg(args) => return Ok(qemu_img::run(args.words.iter().cloned())),
+            Verb::Import(args) => image::import(args),
+            Verb::Export(args) => image::export::run(args),
+            Verb::Pull(args) => image::registry::run_pull(args),
+            Verb::Push(args) => image::registry::run_push(args),
+            Verb::Image(args) => image::run(args),
+            Verb::Completions(args) => help::completions(args),
+            Verb::Manual(args) => help::manual(args),
+            Verb::ContainerStage(args) => run::stage(args),
+        };
+        status.map(ExitCode::from)
+    }
 }
 
 /// Exit status of a command that failed.
@@ -93,20 +186,44 @@ const FAILED: u8 = 1;
 /// Exit status of wrong usage.
 const USAGE: u8 = 64;
 
+/// The whole program: what `main` calls, and no other.
+pub fn main() -> ExitCode {
+    let ended = run();
+    match say::finish() {
+        Ok(()) => ended,
+        Err(error) => {
+            eprintln!("vdisk: standard output could not be written: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Parses the command line, runs the command and says how it ended.
 ///
-/// A program that is called as `qemu-img`, and `vdisk qemu-img`, reads its command line as that does.
-pub fn run() -> ExitCode {
+/// A program that is called as `qemu-img`, and `vdisk qemu-img`, reads its command line as that does;
+/// one that is called as `vdisk-overlay`, or with a mount helper's words, as a mount helper does.
+fn run() -> ExitCode {
     limit::raise();
     let mut words = std::env::args_os();
     let called = words.next().unwrap_or_default();
     if Path::new(&called).file_name().is_some_and(|name| name == qemu_img::NAME) {
         return qemu_img::run(words);
     }
-    if words.next().is_some_and(|verb| verb == qemu_img::NAME) {
-        return qemu_img::run(words);
+    if overlay::called(&called) {
+        return told(overlay::helper(words).map(ExitCode::from), FAILED);
     }
-    let cli = match Cli::try_parse() {
+    let mut all: Vec<_> = std::env::args_os().collect();
+    match mount::helper::means(&called, all.get(1..).unwrap_or_default()) {
+        Some(Err(error)) => return told(Err(error), FAILED),
+        Some(Ok(words)) => all = words,
+        None if words.next().is_some_and(|verb| verb == qemu_img::NAME) => {
+            return qemu_img::run(words);
+        }
+        None => {}
+    }
+    let parsed = help::command().try_get_matches_from(all);
+    let parsed = parsed.and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
             let code = if error.use_stderr() { USAGE } else { 0 };
@@ -115,39 +232,17 @@ pub fn run() -> ExitCode {
             return ExitCode::from(code);
         }
     };
+    start::keep_role(cli.instance_role);
     passphrase::keep(cli.passphrase_file);
     memory::keep(cli.cache_size);
-    let result = match &cli.verb {
-        Verb::Boot(args) => boot::run(args),
-        Verb::Create(args) => create::run(args),
-        Verb::Mount(args) => mount::run(args),
-        Verb::MountDaemon(args) => mount_daemon::run(args),
-        Verb::Clone(args) => clone::run(args),
-        Verb::Unseal(args) => clone::unseal(args),
-        Verb::Snapshot(args) => snapshot::run(args),
-        Verb::Tree(args) => tree::run(args),
-        Verb::Rebase(args) => rebase::run(args),
-        Verb::Commit(args) => commit::run(args),
-        Verb::Info(args) => info::run(args),
-        Verb::Check(args) => check::run(args),
-        Verb::Map(args) => map::run(args),
-        Verb::Compact(args) => compact::run(args),
-        Verb::Compare(args) => compare::run(args),
-        Verb::Convert(args) => convert::run(args),
-        Verb::Resize(args) => resize::run(args),
-        Verb::Read(args) => bytes::read(args),
-        Verb::Umount(args) => umount::run(args),
-        Verb::Write(args) => bytes::write(args),
-        Verb::Run(args) => run::run(args),
-        Verb::Serve(args) => serve::run(args),
-        Verb::QemuImg(args) => return qemu_img::run(args.words.iter().cloned()),
-        Verb::ContainerStage(args) => run::stage(args),
-    };
-    result.map_or_else(
-        |error| {
-            eprintln!("vdisk: {error}");
-            ExitCode::from(FAILED)
-        },
-        ExitCode::from,
-    )
+    turn::queue(cli.verb.stays(), cli.wait);
+    let failed = if let Verb::Run(_) | Verb::Exec(_) = cli.verb { run::FAILED } else { FAILED };
+    told(turn::take(cli.wait, || cli.verb.run()), failed)
+}
+
+fn told(result: vdisk::Result<ExitCode>, failed: u8) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("vdisk: {error}");
+        ExitCode::from(failed)
+    })
 }

@@ -5,12 +5,17 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
+
+use super::namespace::is_host_root;
+use super::room::Room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mountinfo::{self, Mount};
 
@@ -36,6 +41,17 @@ struct Setting {
 }
 
 impl Limits {
+    /// As words for [`from_words`](Limits::from_words).
+    pub(super) fn words(&self) -> [String; 3] {
+        let word = |limit: Option<u64>| limit.map_or(String::new(), |limit| limit.to_string());
+        [word(self.memory), word(self.milli_cpus), word(self.pids)]
+    }
+
+    pub(super) fn from_words(words: &[&OsStr]) -> Limits {
+        let number = |at: usize| words.get(at)?.to_str()?.parse().ok();
+        Limits { memory: number(0), milli_cpus: number(1), pids: number(2) }
+    }
+
     fn settings(&self) -> Vec<Setting> {
         let mut settings = Vec::new();
         if let Some(bytes) = self.memory {
@@ -69,10 +85,29 @@ impl Limits {
     }
 }
 
-/// The control groups of one container. They stay until [`Groups::remove`].
+/// Where limits need a control group of v2 and the one that this process is in was lent to its user,
+/// moves this process so that there is room for the container's.
+pub(super) fn make_room(limits: &Limits) -> Option<Room> {
+    let settings = limits.settings();
+    if settings.is_empty() || is_host_root() {
+        return None;
+    }
+    let host = Host::read().ok()?;
+    let wanted = host.in_v2(&settings);
+    let (_, own) = host.v2_own()?;
+    if wanted.is_empty() || children_have(&own, &wanted) {
+        return None;
+    }
+    Room::make(&own, &wanted, &format!("vdisk-{}-run", std::process::id()))
+}
+
+/// The control groups of one container. They stay until [`Groups::remove`], or until somebody makes
+/// another beside them when this process is gone.
 #[derive(Debug, Default)]
 pub(super) struct Groups {
     dirs: Vec<PathBuf>,
+    /// What says that they are in use.
+    held: Vec<File>,
 }
 
 impl Groups {
@@ -98,8 +133,7 @@ impl Groups {
 
     fn make(&mut self, host: &Host, settings: Vec<Setting>, name: &str) -> Result<()> {
         // A process is in one v2 group: it has to offer all that v1 does not.
-        let in_v1 = |s: &Setting| host.v1_parent(s.controller).is_some();
-        let wanted: Vec<_> = settings.iter().filter(|s| !in_v1(s)).map(|s| s.controller).collect();
+        let wanted = host.in_v2(&settings);
         let unified = if wanted.is_empty() { None } else { Some(host.v2_parent(&wanted)?) };
         // Controllers can share a v1 hierarchy, too.
         let mut made: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
@@ -110,14 +144,16 @@ impl Groups {
             let dir = match made.get(&parent) {
                 Some(dir) => dir.clone(),
                 None => {
-                    let dir = make_dir(&parent, name)?;
+                    let one = make_dir(&parent, name).map_err(|e| lent(e, setting.controller))?;
+                    let (dir, held) = one;
                     self.dirs.push(dir.clone());
+                    self.held.push(held);
                     made.insert(parent, dir.clone());
                     dir
                 }
             };
             for (file, value) in files {
-                write_setting(&dir, file, &value)?;
+                write_setting(&dir, file, &value).map_err(|e| lent(e, setting.controller))?;
             }
         }
         Ok(())
@@ -125,14 +161,19 @@ impl Groups {
 
     /// Removes the groups. Their processes have ended, but the kernel may need a moment more.
     pub(super) fn remove(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        for dir in self.dirs.drain(..).rev() {
-            while let Err(error) = fs::remove_dir(&dir) {
-                if error.kind() != io::ErrorKind::ResourceBusy || Instant::now() > deadline {
-                    break;
-                }
-                thread::sleep(Duration::from_millis(5));
+        remove(std::mem::take(&mut self.dirs));
+    }
+}
+
+/// Removes groups, as far as they are there. Their processes have ended or are about to.
+pub(super) fn remove(dirs: Vec<PathBuf>) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    for dir in dirs.iter().rev() {
+        while let Err(error) = fs::remove_dir(dir) {
+            if error.kind() != io::ErrorKind::ResourceBusy || Instant::now() > deadline {
+                break;
             }
+            thread::sleep(Duration::from_millis(5));
         }
     }
 }
@@ -154,17 +195,47 @@ fn write_setting(dir: &Path, file: &str, value: &str) -> Result<()> {
         .map_err(|e| Error::io(format!("cannot set the limit {value}"), e).at_path(path))
 }
 
-fn make_dir(parent: &Path, name: &str) -> Result<PathBuf> {
-    // A name can be left over from a process that had our number and was killed.
+fn make_dir(parent: &Path, name: &str) -> Result<(PathBuf, File)> {
+    sweep(parent);
+    // In another pid namespace a process can have our number.
     for attempt in 0..100 {
         let dir = parent.join(format!("{name}-{attempt}"));
         match fs::create_dir(&dir) {
-            Ok(()) => return Ok(dir),
+            Ok(()) => {
+                // Else somebody has swept it away.
+                if let Some(held) = hold(&dir) {
+                    return Ok((dir, held));
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::io("cannot make a control group", error).at_path(dir)),
         }
     }
     Err(Error::new(ErrorKind::Exists, "too many control groups are left over").at_path(parent))
+}
+
+/// Takes a group for this process, as long as the file lives; nothing where it is another's.
+fn hold(dir: &Path) -> Option<File> {
+    let held = File::open(dir).ok()?;
+    flock(&held, FlockOperation::NonBlockingLockExclusive).ok()?;
+    let number = |meta: fs::Metadata| (meta.dev(), meta.ino());
+    let there = fs::metadata(dir).ok().map(number)?;
+    (held.metadata().ok().map(number) == Some(there)).then_some(held)
+}
+
+/// Removes the groups of containers all of whose processes were killed at once.
+fn sweep(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let numbers = name.to_str().and_then(|name| name.strip_prefix("vdisk-")?.split_once('-'));
+        let ours = numbers.is_some_and(|(process, attempt)| {
+            [process, attempt].iter().all(|number| number.parse::<u32>().is_ok())
+        });
+        if ours && let Some(_held) = hold(&entry.path()) {
+            // One that still has processes stays.
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
 }
 
 /// The host's cgroup mounts and this process's place in them.
@@ -189,13 +260,23 @@ impl Host {
         Some(below_mount(mount, own))
     }
 
+    /// The controllers that v1 does not have.
+    fn in_v2(&self, settings: &[Setting]) -> Vec<&'static str> {
+        let controllers = settings.iter().map(|setting| setting.controller);
+        controllers.filter(|controller| self.v1_parent(controller).is_none()).collect()
+    }
+
+    /// This process's group in the v2 hierarchy, and where that is mounted.
+    fn v2_own(&self) -> Option<(&Path, PathBuf)> {
+        let mount = self.mounts.iter().find(|m| m.kind == "cgroup2")?;
+        let own = own_group(&self.membership, str::is_empty)?;
+        Some((&mount.point, below_mount(mount, own)))
+    }
+
     /// The nearest group at or above this process's own, in the v2 hierarchy, whose children can
     /// have the controllers. The own group seldom can: a v2 group with processes has none.
     fn v2_parent(&self, controllers: &[&str]) -> Result<PathBuf> {
-        let mount = self.mounts.iter().find(|m| m.kind == "cgroup2");
-        let own = own_group(&self.membership, str::is_empty);
-        let (mount, own) = mount.zip(own).ok_or_else(|| missing(controllers))?;
-        let mut dir = below_mount(mount, own);
+        let (top, mut dir) = self.v2_own().ok_or_else(|| missing(controllers))?;
         loop {
             if !children_have(&dir, controllers) {
                 for name in controllers {
@@ -206,7 +287,7 @@ impl Host {
             if children_have(&dir, controllers) {
                 return Ok(dir);
             }
-            if dir == mount.point || !dir.pop() {
+            if dir == top || !dir.pop() {
                 return Err(missing(controllers));
             }
         }
@@ -219,6 +300,20 @@ fn missing(controllers: &[&str]) -> Error {
         "this host offers no control group with the {names} controller: run without that limit, \
          or as root on a host that has it (see /sys/fs/cgroup/cgroup.controllers)"
     ))
+}
+
+/// What an ordinary user is told whom no group was lent to limit something in.
+fn lent(error: Error, controller: &str) -> Error {
+    // EPERM, EACCES
+    if !matches!(error.raw_os_error(), Some(1 | 13)) {
+        return error;
+    }
+    let text = format!(
+        "this user may not limit {controller} here: {error}. Where {controller} is in cgroup v2, systemd \
+         lends a control group: `systemd-run --user --scope -p Delegate=yes vdisk run ...`; else only root \
+         can set this limit"
+    );
+    Error::new(ErrorKind::Denied, text)
 }
 
 fn children_have(dir: &Path, controllers: &[&str]) -> bool {

@@ -1,7 +1,8 @@
-//! The keeper: the first process of the outer pid namespace. It holds the control groups, starts
-//! the init and outlives all other processes of the container, also when the host process is
-//! killed.
+//! The keeper: the first process of the outer pid namespace. It holds the mount namespace and the
+//! control groups, starts the init and outlives all other processes of the container, also when the
+//! host process is killed.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -9,61 +10,92 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
+use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::setsid;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{getpid, setsid};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::cgroup::{Groups, Limits};
+use super::network::user;
+use super::room::Room;
+use super::scratch::Scratch;
 use super::wire::{self, Message};
-use super::{INIT, STAGE};
+use super::{INIT, STAGE, sys};
 use crate::error::{Error, Result};
+use crate::storage::fsfreeze;
 
-/// The keeper's whole life; the container's exit status, as a shell would give it.
-pub(super) fn run(control: &Path) -> Result<u8> {
+/// The keeper's whole life.
+pub(super) fn run(scratch: &Scratch, words: &[&OsStr]) -> Result<u8> {
+    let own_use = || Error::invalid("this command is for vdisk's own use");
+    // What it kills is everybody in its pid namespace, which must not be another's.
+    if getpid().as_raw() != 1 {
+        return Err(own_use());
+    }
     // A signal to the terminal's or the host process's group must not reach the keeper.
     setsid().map_err(|e| Error::io("cannot start a session", e.into()))?;
-    close_inherited().map_err(|e| Error::io("cannot close what was left open", e))?;
-    let host = UnixStream::connect(control).map_err(|e| Error::io("no container to keep", e))?;
+    let (link, words) = words.split_first().ok_or_else(own_use)?;
+    let link = link.to_str().and_then(|link| link.parse().ok()).ok_or_else(own_use)?;
+    close_above(2, Some(link)).map_err(|e| Error::io("cannot close what was left open", e))?;
+    let host = sys::inherited(link).map_err(|e| Error::io("cannot hear the host process", e))?;
+    let host = UnixStream::from(host);
     let mut groups = Groups::default();
-    let started = start(&host, &mut groups);
-    let ended = started.and_then(|child| {
-        wait(&host, child).map_err(|e| Error::io("cannot wait for the container", e))
+    let ended = start(scratch, &host, words, &mut groups).and_then(|child| {
+        wait(scratch, &host, child).map_err(|e| Error::io("cannot wait for the container", e))
     });
+    end_all();
     groups.remove();
-    match ended {
-        Ok(status) => Ok(shell_status(status)),
-        Err(error) => {
-            // The host process says it to the user, unless it is gone.
-            let _ = wire::send(&host, &Message::default().with("failed", error.to_string()));
-            Ok(1)
-        }
-    }
-}
-
-fn start(host: &UnixStream, groups: &mut Groups) -> Result<Child> {
-    let order = wire::receive(host).map_err(|e| Error::io("cannot hear the host process", e))?;
-    let order = order.ok_or_else(|| Error::invalid("the host process has ended"))?;
-    let limits = Limits {
-        memory: order.number("memory"),
-        milli_cpus: order.number("milli-cpus"),
-        pids: order.number("pids"),
+    let last = match ended {
+        Ok(status) => Message::default().with("ended", shell_status(status).to_string()),
+        // The host process says it to the user, unless it is gone.
+        Err(error) => Message::default().with("failed", error.to_string()).with("ended", "1"),
     };
-    let name = format!("vdisk-{}", order.number("host").unwrap_or_default());
-    *groups = Groups::create(&limits, &name)?;
-    unshare(CloneFlags::CLONE_NEWPID)
-        .map_err(|e| Error::io("cannot make a pid namespace", e.into()))?;
-    Command::new("/proc/self/exe")
-        .args([STAGE, INIT])
-        .args(groups.dirs())
-        .env_clear()
-        .spawn()
-        .map_err(|e| Error::io("cannot start the container's first process", e))
+    if wire::send(&host, &last).is_ok() {
+        // Until the host process has unmounted the root.
+        while let Ok(Some(_)) = wire::receive(&host) {}
+    }
+    thaw(scratch);
+    // The host process does it, too, unless it was killed.
+    drop(words.get(4).and_then(|leaf| Room::of(Path::new(leaf))));
+    Ok(0)
 }
 
-/// Waits for the container's end, and brings it about when the host process ends.
-fn wait(host: &UnixStream, mut child: Child) -> io::Result<ExitStatus> {
+fn start(
+    scratch: &Scratch,
+    host: &UnixStream,
+    words: &[&OsStr],
+    groups: &mut Groups,
+) -> Result<Child> {
+    let process = words.first().copied().unwrap_or_default().display();
+    let name = format!("vdisk-{process}");
+    let limits = Limits::from_words(words.get(1..).unwrap_or_default());
+    *groups = Groups::create(&limits, &name)?;
+    let mut made = Message::default();
+    groups.dirs().iter().for_each(|dir| made.push("group", dir));
+    wire::send(host, &made).map_err(|e| Error::io("cannot tell the host process", e))?;
+    // By a thread that ends at once: what this process starts later, such as what carries the
+    // container's network, is not the container's to see.
+    let init = || {
+        unshare(CloneFlags::CLONE_NEWPID)?;
+        Command::new("/proc/self/exe")
+            .args([STAGE, INIT])
+            .arg(scratch.path())
+            .args(groups.dirs())
+            .env_clear()
+            .spawn()
+    };
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("init".into()).spawn_scoped(scope, init)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+    })
+    .map_err(|e| Error::io("cannot start the container's first process", e))
+}
+
+/// Waits for the container's end, and brings it about when the host process wants it or ends.
+fn wait(scratch: &Scratch, host: &UnixStream, mut child: Child) -> io::Result<ExitStatus> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
     let child_end = pidfd_open(pid, PidfdFlags::empty())?;
@@ -76,24 +108,59 @@ fn wait(host: &UnixStream, mut child: Child) -> io::Result<ExitStatus> {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let [host_gone, ended] = fds.map(|fd| fd.any().unwrap_or(false));
-        // The host process sends nothing more: what can be read is the end.
-        if host_gone && !ended {
-            child.kill()?;
+        let [heard, ended] = fds.map(|fd| fd.any().unwrap_or(false));
+        if heard && !ended {
+            match wire::receive(host) {
+                Ok(Some(wish)) if wish.get(STOP).is_some() => child.kill()?,
+                Ok(Some(wish)) if wire::send(host, &connect(&wish, scratch)).is_ok() => {}
+                // The host process is gone.
+                _ => {
+                    thaw(scratch);
+                    child.kill()?;
+                    return child.wait();
+                }
+            }
         }
-        if host_gone || ended {
+        if ended {
             return child.wait();
         }
     }
 }
 
-/// Closes all but the standard streams: the user's shell may have left a directory of the host
-/// open.
-fn close_inherited() -> io::Result<()> {
-    let entries = fs::read_dir("/proc/self/fd")?;
+/// The word by which the host process wants the container's end.
+pub(super) const STOP: &str = "stop";
+
+/// Ends all processes of the pid namespace but this one, its first.
+fn end_all() {
+    let _ = kill(nix::unistd::Pid::from_raw(-1), Signal::SIGKILL);
+    // All that have lost their parents are this one's children.
+    while !matches!(waitpid(None, None), Err(nix::Error::ECHILD)) {}
+}
+
+/// Lets the root's file system go on, where the host process had brought it to rest when it was
+/// killed: who writes there could not end, and nobody could unmount it. By then no thread of the
+/// host process's is about to do that: the link would still be open.
+fn thaw(scratch: &Scratch) {
+    let Ok(root) = fs::File::open(scratch.root()) else { return };
+    while fsfreeze::thaw(&root).is_ok() {}
+}
+
+/// Connects the container's network, as the host process has asked: whatever does that is in this
+/// pid namespace and ends with it.
+fn connect(wish: &Message, scratch: &Scratch) -> Message {
+    match user::connect(wish, scratch) {
+        Ok(()) => Message::default().with("connected", ""),
+        Err(error) => Message::default().with("failed", error.to_string()),
+    }
+}
+
+/// Closes what is open above `last`, but for `keep`: the user's shell may have left a directory of
+/// the host open.
+pub(super) fn close_above(last: i32, keep: Option<i32>) -> io::Result<()> {
+    let entries = fs::read_dir("/proc/thread-self/fd")?;
     let numbers: Vec<i32> =
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    for number in numbers.into_iter().filter(|&number| number > 2) {
+    for number in numbers.into_iter().filter(|&number| number > last && Some(number) != keep) {
         // The listing's own descriptor is among them, closed already.
         let _ = nix::unistd::close(number);
     }

@@ -2,59 +2,86 @@
 //!
 //! Four processes stand one in the other, each started from the same binary:
 //!
-//! 1. The *host* process ([`Space`]) has a mount namespace of its own, so that nothing it mounts
-//!    for the container shows on the host and all of it goes when the process goes, however it
-//!    ends. It may serve the container's root (a FUSE volume, say) with other threads. It passes
-//!    signals and the terminal on, and waits.
-//! 2. The *keeper* is the first process of an outer pid namespace. When the host process ends,
-//!    the keeper ends all and removes the control groups; when the keeper is killed, the kernel
-//!    kills everything in its pid namespace. A program can free itself of a parent-death signal,
-//!    but not of this.
+//! 1. The *host* process ([`Space`]) stays among the host's mounts. It may serve the container's
+//!    root (a FUSE volume, say) with other threads. It passes signals and the terminal on, and waits.
+//! 2. The *keeper* is the first process of an outer pid namespace, and holds a mount namespace, so
+//!    that nothing that is mounted for the container shows on the host and all of it goes when the
+//!    keeper goes, however it ends. When the host process ends, the keeper ends all and removes the
+//!    control groups; when the keeper is killed, the kernel kills everything in its pid namespace.
+//!    A program can free itself of a parent-death signal, but not of this. When the program has
+//!    ended, the keeper stays until the host process has unmounted the root and has seen whether
+//!    that went well.
 //! 3. The *init* enters the container's namespaces, builds /proc, /dev and /sys in the new root,
 //!    gives up what it must and becomes:
 //! 4. The program, process 1 of the container. The kernel sends process 1 no signal that it has
 //!    no handler for, so the host process kills it where any other process would have died of
 //!    the signal.
 //!
-//! The program runs with podman's default capabilities and without devices from its root's file
-//! system. There is no seccomp filter, no user namespace and no security module's profile, and
-//! `no_new_privs` is off: the kernel, its file system drivers among it, is what stands between
-//! the program and the host. The binary is executed through a read-only mount, so that the
-//! program cannot overwrite it by way of /proc.
+//! The host process is in the keeper's mount namespace only for the length of a call, by a thread
+//! that holds nothing by which it serves ([`Space::place`]): were it the last in there as it ends, it
+//! would unmount what it serves itself, and wait for itself forever.
+//!
+//! An ordinary user's container stands in a user namespace, which the host process enters first:
+//! so it has the right to mount, and what it does to files it does as their user. The program runs
+//! with podman's default capabilities and system calls (seccomp) and without devices from its
+//! root's file system; `no_new_privs` and other capabilities on demand. There is no security
+//! module's profile. The binary is executed through a read-only mount, so that the program cannot
+//! overwrite it by way of /proc.
 //!
 //! Knows namespaces and a directory; no disk and no file system format.
 
+mod caps;
 mod cgroup;
+mod freezer;
+mod handle;
+mod ids;
 mod init;
 mod keeper;
+mod namespace;
 mod network;
-mod privilege;
+mod room;
 mod root;
+mod scratch;
+mod seccomp;
 mod supervise;
+mod sys;
 mod terminal;
+mod user;
+mod visit;
 mod wire;
 
 use std::ffi::{OsStr, OsString};
-use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixListener;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vdisk_fuse::apart::Apart;
 
+pub use caps::Capabilities;
 pub use cgroup::Limits;
+pub use handle::Handle;
+pub use ids::Ids;
+pub use network::Network;
+pub use network::user::Publish;
+pub use root::volume::Volume;
+pub use seccomp::notify::Owners;
+pub use visit::{Visit, visit};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
+use room::Room;
+use scratch::Scratch;
 
-/// Where the host process works; other processes see an empty directory here.
-const SCRATCH: &str = "/run/vdisk/container";
+/// Told the way into a container that has started.
+pub type Started = dyn Fn(&[u8]) + Send + Sync;
 
 /// What is to run, and how.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Spec {
     /// The program and its arguments. A name without `/` is looked for in `PATH`.
     pub command: Vec<OsString>,
@@ -67,11 +94,27 @@ pub struct Spec {
     pub user: Option<String>,
     /// The container's host name.
     pub hostname: String,
-    /// What it may use of the host.
-    pub limits: Limits,
     /// How many files its processes may have open unless they ask for more; as this process where
     /// not given.
     pub open_files: Option<u64>,
+    /// Refuses every change of the root.
+    pub read_only: bool,
+    /// Directories and files of the host's that it sees.
+    pub volumes: Vec<Volume>,
+    /// What it reaches.
+    pub network: Network,
+    /// What its superuser may do.
+    pub capabilities: Capabilities,
+    /// Keeps its programs from getting rights by set-user-id files and file capabilities.
+    pub no_new_privileges: bool,
+    /// Leaves all system calls to it.
+    pub unfiltered: bool,
+    /// Gives it a terminal of its own also where its user does not sit at both ends.
+    pub terminal: bool,
+    /// Notes whose files are, where there is one user only ([`Ids::One`]).
+    pub owners: Option<Arc<dyn Owners>>,
+    /// Called when the program has started, by the thread that runs it, with the way in for [`visit`].
+    pub started: Option<Arc<Started>>,
 }
 
 /// How a container ended.
@@ -84,11 +127,27 @@ pub struct Outcome {
     pub not_started: Option<Error>,
 }
 
-/// A process that has cut itself off from the host's mounts and is ready to run a container.
+/// A mount namespace apart from the host's, and who will run a container in it.
+///
+/// The container's processes are on their way already, and wait for [`Space::run`]: meanwhile its
+/// root can be opened and mounted. They and the namespace are there until this is dropped.
 #[derive(Debug)]
 pub struct Space {
-    listener: UnixListener,
+    /// For the init, until it has called.
+    listener: Option<UnixListener>,
     signals: SignalFd,
+    scratch: Scratch,
+    ids: Ids,
+    why_one: Option<String>,
+    keeper: Child,
+    /// A pidfd of the keeper's, by which its end is seen.
+    end: OwnedFd,
+    /// To the keeper, who ends when it is shut.
+    link: UnixStream,
+    place: Apart,
+    handle: Handle,
+    /// Where this process is, to make room for the container's control group.
+    _room: Option<Room>,
 }
 
 /// The signals that are passed on to the program.
@@ -103,54 +162,98 @@ const FORWARDED: [Signal; 7] = [
 ];
 
 impl Space {
-    /// Moves this process into a mount namespace of its own and holds back the signals that a
-    /// container is to get. To be called before the process has a second thread: threads inherit
-    /// both.
+    /// Makes a mount namespace, moves this process, where it is an ordinary user's, into a user
+    /// namespace, and holds back the signals that a container is to get. To be called before the
+    /// process has a second thread: threads inherit all of them. `limits` are those of the
+    /// container that is to run; `prepare` is called in the mount namespace, before anything stands
+    /// there that the host's does not have.
     ///
     /// # Errors
-    /// [`ErrorKind::Denied`] without the superuser's rights.
-    pub fn enter() -> Result<Space> {
-        if !nix::unistd::geteuid().is_root() {
-            return Err(Error::new(ErrorKind::Denied, "running a container needs root: use sudo"));
-        }
+    /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) where this host gives an ordinary user no
+    /// user namespace; the text says what could be done.
+    pub fn enter(limits: &Limits, prepare: impl FnOnce() + Send) -> Result<Space> {
         let mut mask = SigSet::empty();
         mask.extend(FORWARDED);
         mask.thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-
-        let doing = |what: &'static str| move |e: nix::Error| Error::io(what, e.into());
-        unshare(CloneFlags::CLONE_NEWNS).map_err(doing("cannot make a mount namespace"))?;
-        // What the host unmounts later goes here, too; what is mounted here stays here.
-        change("/", MsFlags::MS_REC | MsFlags::MS_SLAVE)
-            .map_err(doing("cannot cut the mounts off from the host's"))?;
-        fs::create_dir_all(SCRATCH)
-            .map_err(|e| Error::io("cannot make a directory to work in", e).at_path(SCRATCH))?;
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(Some("tmpfs"), SCRATCH, Some("tmpfs"), flags, Some("mode=0700"))
-            .map_err(doing("cannot mount a tmpfs"))?;
-        fs::create_dir(Space::root_path())
-            .and_then(|()| bind_executable())
-            .and_then(|()| UnixListener::bind(control()))
-            .map(|listener| Space { listener, signals })
-            .map_err(|e| Error::io("cannot prepare the container", e).at_path(SCRATCH))
+        let scratch = Scratch::find(namespace::is_host_root())?;
+        let (ids, why_one) = namespace::enter()?;
+        let doing = |e| Error::io("cannot prepare the container", e);
+        let control = wire::socket().map_err(doing)?;
+        let (link, keepers) = UnixStream::pair().map_err(doing)?;
+        let room = cgroup::make_room(limits);
+        let leaf = room.as_ref().map(Room::leaf);
+        let keeper = namespace::make(&[control.as_fd(), keepers.as_fd()], || {
+            prepare();
+            scratch.cover()?;
+            wire::listen(&control, &scratch.control())
+                .map_err(|e| doing(e).at_path(scratch.path()))?;
+            supervise::start_keeper((&scratch, leaf), limits, keepers.as_fd())
+                .map_err(|e| Error::io("cannot start the container's keeper", e))
+        })?;
+        let end = supervise::pidfd(keeper.id().cast_signed()).map_err(doing)?;
+        let place =
+            Apart::beside(end.try_clone().map_err(doing)?, link.try_clone().map_err(doing)?.into());
+        let listener = Some(UnixListener::from(control));
+        let handle = Handle::new()?;
+        Ok(Space {
+            listener,
+            signals,
+            scratch,
+            ids,
+            why_one,
+            keeper,
+            end,
+            link,
+            place,
+            handle,
+            _room: room,
+        })
     }
 
-    /// An empty directory that only this process sees: the place to mount a root at.
+    /// The mount namespace.
+    pub fn place(&self) -> &Apart {
+        &self.place
+    }
+
+    /// An empty directory there: the place to mount a root at.
     pub fn root(&self) -> PathBuf {
-        Space::root_path()
+        self.scratch.root()
     }
 
-    fn root_path() -> PathBuf {
-        Path::new(SCRATCH).join("root")
+    /// Whose ids the container has.
+    pub fn ids(&self) -> Ids {
+        self.ids
     }
 
-    /// Runs a program with `root` as its root directory and waits for its end. All its processes
-    /// have ended then, and nothing keeps `root` busy.
+    /// What steers the program from other threads.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Why there is but one, where that is so.
+    pub fn why_one(&self) -> Option<&str> {
+        self.why_one.as_deref()
+    }
+
+    /// Runs a program with `root`, a directory there, as its root directory and waits for its end.
+    /// All its processes have ended then, and nothing keeps `root` busy. To be called once.
     ///
     /// # Errors
     /// When the container cannot be set up. That the program cannot be executed is an [`Outcome`].
-    pub fn run(&self, root: &Path, spec: &Spec) -> Result<Outcome> {
-        supervise::run(self, root, spec)
+    pub fn run(&mut self, root: &Path, spec: &Spec) -> Result<Outcome> {
+        let resolver = supervise::resolver(&spec.network)?;
+        supervise::run(self, root, (spec, resolver))
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        // Who waits for orders sees that there will be none, and takes away what he has made.
+        self.handle.close();
+        self.listener = None;
+        let _ = self.link.shutdown(Shutdown::Both);
+        let _ = self.keeper.wait();
     }
 }
 
@@ -161,9 +264,14 @@ impl Space {
 /// When called by anybody else.
 pub fn stage(words: &[OsString]) -> Result<u8> {
     let mut words = words.iter().map(OsString::as_os_str);
-    match words.next().and_then(OsStr::to_str) {
-        Some(KEEPER) => keeper::run(&control()),
-        Some(INIT) => init::run(&control(), &words.map(PathBuf::from).collect::<Vec<_>>()),
+    let stage = words.next().and_then(OsStr::to_str);
+    let scratch = words.next().map(|path| Scratch::at(Path::new(path)));
+    match (stage, scratch) {
+        (Some(KEEPER), Some(scratch)) => keeper::run(&scratch, &words.collect::<Vec<_>>()),
+        (Some(INIT), Some(scratch)) => {
+            init::run(&scratch, &words.map(PathBuf::from).collect::<Vec<_>>())
+        }
+        (Some(VISIT), Some(_)) => visit::run(&words.collect::<Vec<_>>()),
         _ => Err(Error::invalid("this command is for vdisk's own use")),
     }
 }
@@ -172,34 +280,7 @@ pub fn stage(words: &[OsString]) -> Result<u8> {
 pub const STAGE: &str = "container-stage";
 const KEEPER: &str = "keeper";
 const INIT: &str = "init";
-
-fn control() -> PathBuf {
-    Path::new(SCRATCH).join("control")
-}
-
-fn executable() -> PathBuf {
-    Path::new(SCRATCH).join("vdisk")
-}
-
-/// Shows this binary as a file on a read-only mount. A program in the container that gets hold of
-/// /proc/PID/exe of a process on its way in cannot write through such a mount.
-fn bind_executable() -> io::Result<()> {
-    let at = executable();
-    let running = fs::metadata("/proc/self/exe")?;
-    let installed = fs::read_link("/proc/self/exe")?;
-    let same = |found: fs::Metadata| (found.dev(), found.ino()) == (running.dev(), running.ino());
-    let source = if fs::metadata(&installed).is_ok_and(same) {
-        fs::File::create(&at)?;
-        installed
-    } else {
-        // The binary was replaced while it runs; the stages must be of one version.
-        fs::copy("/proc/self/exe", &at)?;
-        at.clone()
-    };
-    mount(Some(&source), &at, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    Ok(change(&at, read_only | MsFlags::MS_NOSUID | MsFlags::MS_NODEV)?)
-}
+const VISIT: &str = "visit";
 
 /// Changes the flags of a mount that exists.
 fn change(at: impl AsRef<Path>, flags: MsFlags) -> nix::Result<()> {

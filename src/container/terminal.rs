@@ -16,8 +16,10 @@ use rustix::termios::{
     LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcgetpgrp,
     tcgetwinsize, tcsetattr, tcsetwinsize,
 };
+use vdisk_fuse::apart::Apart;
 
 use super::supervise::takes_default_action;
+use super::wire;
 
 /// Whether the user sits at both ends of the program.
 pub(super) fn wanted() -> bool {
@@ -30,7 +32,8 @@ pub(super) fn wanted() -> bool {
 pub(super) struct Relay {
     master: File,
     name: String,
-    saved: Termios,
+    /// How the user's terminal was, where he has one.
+    saved: Option<Termios>,
     stop: Option<UnixStream>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -39,17 +42,17 @@ impl Relay {
     /// Makes a terminal in the container whose process 1 is `init`, which must still be ours: the
     /// path goes through its root directory.
     pub(super) fn start(init: i32) -> io::Result<Relay> {
-        let multiplexer = format!("/proc/{init}/root/dev/pts/ptmx");
-        let master = OpenOptions::new().read(true).write(true).open(multiplexer)?;
+        let master = open(init)?;
         unlockpt(&master)?;
         let name = ptsname(&master, Vec::new())?.to_string_lossy().into_owned();
-        let saved = tcgetattr(stdin())?;
+        let saved = tcgetattr(stdin()).ok();
         let (stop, stopped) = UnixStream::pair()?;
         let mut relay = Relay { master, name, saved, stop: Some(stop), threads: Vec::new() };
         relay.resize();
-        let mut raw = relay.saved.clone();
-        raw.make_raw();
-        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
+        if let Some(mut raw) = relay.saved.clone() {
+            raw.make_raw();
+            tcsetattr(stdin(), OptionalActions::Now, &raw)?;
+        }
         let (typed, ends) = (relay.master.try_clone()?, stopped.try_clone()?);
         relay.spawn("terminal input", move || type_in(typed, &ends, init))?;
         let shown = relay.master.try_clone()?;
@@ -84,8 +87,23 @@ impl Drop for Relay {
             let _ = thread.join();
         }
         // Nobody is left to hear that the terminal is gone.
-        let _ = tcsetattr(stdin(), OptionalActions::Now, &self.saved);
+        if let Some(saved) = &self.saved {
+            let _ = tcsetattr(stdin(), OptionalActions::Now, saved);
+        }
     }
+}
+
+/// Opens a terminal in the container. The way there leads through its root directory, which this
+/// process may serve itself.
+fn open(init: i32) -> io::Result<File> {
+    let multiplexer = format!("/proc/{init}/root/dev/pts/ptmx");
+    let (ours, theirs) = UnixStream::pair()?;
+    let opened = Apart::here().run(&[theirs.as_fd()], || {
+        let master = OpenOptions::new().read(true).write(true).open(multiplexer)?;
+        wire::send_open(&theirs, master.as_fd())
+    });
+    opened.flatten()?;
+    Ok(wire::receive_open(&ours)?.into())
 }
 
 /// From the user to the program, until the relay stops.
@@ -93,7 +111,13 @@ fn type_in(mut master: File, stopped: &UnixStream, init: i32) {
     let mut buffer = [0; 4096];
     while let Ok([typed, false]) = ready([stdin(), stopped.as_fd()], PollTimeout::NONE) {
         if typed {
-            let Ok(length @ 1..) = rustix::io::read(stdin(), &mut buffer) else { return };
+            let Ok(length @ 1..) = rustix::io::read(stdin(), &mut buffer) else {
+                // What is no terminal ends without a key that says so.
+                if let (false, Ok(modes)) = (isatty(stdin()), tcgetattr(&master)) {
+                    let _ = master.write_all(&[modes.special_codes[SpecialCodeIndex::VEOF]]);
+                }
+                return;
+            };
             let typed = buffer.get(..length).unwrap_or_default();
             let meant = meant_for_init(&master, typed, init);
             if master.write_all(typed).is_err() {
@@ -119,7 +143,7 @@ fn meant_for_init(master: &File, typed: &[u8], init: i32) -> Option<Signal> {
     })?;
     let in_foreground = || tcgetpgrp(master).is_ok_and(|group| group.as_raw_pid() == init);
     let signals = modes.local_modes.contains(LocalModes::ISIG);
-    (signals && in_foreground() && takes_default_action(init, signal)).then_some(signal)
+    (signals && in_foreground() && takes_default_action(init, signal as i32)).then_some(signal)
 }
 
 /// From the program to the user, until the program's side is closed and all is shown.

@@ -1,19 +1,25 @@
 //! What the processes of a container tell each other: frames on a Unix socket.
 //!
 //! A frame is a length (4 bytes, little-endian) and that many bytes; its payload is a list of
-//! fields, each ended by a zero byte, which no argument and no path can hold. Knows nothing of
-//! what the fields mean.
+//! fields, each ended by a zero byte, which no argument and no path can hold. What is open in one
+//! process goes to another between two frames. Knows nothing of what the fields mean.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sendmsg,
+};
 
 /// Above what the kernel takes as one program's arguments and environment together.
 const LONGEST: usize = 8 << 20;
 
 /// An ordered list of named values.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Message {
     fields: Vec<(String, OsString)>,
 }
@@ -45,7 +51,12 @@ impl Message {
         self.fields.iter().filter(move |(n, _)| n == name).map(|(_, value)| value.as_os_str())
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// Takes all values of this name away.
+    pub(super) fn remove(&mut self, name: &str) {
+        self.fields.retain(|(n, _)| n != name);
+    }
+
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for (name, value) in &self.fields {
             bytes.extend_from_slice(name.as_bytes());
@@ -56,7 +67,7 @@ impl Message {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Option<Message> {
+    pub(super) fn decode(bytes: &[u8]) -> Option<Message> {
         let mut message = Message::default();
         for field in bytes.split_inclusive(|&b| b == 0) {
             let field = field.strip_suffix(&[0])?;
@@ -98,6 +109,31 @@ pub(super) fn receive(mut socket: &UnixStream) -> io::Result<Option<Message>> {
     let mut payload = vec![0; length];
     socket.read_exact(&mut payload)?;
     Message::decode(&payload).map(Some).ok_or_else(broken)
+}
+
+/// Sends something that is open here.
+pub(super) fn send_open(socket: &UnixStream, open: BorrowedFd<'_>) -> io::Result<()> {
+    let fds = [open.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&[0])], &rights, MsgFlags::empty(), None)?;
+    Ok(())
+}
+
+/// Takes what [`send_open`] has sent.
+pub(super) fn receive_open(socket: &UnixStream) -> io::Result<OwnedFd> {
+    vdisk_fuse::mount::receive(socket)
+}
+
+/// A socket that is nowhere yet.
+pub(super) fn socket() -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    Ok(socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?)
+}
+
+/// Lets a socket be called at a path.
+pub(super) fn listen(socket: &OwnedFd, at: &Path) -> io::Result<()> {
+    socket::bind(socket.as_raw_fd(), &UnixAddr::new(at)?)?;
+    Ok(socket::listen(socket, Backlog::new(1)?)?)
 }
 
 #[cfg(test)]

@@ -4,43 +4,53 @@ use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind as IoErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::place;
 use super::wire::{MAX_ANSWER, Named, Question, Reply, Request};
-use crate::chain::merge::Progress;
+use crate::change::merge::Progress;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::FileStorage;
 
 /// How often a wait for an answer looks whether it is to go on.
 const BEAT: Duration = Duration::from_millis(100);
 /// How long a question may take to be taken.
 const TO_ASK: Duration = Duration::from_secs(10);
-/// How often a disk is looked for whose file changes while it is.
-const ATTEMPTS: usize = 5;
+/// How long a holder is looked for that is about to be heard: its disk's file, and with that the name of
+/// its socket, may change at that moment.
+const TO_LISTEN: Duration = Duration::from_millis(300);
+/// The same, where somebody was heard who holds that disk under another file.
+const TO_SETTLE: Duration = Duration::from_secs(3);
+/// Between two such looks.
+const PAUSE: Duration = Duration::from_millis(25);
 
 /// Asks the process that holds `disk`, if there is one with a control socket.
 ///
 /// # Errors
 /// What the holder says; [`ErrorKind::Interrupted`] where `progress` asked to stop.
 pub fn ask(disk: &Path, request: &Request, progress: &mut Progress<'_>) -> Result<Option<Value>> {
-    for _ in 0..ATTEMPTS {
+    let since = Instant::now();
+    loop {
+        let mut patience = TO_LISTEN;
         let Ok(named) = place::named(disk) else { return Ok(None) };
         for socket in sockets(&place::prefix(disk)?)? {
             let Some(connection) = connect(&socket)? else { continue };
             match connection.say(Some(named), request)?.answer(progress)? {
                 Answer::Done(answer) => return Ok(Some(answer)),
                 Answer::Failed(error) => return Err(error),
-                Answer::Elsewhere => {}
+                Answer::Elsewhere => patience = TO_SETTLE,
             }
         }
-        // A snapshot may have been taken while we looked: the disk is another file now.
-        if place::named(disk).ok() == Some(named) {
-            break;
+        // What nobody writes to has no holder; nor has it changed while we looked.
+        let written = FileStorage::is_written(disk).unwrap_or(false);
+        let same = place::named(disk).ok() == Some(named);
+        if same && !written || since.elapsed() >= patience {
+            return Ok(None);
         }
+        std::thread::sleep(PAUSE);
     }
-    Ok(None)
 }
 
 /// Asks at the socket `name`; `None` where nobody listens there.
@@ -61,6 +71,18 @@ pub fn wait_for(connection: Connection, progress: &mut Progress<'_>) -> Result<R
         Answer::Failed(error) => Err(error),
         Answer::Done(_) | Answer::Elsewhere => Ok(()),
     })
+}
+
+/// As [`wait_for`], with what the answer is.
+///
+/// # Errors
+/// What the holder says, also.
+pub fn result_of(connection: Connection, progress: &mut Progress<'_>) -> Result<Value> {
+    match connection.answer(progress)? {
+        Answer::Done(value) => Ok(value),
+        Answer::Failed(error) => Err(error),
+        Answer::Elsewhere => Ok(Value::Null),
+    }
 }
 
 /// What a holder says in the end.

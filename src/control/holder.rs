@@ -11,9 +11,10 @@ use super::server::{Names, Server, Service};
 use super::wire::{Named, Request};
 use crate::block::BlockDevice;
 use crate::chain::Layer;
-use crate::chain::live::{Live, Quiesce};
-use crate::chain::merge::{Progress, Wishes};
-use crate::chain::plan::Keeping;
+use crate::change::DeleteWishes;
+use crate::change::live::{Live, Quiesce};
+use crate::change::merge::{Progress, Wishes};
+use crate::change::plan::Keeping;
 use crate::error::{Error, Result};
 use crate::image::Check;
 
@@ -28,8 +29,17 @@ pub trait Kind: Send + Sync {
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) says why nobody here can.
     fn quiesce(&self) -> Result<&dyn Quiesce>;
 
+    /// Whether the user of the disk comes to rest for every snapshot, because it is this process
+    /// itself and he hardly notices.
+    fn rests(&self) -> bool {
+        false
+    }
+
     /// Tells the user of the disk its new size in bytes.
     fn resized(&self, size: u64) -> Result<()>;
+
+    /// Notes that the disk may have other snapshots now.
+    fn rearranged(&self) {}
 }
 
 /// A disk held for something.
@@ -79,15 +89,16 @@ impl Holder {
         json!({
             "pid": std::process::id(),
             "doing": self.kind.doing(),
-            "disk": self.live.path(),
+            "disk": self.live.path().to_string_lossy(),
             "virtual_size": info.size,
-            "layers": info.layers,
+            "layers": info.layers.iter().map(|l| l.to_string_lossy()).collect::<Vec<_>>(),
             "running": running,
         })
     }
 
     fn snapshot(&self, name: &str, description: &str, freeze: bool) -> Result<Value> {
-        let user = if freeze { Some(self.kind.quiesce()?) } else { None };
+        let rests = freeze || self.kind.rests();
+        let user = if rests { Some(self.kind.quiesce()?) } else { None };
         let pause = self.live.snapshot(name, description, user)?;
         self.follow_name()?;
         Ok(json!({ "pause_us": micros(pause) }))
@@ -103,7 +114,7 @@ impl Holder {
         let found = self.live.check(chain)?;
         let layer = |(layer, check): &(Layer, Check)| {
             json!({
-                "filename": layer.path,
+                "filename": layer.path.to_string_lossy(),
                 "format": layer.format.name(),
                 "corruptions": check.corruptions,
                 "leaks": check.leaks,
@@ -148,24 +159,59 @@ impl Service for Holder {
     }
 
     fn serve(&self, request: &Request, told: &mut Progress<'_>) -> Result<Value> {
+        let done = self.answer(request, told);
+        if changes_tree(request) {
+            // Also where it failed: it may have come some way.
+            self.kind.rearranged();
+        }
+        done
+    }
+}
+
+/// Whether a request is for other snapshots.
+fn changes_tree(request: &Request) -> bool {
+    match request {
+        Request::Snapshot { .. }
+        | Request::Merge { .. }
+        | Request::Delete { .. }
+        | Request::Undo { .. }
+        | Request::Forget { .. }
+        | Request::Rename { .. } => true,
+        Request::Info
+        | Request::Revert { .. }
+        | Request::Resize { .. }
+        | Request::Check { .. }
+        | Request::Compact
+        | Request::Diff { .. }
+        | Request::Instance { .. }
+        | Request::Wait => false,
+    }
+}
+
+impl Holder {
+    fn answer(&self, request: &Request, told: &mut Progress<'_>) -> Result<Value> {
         match request {
             Request::Info => Ok(self.info()),
             Request::Snapshot { name, description, freeze } => {
                 self.snapshot(name, description, *freeze)
             }
-            Request::Merge { name, rate, keep, in_batches, seen } => {
+            Request::Merge { name, rate, keep, in_batches, even_if_cloned, seen } => {
                 let (keeping, in_batches) = (keeping(*keep), *in_batches);
-                let wishes = Wishes { keeping, in_batches, in_use: true };
-                self.live.merge(name, wishes, (*rate, *seen), told).map(|()| Value::Null)
+                let even_if_cloned = *even_if_cloned;
+                let wishes = Wishes { keeping, in_batches, in_use: true, even_if_cloned };
+                self.live.merge(name, wishes, *rate, *seen, told).map(|()| Value::Null)
             }
-            Request::Delete { name, tree, keep, seen } => {
-                let how = (*tree, keeping(*keep));
+            Request::Delete { name, tree, even_if_cloned, keep, seen } => {
+                let (tree, even_if_cloned) = (*tree, *even_if_cloned);
+                let how = DeleteWishes { tree, keeping: keeping(*keep), even_if_cloned };
                 self.live.delete(name, how, *seen, told).map(|()| Value::Null)
             }
             Request::Undo { keep_as, seen } => {
                 self.live.undo(keep_as.as_deref(), *seen, told).map(|()| Value::Null)
             }
-            Request::Forget { seen } => self.live.forget(*seen, told).map(|()| Value::Null),
+            Request::Forget { even_if_cloned, seen } => {
+                self.live.forget(*even_if_cloned, *seen, told).map(|()| Value::Null)
+            }
             Request::Rename { old, new } => self.live.rename(old, new).map(|()| Value::Null),
             Request::Revert { name } => Err(self.live.revert(name)),
             Request::Resize { size } => {
@@ -178,6 +224,9 @@ impl Service for Holder {
             Request::Compact => self.compact(told),
             Request::Diff { from, to } => self.diff(from, to.as_deref()),
             Request::Wait => Err(Error::invalid("the end is waited for elsewhere")),
+            Request::Instance { .. } => {
+                Err(Error::unsupported("this holds a disk and is no instance"))
+            }
         }
     }
 }

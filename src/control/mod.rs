@@ -6,11 +6,14 @@
 
 mod client;
 mod holder;
+mod order;
 pub mod place;
 mod server;
 mod wire;
 
-pub use client::{Connection, ask, ask_at, wait_for};
+pub use client::{Connection, ask, ask_at, result_of, wait_for};
 pub use holder::{Holder, Kind};
-pub use server::{Names, Server, Service};
+pub use order::Order;
+pub use place::elsewhere;
+pub use server::{Server, Service};
 pub use wire::{Named, Request};

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::place;
 use super::wire::{MAX_LINE, Named, Question, Reply, Request};
-use crate::chain::merge::Progress;
+use crate::change::merge::Progress;
 use crate::error::{Error, Result};
 
 /// Questions that are answered at a time.

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::order::Order;
 use crate::error::{Error, ErrorKind};
 
 /// The longest line in bytes, its end included.
@@ -49,6 +50,9 @@ pub enum Request {
         /// Give back at once what was copied.
         #[serde(default)]
         in_batches: bool,
+        /// Also where clones stand on it.
+        #[serde(default)]
+        even_if_cloned: bool,
         /// The tree of the plan that was shown: any will do without it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         seen: Option<u64>,
@@ -59,6 +63,9 @@ pub enum Request {
         name: String,
         /// With those that stand on it.
         tree: bool,
+        /// Also where clones stand on what goes.
+        #[serde(default)]
+        even_if_cloned: bool,
         /// Milliseconds for which they are kept for undo; a default without it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         keep: Option<u64>,
@@ -76,6 +83,9 @@ pub enum Request {
     },
     /// Let go of what is kept for undo.
     Forget {
+        /// Also what clones stand on.
+        #[serde(default)]
+        even_if_cloned: bool,
         /// The tree of the plan that was shown: any will do without it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         seen: Option<u64>,
@@ -113,6 +123,11 @@ pub enum Request {
     },
     /// Answer when the holder has let go of the disk.
     Wait,
+    /// Do something with an instance, where this is one's process.
+    Instance {
+        /// What.
+        order: Order,
+    },
 }
 
 /// A request and the disk that it is about; none where the socket's name says it.
@@ -138,10 +153,11 @@ pub(super) enum Reply {
 }
 
 /// The kinds of errors that callers tell apart, by their names on the wire.
-const KINDS: [(&str, ErrorKind); 15] = [
+const KINDS: [(&str, ErrorKind); 16] = [
     ("not_found", ErrorKind::NotFound),
     ("exists", ErrorKind::Exists),
     ("in_use", ErrorKind::InUse),
+    ("busy", ErrorKind::Busy),
     ("corrupt", ErrorKind::Corrupt),
     ("unsupported", ErrorKind::Unsupported),
     ("invalid", ErrorKind::Invalid),
@@ -183,6 +199,7 @@ mod tests {
             rate: None,
             keep: None,
             in_batches: false,
+            even_if_cloned: false,
             seen: None,
         };
         assert_eq!(question.request, plain);

@@ -1,54 +1,54 @@
-//! Numbers out of a structure that was read from an image: no index, no panic, and an error that
-//! names the place in the file.
+//! Structures that were read from an image: no index, no panic, and an error that names the place in
+//! the file.
 
 use std::sync::Arc;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::{Error, Result};
 use crate::storage::Storage;
 
-/// A structure's bytes and where in the file they stood.
-#[derive(Clone, Copy)]
-pub(super) struct Fields<'a> {
-    bytes: &'a [u8],
-    base: u64,
+/// A structure without padding, as it stands in a file.
+pub(super) trait Plain: FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned {}
+
+impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned> Plain for T {}
+
+/// The structure at the beginning of `bytes`, which stood at file offset `base`.
+pub(super) fn structure<T: Plain>(bytes: &[u8], base: u64) -> Result<&T> {
+    T::ref_from_prefix(bytes).map_or_else(|_| Err(too_early(base)), |(found, _)| Ok(found))
 }
 
-macro_rules! number {
-    ($name:ident, $type:ty, $from:ident) => {
-        /// The number `at` bytes into the structure.
-        pub(super) fn $name(&self, at: usize) -> Result<$type> {
-            self.array(at).map(<$type>::$from)
-        }
-    };
+/// The structure `at` bytes into those that stood at file offset `base`.
+pub(super) fn structure_at<T: Plain>(bytes: &[u8], at: usize, base: u64) -> Result<&T> {
+    structure(bytes.get(at..).unwrap_or_default(), base.saturating_add(at as u64))
 }
 
-impl<'a> Fields<'a> {
-    /// `base` is the file offset of the first byte.
-    pub(super) fn new(bytes: &'a [u8], base: u64) -> Fields<'a> {
-        Fields { bytes, base }
-    }
+/// The first `count` structures of `bytes`, which stood at file offset `base`.
+pub(super) fn structures<T: Plain>(bytes: &[u8], count: usize, base: u64) -> Result<&[T]> {
+    let found = <[T]>::ref_from_prefix_with_elems(bytes, count);
+    found.map_or_else(|_| Err(too_early(base)), |(found, _)| Ok(found))
+}
 
-    /// `len` bytes from `at`.
-    pub(super) fn bytes(&self, at: usize, len: usize) -> Result<&'a [u8]> {
-        at.checked_add(len).and_then(|end| self.bytes.get(at..end)).ok_or_else(|| {
-            Error::corrupt("a structure of the image ends too early")
-                .at_offset(self.base.saturating_add(at as u64))
-        })
-    }
+/// `len` bytes `at` bytes into those that stood at file offset `base`.
+pub(super) fn bytes_at(bytes: &[u8], at: usize, len: usize, base: u64) -> Result<&[u8]> {
+    let found = at.checked_add(len).and_then(|end| bytes.get(at..end));
+    found.ok_or_else(|| too_early(base.saturating_add(at as u64)))
+}
 
-    /// `N` bytes from `at`.
-    pub(super) fn array<const N: usize>(&self, at: usize) -> Result<[u8; N]> {
-        let mut array = [0; N];
-        array.copy_from_slice(self.bytes(at, N)?);
-        Ok(array)
-    }
+fn too_early(offset: u64) -> Error {
+    Error::corrupt("a structure of the image ends too early").at_offset(offset)
+}
 
-    number!(le16, u16, from_le_bytes);
-    number!(le32, u32, from_le_bytes);
-    number!(le64, u64, from_le_bytes);
-    number!(be16, u16, from_be_bytes);
-    number!(be32, u32, from_be_bytes);
-    number!(be64, u64, from_be_bytes);
+/// Reads the structure at `offset`; `what` names it in the error.
+pub(super) fn read_structure<T: Plain>(
+    storage: &dyn Storage,
+    offset: u64,
+    what: &str,
+) -> Result<T> {
+    within(offset, size_of::<T>() as u64, storage.len()?, what)?;
+    let mut found = T::new_zeroed();
+    storage.read_exact_at(offset, found.as_mut_bytes())?;
+    Ok(found)
 }
 
 /// Reads `len` bytes at `offset`, and allocates only when the file has that many; `what` names
@@ -76,6 +76,13 @@ pub(super) fn within(offset: u64, len: u64, file: u64, what: &str) -> Result<()>
     }
 }
 
+/// A backing file's name, as an image records it.
+pub(super) fn name(storage: &Arc<dyn Storage>, at: u64, len: u64) -> Result<String> {
+    let bytes = read(storage, at, len, "the backing file's name")?;
+    String::from_utf8(bytes)
+        .map_err(|_| Error::unsupported("the backing file's name is not UTF-8").at_offset(at))
+}
+
 /// Text of 16-bit units, cut at the first zero.
 pub(super) fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> String {
     let units = bytes.chunks_exact(2).filter_map(|pair| Some(unit(pair.try_into().ok()?)));
@@ -96,12 +103,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_field_past_the_end_is_an_error_with_its_offset() {
-        let fields = Fields::new(&[1, 2, 3, 4], 0x200);
-        assert_eq!(fields.le32(0).unwrap(), 0x0403_0201);
-        assert_eq!(fields.be16(2).unwrap(), 0x0304);
-        assert_eq!(fields.le32(1).unwrap_err().offset(), Some(0x201));
-        assert!(fields.bytes(usize::MAX, 2).is_err());
+    fn a_structure_past_the_end_is_an_error_with_its_offset() {
+        use zerocopy::byteorder::little_endian::{U16, U32};
+        let bytes = [1, 2, 3, 4];
+        assert_eq!(structure::<U32>(&bytes, 0x200).unwrap().get(), 0x0403_0201);
+        assert_eq!(structure_at::<U16>(&bytes, 2, 0x200).unwrap().get(), 0x0403);
+        assert_eq!(structures::<U16>(&bytes, 2, 0x200).unwrap()[1].get(), 0x0403);
+        assert_eq!(structure_at::<U32>(&bytes, 1, 0x200).unwrap_err().offset(), Some(0x201));
+        assert_eq!(structures::<U16>(&bytes, 3, 0x200).unwrap_err().offset(), Some(0x200));
+        assert!(structures::<U16>(&bytes, usize::MAX, 0).is_err());
+        assert!(bytes_at(&bytes, usize::MAX, 2, 0).is_err());
     }
 
     #[test]

@@ -30,8 +30,8 @@ pub struct Luks {
     read_only: bool,
 }
 
-/// Makes an image of a disk of `size` bytes in `storage`, which is empty or holds zeroes only. What
-/// the disk holds is noise.
+/// Makes an image of a disk of `size` bytes in `storage`, whatever that holds. What the disk
+/// holds is noise.
 pub fn create(
     storage: &dyn Storage,
     size: u64,
@@ -43,6 +43,9 @@ pub fn create(
     let len = len.ok_or_else(|| Error::invalid("Image size is too large"))?;
     if storage.len()? != len {
         storage.set_len(len)?;
+    }
+    if storage.is_fixed() {
+        storage.write_zeroes(0, made.area.len() as u64)?;
     }
     // Slots without a key, and what lies between, stay holes.
     for (number, piece) in made.area.chunks(CHUNK as usize / 256).enumerate() {
@@ -217,10 +220,10 @@ impl image::Image for Luks {
         if self.read_only { Ok(()) } else { self.storage.sync() }
     }
 
-    fn resize(&self, size: u64) -> Result<()> {
+    fn resize_over(&self, size: u64, _clear: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         self.check_writable()?;
         let len = self.payload.checked_add(size);
-        self.storage.set_len(len.ok_or_else(|| Error::invalid("Image size is too large"))?)?;
+        self.storage.resize(len.ok_or_else(|| Error::invalid("Image size is too large"))?)?;
         self.size.store(size, Ordering::Release);
         Ok(())
     }

@@ -6,12 +6,26 @@
 /// How many bytes of a file's beginning [`foreign`] needs at most; fewer will do for a shorter file.
 pub const HEAD: usize = 4096;
 
+/// How far before a file's end stands what [`dmg`] looks at.
+pub const TAIL: u64 = 512;
+
 /// A descriptor is text; a longer file that begins like one is somebody's disk.
 const MAX_TEXT: u64 = 1 << 20;
 
-/// The foreign format of a file of `len` bytes that begins with `head`, as qemu-img names it.
+/// A Parallels disk whose table counts in sectors.
+const PARALLELS: &[u8] = b"WithoutFreeSpace";
+/// One whose table counts in blocks.
+pub(super) const PARALLELS_EXTENDED: &[u8; 16] = b"WithouFreSpacExt";
+/// What makes a cloop image mount itself.
+const CLOOP: &[u8] = b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 \
+    /dev/cloop $1\n";
+
+/// The foreign format of a file of `len` bytes that begins with `head`, as qemu-img names it: all that
+/// QEMU knows by their beginning, also those that are not read here.
 ///
-/// A fixed VHD is not recognised: its one mark is a footer behind the guest's data.
+/// A fixed VHD is not recognised: its one mark is a footer behind the guest's data. Nor is LUKS 2: QEMU
+/// does not know it, and disks that a guest encrypted as a whole begin so, whose bytes are what their
+/// user wants.
 pub fn foreign(head: &[u8], len: u64) -> Option<&'static str> {
     match head {
         _ if vmdk_sparse(head) || (vmdk_descriptor(head) && len <= MAX_TEXT) => Some("vmdk"),
@@ -19,6 +33,11 @@ pub fn foreign(head: &[u8], len: u64) -> Option<&'static str> {
         _ if vhdx(head) => Some("vhdx"),
         _ if vdi(head) => Some("vdi"),
         _ if crate::luks::probe(head) => Some("luks"),
+        _ if qcow(head) => Some("qcow"),
+        _ if qed(head) => Some("qed"),
+        _ if parallels(head) => Some("parallels"),
+        _ if bochs(head) => Some("bochs"),
+        _ if head.starts_with(CLOOP) => Some("cloop"),
         _ => None,
     }
 }
@@ -55,6 +74,37 @@ pub fn vdi(head: &[u8]) -> bool {
     head.get(0x40..0x44) == Some(&[0x7f, 0x10, 0xda, 0xbe])
 }
 
+/// A qcow of version 1; later versions are qcow2.
+pub fn qcow(head: &[u8]) -> bool {
+    head.starts_with(b"QFI\xfb\0\0\0\x01")
+}
+
+/// A QED.
+pub fn qed(head: &[u8]) -> bool {
+    head.starts_with(b"QED\0")
+}
+
+/// A Parallels disk, of either kind, in the one version that there is.
+pub fn parallels(head: &[u8]) -> bool {
+    (head.starts_with(PARALLELS) || head.starts_with(PARALLELS_EXTENDED))
+        && head.get(16..20) == Some(&[2, 0, 0, 0])
+}
+
+/// A growing disk of Bochs: magic, type and subtype, and one of two versions.
+fn bochs(head: &[u8]) -> bool {
+    let text = |at: usize, text: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(text));
+    text(0, b"Bochs Virtual HD Image\0")
+        && text(32, b"Redolog\0")
+        && text(48, b"Growing\0")
+        && (text(64, &[0, 0, 1, 0]) || text(64, &[0, 0, 2, 0]))
+}
+
+/// An Apple disk image: `tail` begins [`TAIL`] bytes before the file's end. Its mark stands behind data that a guest
+/// may have written, so that the file's name has to say it as well.
+pub fn dmg(name: &[u8], tail: &[u8]) -> bool {
+    name.to_ascii_lowercase().ends_with(b".dmg") && tail.starts_with(b"koly")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,5 +126,19 @@ mod tests {
             (Some("luks"), None)
         );
         assert_eq!((probe(&[]), probe(&[0; 4096]), probe(b"QFI\xfb")), (None, None, None));
+        assert_eq!(probe(b"QFI\xfb\0\0\0\x01"), Some("qcow"));
+        assert_eq!(probe(b"QFI\xfb\0\0\0\x02"), None);
+        assert_eq!(probe(b"QED\0"), Some("qed"));
+        assert_eq!(probe(b"WithoutFreeSpace\x02\0\0\0"), Some("parallels"));
+        assert_eq!(probe(b"WithouFreSpacExt\x03\0\0\0"), None);
+        assert_eq!(probe(CLOOP), Some("cloop"));
+        let mut head = [0; 512];
+        head[..22].copy_from_slice(b"Bochs Virtual HD Image");
+        head[32..39].copy_from_slice(b"Redolog");
+        head[48..55].copy_from_slice(b"Growing");
+        assert_eq!(probe(&head), None);
+        head[66] = 2;
+        assert_eq!(probe(&head), Some("bochs"));
+        assert!(dmg(b"a.DMG", b"koly\0") && !dmg(b"a.img", b"koly\0") && !dmg(b"a.dmg", b""));
     }
 }

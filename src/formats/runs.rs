@@ -135,6 +135,20 @@ pub(super) fn read(
     }
 }
 
+/// Fills `bufs` from the unpacked bytes of a compressed block, from its byte `from` on.
+pub(super) fn copy(block: &[u8], from: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+    let mut rest =
+        usize::try_from(from).ok().and_then(|from| block.get(from..)).unwrap_or_default();
+    for buf in bufs {
+        let (now, later) = rest.split_at_checked(buf.len()).ok_or_else(|| {
+            Error::corrupt(format!("a compressed block holds only {} bytes", block.len()))
+        })?;
+        buf.copy_from_slice(now);
+        rest = later;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,13 +10,24 @@
 //! | 12-19, 20-27 | when it was dropped, and until when it is kept, in milliseconds since 1970 |
 //! | 28- | 8 bytes for each layer that was moved off it |
 
-use byteorder::{BigEndian, ByteOrder};
+use zerocopy::byteorder::big_endian::{U16, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::label::Id;
 use crate::error::{Error, Result};
 
-/// Bytes before the children.
-const FIXED: usize = 28;
+/// The bytes before the children.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Fixed {
+    event: U64,
+    layers: U16,
+    was: U16,
+    since: U64,
+    until: U64,
+}
+
+const _: () = assert!(size_of::<Fixed>() == 28);
 
 /// What a dropped layer was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,12 +68,14 @@ impl Kept {
 
     /// The record's bytes.
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut bytes = vec![0; FIXED];
-        BigEndian::write_u64(&mut bytes, self.event);
-        BigEndian::write_u16(&mut bytes[8..], self.layers);
-        BigEndian::write_u16(&mut bytes[10..], self.was as u16);
-        BigEndian::write_u64(&mut bytes[12..], self.since);
-        BigEndian::write_u64(&mut bytes[20..], self.until);
+        let fixed = Fixed {
+            event: self.event.into(),
+            layers: self.layers.into(),
+            was: (self.was as u16).into(),
+            since: self.since.into(),
+            until: self.until.into(),
+        };
+        let mut bytes = fixed.as_bytes().to_vec();
         self.children.iter().for_each(|child| bytes.extend_from_slice(&child.to_be_bytes()));
         bytes
     }
@@ -70,20 +83,21 @@ impl Kept {
     /// Reads a record back.
     pub(super) fn decode(bytes: &[u8]) -> Result<Kept> {
         let damaged = || Error::corrupt("the header's vdisk label is damaged");
-        let (fixed, rest) = bytes.split_at_checked(FIXED).ok_or_else(damaged)?;
-        let was = match BigEndian::read_u16(&fixed[10..]) {
+        let (fixed, children) = Fixed::ref_from_prefix(bytes).map_err(|_| damaged())?;
+        let children = <[U64]>::ref_from_prefix(children).map_or(&[][..], |(all, _)| all);
+        let was = match fixed.was.get() {
             0 => Was::Head,
             1 => Was::Snapshot,
             2 => Was::Merged,
             _ => return Err(damaged()),
         };
         Ok(Kept {
-            event: BigEndian::read_u64(fixed),
-            layers: BigEndian::read_u16(&fixed[8..]),
+            event: fixed.event.get(),
+            layers: fixed.layers.get(),
             was,
-            since: BigEndian::read_u64(&fixed[12..]),
-            until: BigEndian::read_u64(&fixed[20..]),
-            children: rest.chunks_exact(8).map(BigEndian::read_u64).collect(),
+            since: fixed.since.get(),
+            until: fixed.until.get(),
+            children: children.iter().map(|child| child.get()).collect(),
         })
     }
 }

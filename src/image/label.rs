@@ -17,22 +17,69 @@
 //! | 96-97, 98-99 | bytes of the name, of the description, which follow |
 //!
 //! Records may stand behind the description: a tag and a length of 2 bytes each, then the bytes.
-//! Unknown tags are passed over. Tag 1 is [`Kept`], tag 2 the parent's [`Witness`].
+//! Unknown tags are passed over. Tag 1 is [`Kept`], tag 2 the parent's [`BaseStamp`], tag 3 the
+//! layer's [`Clones`], tag 4 its configuration.
+//!
+//! A label that is too long for its sector is stored in two parts (see [`super::parts`]); who encodes
+//! and decodes one need not know.
 
-use byteorder::{BigEndian, ByteOrder};
 use uuid::Uuid;
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::clones::Clones;
 use super::kept::Kept;
-use super::witness::Witness;
+use super::parts::SPLIT;
+use super::stamp::BaseStamp;
 use crate::error::{Error, Result};
 
 /// A random 128-bit id.
 pub type Id = Uuid;
 
+/// The bytes before the name.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct Fixed {
+    pub crc: U32,
+    pub version: U16,
+    pub role: U16,
+    pub disk: [u8; 16],
+    pub layer: [u8; 16],
+    pub content: [u8; 16],
+    pub parent_layer: [u8; 16],
+    pub parent_content: [u8; 16],
+    pub time: U64,
+    pub name_len: U16,
+    pub description_len: U16,
+}
+
+/// What stands before a record.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RecordHead {
+    tag: U16,
+    len: U16,
+}
+
 /// Bytes before the name.
-const FIXED: usize = 100;
+pub(super) const FIXED: usize = size_of::<Fixed>();
+const _: () = assert!(FIXED == 100 && size_of::<RecordHead>() == 4);
+
+/// The checksum of a label, or of its front, that stands in its first bytes: of all behind them.
+pub(super) fn checksum(bytes: &[u8]) -> u32 {
+    crc32fast::hash(bytes.get(size_of::<U32>()..).unwrap_or_default())
+}
+
+/// Writes the checksum down.
+pub(super) fn seal(bytes: &mut [u8]) {
+    let crc = checksum(bytes);
+    if let Ok((place, _)) = U32::mut_from_prefix(bytes) {
+        place.set(crc);
+    }
+}
+
 /// The layout that this file describes.
-const VERSION: u16 = 1;
+pub(super) const VERSION: u16 = 1;
 
 /// What part a layer plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,7 +143,7 @@ pub struct Parent {
     /// The parent's content id when this layer was put on it; nil where nothing vouched for it.
     pub content: Id,
     /// What tells whether the parent's files changed, where its label does not tell all.
-    pub witness: Option<Witness>,
+    pub stamp: Option<BaseStamp>,
 }
 
 impl Parent {
@@ -127,6 +174,10 @@ pub struct Label {
     pub description: String,
     /// What brings back a layer that was dropped.
     pub kept: Option<Kept>,
+    /// The clones that were made on it, from the first one on.
+    pub clones: Option<Clones>,
+    /// What is run in the disk: the `config` of an OCI image's configuration, as JSON. New heads take it over.
+    pub config: Option<Vec<u8>>,
 }
 
 impl Label {
@@ -136,6 +187,8 @@ impl Label {
     pub const MAX_NAME: usize = 200;
     /// The longest description, in bytes.
     pub const MAX_DESCRIPTION: usize = 1000;
+    /// The longest configuration, in bytes.
+    pub const MAX_CONFIG: usize = 8192;
 
     /// The label of a new disk's only layer.
     pub fn new() -> Label {
@@ -149,7 +202,14 @@ impl Label {
             name: String::new(),
             description: String::new(),
             kept: None,
+            clones: None,
+            config: None,
         }
+    }
+
+    /// Whether clones stand on the layer, as far as it knows.
+    pub fn is_marked(&self) -> bool {
+        self.clones.as_ref().is_some_and(Clones::any)
     }
 
     /// The label's bytes.
@@ -164,28 +224,41 @@ impl Label {
                 Label::MAX_DESCRIPTION
             )));
         }
-        let nil = Parent { layer: Id::nil(), content: Id::nil(), witness: None };
-        let parent = self.parent.unwrap_or(nil);
-        let mut bytes = vec![0; FIXED];
-        BigEndian::write_u16(&mut bytes[4..], VERSION);
-        BigEndian::write_u16(&mut bytes[6..], self.role as u16);
-        let ids = [self.disk, self.layer, self.content, parent.layer, parent.content];
-        for (place, id) in bytes[8..88].chunks_exact_mut(16).zip(ids) {
-            place.copy_from_slice(id.as_bytes());
+        if self.config.as_ref().is_some_and(|config| config.len() > Label::MAX_CONFIG) {
+            let most = Label::MAX_CONFIG;
+            return Err(Error::invalid(format!("a disk's configuration has {most} bytes at most")));
         }
-        BigEndian::write_u64(&mut bytes[88..], self.time);
-        BigEndian::write_u16(&mut bytes[96..], self.name.len() as u16);
-        BigEndian::write_u16(&mut bytes[98..], self.description.len() as u16);
+        let nil = Parent { layer: Id::nil(), content: Id::nil(), stamp: None };
+        let parent = self.parent.unwrap_or(nil);
+        let fixed = Fixed {
+            crc: 0.into(),
+            version: VERSION.into(),
+            role: (self.role as u16).into(),
+            disk: self.disk.into_bytes(),
+            layer: self.layer.into_bytes(),
+            content: self.content.into_bytes(),
+            parent_layer: parent.layer.into_bytes(),
+            parent_content: parent.content.into_bytes(),
+            time: self.time.into(),
+            name_len: (self.name.len() as u16).into(),
+            description_len: (self.description.len() as u16).into(),
+        };
+        let mut bytes = fixed.as_bytes().to_vec();
         bytes.extend_from_slice(self.name.as_bytes());
         bytes.extend_from_slice(self.description.as_bytes());
         if let Some(kept) = &self.kept {
             put_record(&mut bytes, KEPT, &kept.encode());
         }
-        if let Some(witness) = &parent.witness {
-            put_record(&mut bytes, WITNESS, &witness.encode());
+        if let Some(stamp) = &parent.stamp {
+            put_record(&mut bytes, BASE_STAMP, &stamp.encode());
         }
-        let crc = crc32fast::hash(&bytes[4..]);
-        BigEndian::write_u32(&mut bytes, crc);
+        if let Some(clones) = &self.clones {
+            put_record(&mut bytes, CLONES, &clones.encode());
+        }
+        if let Some(config) = &self.config {
+            put_record(&mut bytes, CONFIG, config);
+        }
+        seal(&mut bytes);
         Ok(bytes)
     }
 
@@ -196,57 +269,70 @@ impl Label {
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) where a later version wrote it.
     pub fn decode(bytes: &[u8]) -> Result<Label> {
         let damaged = || Error::corrupt("the header's vdisk label is damaged");
-        if bytes.len() < FIXED || BigEndian::read_u32(bytes) != crc32fast::hash(&bytes[4..]) {
+        let (fixed, _) = Fixed::ref_from_prefix(bytes).map_err(|_| damaged())?;
+        if fixed.crc != checksum(bytes) {
             return Err(damaged());
         }
-        let version = BigEndian::read_u16(&bytes[4..]);
+        let version = fixed.version.get();
+        if version == SPLIT {
+            // Its rest would have been put to it.
+            return Err(damaged());
+        }
         if version != VERSION {
             let message = format!("the vdisk label has version {version}: a later vdisk wrote it");
             return Err(Error::unsupported(message));
         }
-        let role = Role::ALL.get(usize::from(BigEndian::read_u16(&bytes[6..])));
-        let id = |at: usize| Id::from_slice(&bytes[at..at + 16]).map_err(|_| damaged());
-        let name_end = FIXED + usize::from(BigEndian::read_u16(&bytes[96..]));
-        let end = name_end + usize::from(BigEndian::read_u16(&bytes[98..]));
+        let role = Role::ALL.get(usize::from(fixed.role.get()));
+        let name_end = FIXED + usize::from(fixed.name_len.get());
+        let end = name_end + usize::from(fixed.description_len.get());
         let text = |range: std::ops::Range<usize>| {
             let bytes = bytes.get(range).ok_or_else(damaged)?;
             String::from_utf8(bytes.to_vec()).map_err(|_| damaged())
         };
-        let witness = record(bytes.get(end..).unwrap_or_default(), WITNESS);
-        let witness = witness.and_then(Witness::decode);
-        let parent = Parent { layer: id(56)?, content: id(72)?, witness };
-        let known = !parent.layer.is_nil() || witness.is_some();
+        let stamp = record(bytes.get(end..).unwrap_or_default(), BASE_STAMP);
+        let stamp = stamp.and_then(BaseStamp::decode);
+        let parent = Parent {
+            layer: Id::from_bytes(fixed.parent_layer),
+            content: Id::from_bytes(fixed.parent_content),
+            stamp,
+        };
+        let known = !parent.layer.is_nil() || stamp.is_some();
         Ok(Label {
-            disk: id(8)?,
-            layer: id(24)?,
-            content: id(40)?,
+            disk: Id::from_bytes(fixed.disk),
+            layer: Id::from_bytes(fixed.layer),
+            content: Id::from_bytes(fixed.content),
             parent: known.then_some(parent),
             role: *role.ok_or_else(damaged)?,
-            time: BigEndian::read_u64(&bytes[88..]),
+            time: fixed.time.get(),
             name: text(FIXED..name_end)?,
             description: text(name_end..end)?,
             kept: record(&bytes[end..], KEPT).map(Kept::decode).transpose()?,
+            clones: record(&bytes[end..], CLONES).map(Clones::decode).transpose()?,
+            config: record(&bytes[end..], CONFIG).map(<[u8]>::to_vec),
         })
     }
 }
 
 /// The tag of [`Label::kept`].
 const KEPT: u16 = 1;
-/// The tag of [`Parent::witness`].
-const WITNESS: u16 = 2;
+/// The tag of [`Parent::stamp`].
+const BASE_STAMP: u16 = 2;
+/// The tag of [`Label::clones`].
+const CLONES: u16 = 3;
+/// The tag of [`Label::config`].
+const CONFIG: u16 = 4;
 
 fn put_record(bytes: &mut Vec<u8>, tag: u16, record: &[u8]) {
-    bytes.extend_from_slice(&tag.to_be_bytes());
-    bytes.extend_from_slice(&(record.len() as u16).to_be_bytes());
+    let head = RecordHead { tag: tag.into(), len: (record.len() as u16).into() };
+    bytes.extend_from_slice(head.as_bytes());
     bytes.extend_from_slice(record);
 }
 
 /// The first record with `tag`.
 fn record(mut bytes: &[u8], tag: u16) -> Option<&[u8]> {
-    while let Some((head, rest)) = bytes.split_at_checked(4) {
-        let len = usize::from(BigEndian::read_u16(&head[2..]));
-        let (this, next) = rest.split_at_checked(len)?;
-        if BigEndian::read_u16(head) == tag {
+    while let Ok((head, behind)) = RecordHead::ref_from_prefix(bytes) {
+        let (this, next) = behind.split_at_checked(head.len.get().into())?;
+        if head.tag == tag {
             return Some(this);
         }
         bytes = next;
@@ -268,9 +354,15 @@ mod tests {
     #[test]
     fn a_label_survives_and_damage_is_noticed() {
         let mut label = Label::new();
-        let witness =
-            Some(Witness { len: 9, modified: 8, changed: 7, whole: false, digest: [6; 16] });
-        label.parent = Some(Parent { layer: Id::new_v4(), content: Id::nil(), witness });
+        let stamp = Some(BaseStamp {
+            len: 9,
+            modified: 8,
+            changed: 7,
+            whole: false,
+            follows: true,
+            digest: [6; 16],
+        });
+        label.parent = Some(Parent { layer: Id::new_v4(), content: Id::nil(), stamp });
         label.role = Role::Snapshot;
         (label.name, label.description) = ("monday".into(), "before the update".into());
         label.kept = Some(Kept {
@@ -281,6 +373,8 @@ mod tests {
             until: 2000,
             children: vec![5, 6],
         });
+        label.clones = Some(Clones { more: true, ..Clones::default() });
+        label.config = Some(b"{}".to_vec());
         let bytes = label.encode().unwrap();
         assert_eq!(Label::decode(&bytes).unwrap(), label);
         for at in 0..bytes.len() {
@@ -294,10 +388,16 @@ mod tests {
     }
 
     #[test]
-    fn a_parent_without_a_label_has_only_a_witness() {
-        let witness =
-            Some(Witness { len: 9, modified: 8, changed: 7, whole: true, digest: [6; 16] });
-        let parent = Some(Parent { layer: Id::nil(), content: Id::nil(), witness });
+    fn a_parent_without_a_label_has_only_a_stamp() {
+        let stamp = Some(BaseStamp {
+            len: 9,
+            modified: 8,
+            changed: 7,
+            whole: true,
+            follows: false,
+            digest: [6; 16],
+        });
+        let parent = Some(Parent { layer: Id::nil(), content: Id::nil(), stamp });
         let label = Label { parent, ..Label::new() };
         let back = Label::decode(&label.encode().unwrap()).unwrap();
         assert_eq!((back.parent, back.parent.and_then(|p| p.labelled())), (parent, None));

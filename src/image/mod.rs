@@ -4,23 +4,34 @@
 //! file and never reads through to a lower layer: that is the chain's work.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::sync::RwLockReadGuard;
+
+use crossbeam_utils::sync::ShardedLockReadGuard;
 
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
+mod bitmap;
+mod capabilities;
 mod check;
+mod clones;
 mod details;
+mod filter;
 mod kept;
 mod label;
-mod witness;
+mod parts;
+mod stamp;
 
+pub use bitmap::Bitmap;
+pub use capabilities::{Bitmaps, Capabilities, Checked, Compress, Fingerprint, Placed, Space};
 pub use check::{Check, Repair};
+pub use clones::{Clones, FileStamp, Place, Seen};
 pub use details::Details;
+pub use filter::Filter;
 pub use kept::{Kept, Was};
 pub use label::{Id, Label, Parent, Role};
-pub use witness::Witness;
+pub(crate) use parts::{PartialLabel, Parts};
+pub use stamp::BaseStamp;
 
 /// What one layer says about a stretch of the guest disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +94,7 @@ pub struct Identity {
 /// are done. A thread takes at most one hold of an image at a time, and none while it flushes.
 #[derive(Debug)]
 pub struct Hold<'a>(
-    #[allow(dead_code, reason = "held for its lifetime")] Option<RwLockReadGuard<'a, ()>>,
+    #[allow(dead_code, reason = "held for its lifetime")] Option<ShardedLockReadGuard<'a, ()>>,
 );
 
 impl<'a> Hold<'a> {
@@ -93,7 +104,7 @@ impl<'a> Hold<'a> {
     }
 
     /// The hold of an image that waits for `guard`'s lock before it reuses clusters.
-    pub fn shared(guard: RwLockReadGuard<'a, ()>) -> Hold<'a> {
+    pub(crate) fn shared(guard: ShardedLockReadGuard<'a, ()>) -> Hold<'a> {
         Hold(Some(guard))
     }
 }
@@ -130,19 +141,19 @@ pub trait Image: Send + Sync {
         false
     }
 
-    /// What a child of this layer records to know it again, where the format keeps such a thing
-    /// outside [`identity`](Image::identity).
-    fn fingerprint(&self) -> Option<String> {
-        None
-    }
-
-    /// The fingerprints that the layer below may have; empty where any will do.
-    fn parent_fingerprints(&self) -> Vec<String> {
-        Vec::new()
+    /// Whether the disk of a layer that was just made, and stands on nothing, reads as zeroes until it
+    /// is written. It does not where it shows what its place held before, or makes noise of it.
+    fn starts_zeroed(&self) -> bool {
+        false
     }
 
     /// Whether changes are refused.
     fn read_only(&self) -> bool;
+
+    /// What the format can do besides. See there.
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities::default()
+    }
 
     /// Keeps mapped clusters from being reused; see [`Hold`].
     fn hold(&self) -> Hold<'_> {
@@ -157,27 +168,6 @@ pub trait Image: Send + Sync {
     /// tell that nothing is stored there, all zero. For those who look for holes; reads do without.
     fn narrow(&self, extent: Extent) -> Result<Extent> {
         Ok(extent)
-    }
-
-    /// For a layer in several files: which of them `host` stands in, as the layer names it, and
-    /// where in it. `None` for the layer's own file.
-    fn place(&self, host: HostOffset) -> Option<(&str, HostOffset)> {
-        let _ = host;
-        None
-    }
-
-    /// Where the bytes from `at` of a [`Mapping::Data`] extent stand, for who can do without a copy
-    /// of them; `None` where they are not stored as the guest sees them.
-    fn stored(&self, extent: &Extent, at: GuestOffset) -> Option<(&dyn Storage, u64)> {
-        let _ = (extent, at);
-        None
-    }
-
-    /// Whether bytes are stored for an extent that [`narrow`](Image::narrow) returned, where that is
-    /// known apart from whether it reads as zeroes. For those who look for holes.
-    fn is_stored(&self, extent: &Extent) -> Result<Option<bool>> {
-        let _ = extent;
-        Ok(None)
     }
 
     /// Reads bytes from `at` of an extent that [`map`](Image::map) returned and that is not
@@ -196,6 +186,18 @@ pub trait Image: Send + Sync {
     fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {
         let _ = (at, len);
         Err(read_only())
+    }
+
+    /// Begins a write of at most `len` bytes at `at`, of any alignment, by a caller that keeps other
+    /// writers of these clusters out until it is done. One look says what the write comes upon, and
+    /// host clusters are reserved where new ones are needed.
+    fn begin_write(&self, at: GuestOffset, len: u64) -> Result<Begun<'_>> {
+        let over = self.map(at, len)?;
+        if let Mapping::Data { exclusive: true, .. } = over.mapping {
+            return Ok(Begun::InPlace(over));
+        }
+        let (start, end) = whole(self.granularity(), at, over.len, self.size());
+        Ok(Begun::Reserved { token: self.prepare(start, end - start)?, over })
     }
 
     /// Makes a range read as zeroes without data; aligned as for [`prepare`](Image::prepare).
@@ -231,70 +233,45 @@ pub trait Image: Send + Sync {
         None
     }
 
-    /// Proves the layer right, or says what is wrong and mends what `repair` allows. Nothing else
-    /// may use the layer while it is mended.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Unsupported`] where the format holds nothing that could be checked; else only
-    /// where the check itself cannot go on.
-    fn check(&self, repair: Repair) -> Result<Check> {
-        let _ = repair;
-        Err(Error::unsupported("this format holds nothing that could be checked"))
-    }
-
-    /// The compressed form of one whole cluster at `at`; `bytes` are the cluster, or its part up to
-    /// the disk's end. `None` where that would save nothing. Changes nothing.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Unsupported`] where the format does not compress.
-    fn pack(&self, at: GuestOffset, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
-        let _ = (at, bytes);
-        Err(Error::unsupported("this format does not compress"))
-    }
-
-    /// Stores what [`pack`](Image::pack) made of the cluster at `at`. `false`, and nothing done,
-    /// where there is no place that the format can tell. Two writers of one cluster are kept apart
-    /// by the caller.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Unsupported`] where the format does not compress.
-    fn write_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool> {
-        let _ = (at, packed);
-        Err(Error::unsupported("this format does not compress"))
-    }
-
-    /// Both at once; `false`, and nothing done, where compressing would save nothing.
-    ///
-    /// # Errors
-    /// As [`pack`](Image::pack) and [`write_packed`](Image::write_packed).
-    fn write_compressed(&self, at: GuestOffset, bytes: &[u8]) -> Result<bool> {
-        let packed = self.pack(at, bytes)?;
-        packed.map_or(Ok(false), |packed| self.write_packed(at, &packed))
-    }
-
     /// Returns when every change that completed before the call is durable.
     fn flush(&self) -> Result<()>;
 
-    /// Gives the host's space back that nothing refers to. Others may use the layer meanwhile.
-    fn give_back(&self) -> Result<()> {
-        Ok(())
+    /// Writes down all that would be written when the layer is dropped, durably, and says how that
+    /// went. It can be used on.
+    fn close(&self) -> Result<()> {
+        self.flush()
     }
 
-    /// Bytes of the host's space that [`give_back`](Image::give_back) would give back.
-    fn unused(&self) -> Result<u64> {
-        Ok(0)
-    }
-
-    /// Cuts the file after the last byte in use. The caller keeps all others out.
-    fn shorten(&self) -> Result<()> {
-        Ok(())
-    }
-
-    /// Changes the guest disk's size; new bytes read as zeroes, whatever a lower layer holds.
-    fn resize(&self, size: u64) -> Result<()> {
-        let _ = size;
+    /// Changes the guest disk's size. What a longer disk shows past the old end is zeroes, and a size
+    /// is published only when that is durable: whatever interrupts it, the disk is the old one or the
+    /// new one.
+    ///
+    /// `clear` makes zero what the layer cannot alone: what a lower layer would show between the two
+    /// sizes, and the rest of the cluster in which the shorter one ends. It is called once, while the
+    /// longer of the two disks can be written and a crash leaves the shorter one. Others must not use
+    /// the layer meanwhile, but for [`flush`](Image::flush).
+    fn resize_over(&self, size: u64, clear: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let _ = (size, clear);
         Err(read_only())
     }
+
+    /// The same for a layer that stands on nothing and whose last cluster holds nothing past its end.
+    fn resize(&self, size: u64) -> Result<()> {
+        self.resize_over(size, &mut || Ok(()))
+    }
+}
+
+/// What a write came upon; see [`Image::begin_write`].
+pub enum Begun<'a> {
+    /// Data that is overwritten where it stands, as far as the extent goes.
+    InPlace(Extent),
+    /// Something else, which new clusters take the place of.
+    Reserved {
+        /// The clusters.
+        token: Box<dyn Allocation + 'a>,
+        /// How the layer maps a part of what they cover, or all of it, until they are committed.
+        over: Extent,
+    },
 }
 
 /// Host clusters reserved for a write. Dropped without [`commit`](Allocation::commit), it gives
@@ -318,7 +295,8 @@ pub trait Allocation {
     fn write(&self, skip: u64, bufs: &[IoSlice<'_>]) -> Result<()>;
 
     /// Makes reserved bytes, `skip` bytes after the start, share the space of those at `from_offset`
-    /// of `from`, as [`Storage::share`] does. `false`, and nothing done, where that cannot be.
+    /// of `from`, as [`FileStorage::share`](crate::storage::FileStorage::share) does. `false`, and
+    /// nothing done, where that cannot be.
     fn share(&self, skip: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
         let _ = (skip, from, from_offset, len);
         Ok(false)
@@ -327,6 +305,16 @@ pub trait Allocation {
     /// Points the guest range at what was written. All of the range has been written before, or
     /// reads as zeroes.
     fn commit(self: Box<Self>) -> Result<()>;
+}
+
+/// The whole units that a range touches, cut at the disk's end.
+pub(crate) fn whole(
+    unit: Unit,
+    at: GuestOffset,
+    len: u64,
+    size: u64,
+) -> (GuestOffset, GuestOffset) {
+    (GuestOffset(unit.floor(at.0)), GuestOffset(unit.ceil(at.0.saturating_add(len)).min(size)))
 }
 
 fn read_only() -> Error {

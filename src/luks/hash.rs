@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use ripemd::Ripemd160;
 use sha1::Sha1;
 use sha2::{Digest, Sha224, Sha256, Sha384, Sha512};
 
@@ -10,6 +11,8 @@ use crate::error::{Error, Result};
 /// A hash function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hash {
+    /// RIPEMD-160, the default of some distributions of old.
+    Ripemd160,
     /// SHA-1, 160 bits.
     Sha1,
     /// SHA-224.
@@ -23,7 +26,8 @@ pub enum Hash {
 }
 
 impl Hash {
-    const ALL: [Hash; 5] = [Hash::Sha1, Hash::Sha224, Hash::Sha256, Hash::Sha384, Hash::Sha512];
+    const ALL: [Hash; 6] =
+        [Hash::Ripemd160, Hash::Sha1, Hash::Sha224, Hash::Sha256, Hash::Sha384, Hash::Sha512];
 
     /// The hash of this name. [`Unsupported`](crate::ErrorKind::Unsupported) for others.
     pub fn parse(name: &str) -> Result<Hash> {
@@ -34,6 +38,7 @@ impl Hash {
     /// Its name in a header.
     pub fn name(self) -> &'static str {
         match self {
+            Hash::Ripemd160 => "ripemd160",
             Hash::Sha1 => "sha1",
             Hash::Sha224 => "sha224",
             Hash::Sha256 => "sha256",
@@ -45,7 +50,7 @@ impl Hash {
     /// Bytes of a digest.
     pub(super) fn len(self) -> usize {
         match self {
-            Hash::Sha1 => 20,
+            Hash::Ripemd160 | Hash::Sha1 => 20,
             Hash::Sha224 => 28,
             Hash::Sha256 => 32,
             Hash::Sha384 => 48,
@@ -61,6 +66,7 @@ impl Hash {
             digest.iter_mut().zip(state.finalize().iter()).for_each(|(to, from)| *to = *from);
         }
         match self {
+            Hash::Ripemd160 => run::<Ripemd160>(parts, digest),
             Hash::Sha1 => run::<Sha1>(parts, digest),
             Hash::Sha224 => run::<Sha224>(parts, digest),
             Hash::Sha256 => run::<Sha256>(parts, digest),
@@ -72,6 +78,9 @@ impl Hash {
     /// PBKDF2 with HMAC: fills `key` after `rounds` rounds.
     pub(super) fn stretch(self, secret: &[u8], salt: &[u8], rounds: u32, key: &mut [u8]) {
         match self {
+            Hash::Ripemd160 => {
+                pbkdf2::pbkdf2_hmac::<Ripemd160>(secret, salt, rounds, key);
+            }
             Hash::Sha1 => pbkdf2::pbkdf2_hmac::<Sha1>(secret, salt, rounds, key),
             Hash::Sha224 => pbkdf2::pbkdf2_hmac::<Sha224>(secret, salt, rounds, key),
             Hash::Sha256 => pbkdf2::pbkdf2_hmac::<Sha256>(secret, salt, rounds, key),

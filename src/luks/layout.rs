@@ -1,5 +1,10 @@
 //! The header as it stands in the file: 592 bytes, big-endian. Section 2.3 of the specification.
 
+use std::mem::offset_of;
+
+use zerocopy::byteorder::big_endian::{U16, U32};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
 use super::cipher::Spec;
 use super::hash::Hash;
 use super::{STRIPES, slot_bytes};
@@ -13,9 +18,55 @@ pub(super) const UUID: usize = 40;
 pub const SLOTS: usize = 8;
 
 const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
-const LEN: usize = 592;
-const FIRST_SLOT: usize = 208;
-const SLOT: usize = 48;
+
+/// "struct phdr".
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    magic: [u8; 6],
+    version: U16,
+    cipher_name: [u8; NAME],
+    cipher_mode: [u8; NAME],
+    hash_spec: [u8; NAME],
+    payload_offset: U32,
+    key_bytes: U32,
+    mk_digest: [u8; DIGEST],
+    mk_digest_salt: [u8; SALT],
+    mk_digest_iterations: U32,
+    uuid: [u8; UUID],
+    key_slots: [RawSlot; SLOTS],
+}
+
+/// "struct key slot".
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawSlot {
+    active: U32,
+    iterations: U32,
+    salt: [u8; SALT],
+    key_material_offset: U32,
+    stripes: U32,
+}
+
+/// The beginning of a header, enough to tell where data begin.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Front {
+    magic: [u8; 6],
+    version: U16,
+    names: [[u8; NAME]; 3],
+    payload_offset: U32,
+}
+
+const LEN: usize = size_of::<RawHeader>();
+const _: () = assert!(LEN == 592 && size_of::<RawSlot>() == 48);
+const _: () = assert!(offset_of!(Front, payload_offset) == offset_of!(RawHeader, payload_offset));
+/// Bytes of a name.
+const NAME: usize = 32;
+const FIRST_SLOT: usize = offset_of!(RawHeader, key_slots);
+const SLOT: usize = size_of::<RawSlot>();
+/// The one version that is known.
+const VERSION: u16 = 1;
 const ENABLED: u32 = 0x00ac_71f3;
 const DISABLED: u32 = 0x0000_dead;
 
@@ -45,6 +96,31 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    fn parse(raw: &RawSlot) -> Result<Slot> {
+        let active = match raw.active.get() {
+            ENABLED => true,
+            DISABLED => false,
+            state => return Err(Error::corrupt(format!("a key slot in state {state:#x}"))),
+        };
+        Ok(Slot {
+            active,
+            iterations: raw.iterations.get(),
+            salt: raw.salt,
+            material: raw.key_material_offset.get(),
+            stripes: raw.stripes.get(),
+        })
+    }
+
+    fn encode(self) -> RawSlot {
+        RawSlot {
+            active: if self.active { ENABLED } else { DISABLED }.into(),
+            iterations: self.iterations.into(),
+            salt: self.salt,
+            key_material_offset: self.material.into(),
+            stripes: self.stripes.into(),
+        }
+    }
+
     /// Where `len` bytes of its key material stand in the area.
     pub(super) fn range(&self, len: usize) -> std::ops::Range<usize> {
         let start = self.material as usize * SECTOR as usize;
@@ -59,38 +135,38 @@ impl Header {
         let bytes = area.get(..LEN).ok_or_else(|| {
             Error::corrupt(format!("a LUKS header needs {LEN} bytes, there are {}", area.len()))
         })?;
-        let mut reader = Reader { bytes, at: 0 };
-        if reader.array()? != MAGIC {
+        let raw = RawHeader::ref_from_bytes(bytes).map_err(|_| super::too_short())?;
+        if raw.magic != MAGIC {
             return Err(Error::corrupt("not a LUKS header").at_offset(0));
         }
-        let version = u16::from_be_bytes(reader.array()?);
-        if version != 1 {
-            return Err(Error::unsupported(format!("LUKS version {version}")).at_offset(6));
-        }
-        let (cipher, mode, hash): ([u8; 32], [u8; 32], [u8; 32]) =
-            (reader.array()?, reader.array()?, reader.array()?);
-        let (payload, key_len) = (reader.number()?, reader.number()?);
-        let spec =
-            Spec::parse(text(&cipher), text(&mode), key_len).map_err(|error| error.at_offset(8))?;
-        let hash = Hash::parse(text(&hash)).map_err(|error| error.at_offset(72))?;
+        check_version(raw.version)?;
+        let (cipher, mode) = (text(&raw.cipher_name), text(&raw.cipher_mode));
+        let spec = Spec::parse(cipher, mode, raw.key_bytes.get())
+            .map_err(|error| error.at_offset(offset_of!(RawHeader, cipher_name) as u64))?;
+        let hash = Hash::parse(text(&raw.hash_spec))
+            .map_err(|error| error.at_offset(offset_of!(RawHeader, hash_spec) as u64))?;
         let mut header = Header {
             spec,
             hash,
-            payload,
-            digest: reader.array()?,
-            digest_salt: reader.array()?,
-            digest_iterations: reader.number()?,
-            uuid: reader.array()?,
+            payload: raw.payload_offset.get(),
+            digest: raw.mk_digest,
+            digest_salt: raw.mk_digest_salt,
+            digest_iterations: raw.mk_digest_iterations.get(),
+            uuid: raw.uuid,
             slots: [Slot::default(); SLOTS],
         };
-        for (index, slot) in header.slots.iter_mut().enumerate() {
-            *slot = parse_slot(&mut reader)
+        for (index, (slot, raw)) in header.slots.iter_mut().zip(&raw.key_slots).enumerate() {
+            *slot = Slot::parse(raw)
                 .and_then(|slot| check_slot(slot, spec, area.len()))
                 .map_err(|error| error.at_offset((FIRST_SLOT + SLOT * index) as u64))?;
         }
         header.check_overlap()?;
         if header.digest_iterations == 0 {
-            return Err(Error::corrupt("the key's digest has no rounds").at_offset(164));
+            return Err(Error::corrupt("the key's digest has no rounds").at_offset(offset_of!(
+                RawHeader,
+                mk_digest_iterations
+            )
+                as u64));
         }
         Ok(header)
     }
@@ -114,29 +190,22 @@ impl Header {
     /// Writes the header at the beginning of `area`.
     pub(super) fn write(&self, area: &mut [u8]) -> Result<()> {
         let (cipher, mode) = self.spec.names();
-        let mut bytes = Vec::with_capacity(LEN);
-        bytes.extend(MAGIC);
-        bytes.extend(1u16.to_be_bytes());
-        for name in [cipher, mode, self.hash.name()] {
-            let end = bytes.len() + 32;
-            bytes.extend(name.bytes());
-            bytes.resize(end, 0);
-        }
-        bytes.extend(self.payload.to_be_bytes());
-        bytes.extend((self.spec.key_len() as u32).to_be_bytes());
-        bytes.extend(self.digest);
-        bytes.extend(self.digest_salt);
-        bytes.extend(self.digest_iterations.to_be_bytes());
-        bytes.extend(self.uuid);
-        for slot in &self.slots {
-            bytes.extend(if slot.active { ENABLED } else { DISABLED }.to_be_bytes());
-            bytes.extend(slot.iterations.to_be_bytes());
-            bytes.extend(slot.salt);
-            bytes.extend(slot.material.to_be_bytes());
-            bytes.extend(slot.stripes.to_be_bytes());
-        }
-        let place = area.get_mut(..bytes.len()).ok_or_else(super::too_short)?;
-        place.copy_from_slice(&bytes);
+        let raw = RawHeader {
+            magic: MAGIC,
+            version: VERSION.into(),
+            cipher_name: padded(cipher),
+            cipher_mode: padded(mode),
+            hash_spec: padded(self.hash.name()),
+            payload_offset: self.payload.into(),
+            key_bytes: (self.spec.key_len() as u32).into(),
+            mk_digest: self.digest,
+            mk_digest_salt: self.digest_salt,
+            mk_digest_iterations: self.digest_iterations.into(),
+            uuid: self.uuid,
+            key_slots: self.slots.map(Slot::encode),
+        };
+        let place = area.get_mut(..LEN).ok_or_else(super::too_short)?;
+        place.copy_from_slice(raw.as_bytes());
         Ok(())
     }
 
@@ -177,13 +246,16 @@ impl Header {
 
 /// The offset in bytes at which data begin, of a header of which only the beginning is known yet.
 pub fn payload_offset(begin: &[u8]) -> Result<u64> {
-    /// Where the header says it.
-    const PAYLOAD: usize = 104;
-    let bytes = begin.get(PAYLOAD..PAYLOAD + 4).filter(|_| begin.starts_with(&MAGIC));
-    let bytes: [u8; 4] = bytes
-        .and_then(|b| b.try_into().ok())
-        .ok_or_else(|| Error::corrupt("not a LUKS header").at_offset(0))?;
-    Ok(u64::from(u32::from_be_bytes(bytes)) * SECTOR)
+    let mut front = Front::new_zeroed();
+    let len = begin.len().min(size_of::<Front>());
+    front.as_mut_bytes()[..len].copy_from_slice(&begin[..len]);
+    if front.magic == MAGIC && len >= offset_of!(Front, names) {
+        check_version(front.version)?;
+    }
+    if front.magic != MAGIC || len < size_of::<Front>() {
+        return Err(Error::corrupt("not a LUKS header").at_offset(0));
+    }
+    Ok(u64::from(front.payload_offset.get()) * SECTOR)
 }
 
 /// Whether a file that begins with `bytes` claims to be LUKS, version 1.
@@ -191,20 +263,15 @@ pub fn probe(bytes: &[u8]) -> bool {
     bytes.starts_with(&MAGIC) && bytes.get(MAGIC.len()..MAGIC.len() + 2) == Some(&[0, 1])
 }
 
-fn parse_slot(reader: &mut Reader<'_>) -> Result<Slot> {
-    let state = reader.number()?;
-    let active = match state {
-        ENABLED => true,
-        DISABLED => false,
-        _ => return Err(Error::corrupt(format!("a key slot in state {state:#x}"))),
-    };
-    Ok(Slot {
-        active,
-        iterations: reader.number()?,
-        salt: reader.array()?,
-        material: reader.number()?,
-        stripes: reader.number()?,
-    })
+fn check_version(version: U16) -> Result<()> {
+    match version.get() {
+        VERSION => Ok(()),
+        version => {
+            let message = format!("LUKS version {version} is not supported");
+            let offset = offset_of!(RawHeader, version) as u64;
+            Err(Error::unsupported(message).at_offset(offset))
+        }
+    }
 }
 
 fn check_slot(slot: Slot, spec: Spec, area: usize) -> Result<Slot> {
@@ -231,19 +298,10 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap_or_default()
 }
 
-struct Reader<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl Reader<'_> {
-    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let bytes = self.bytes.get(self.at..self.at + N).and_then(|b| b.try_into().ok());
-        self.at += N;
-        bytes.ok_or_else(|| Error::corrupt("the LUKS header ends too early"))
-    }
-
-    fn number(&mut self) -> Result<u32> {
-        Ok(u32::from_be_bytes(self.array()?))
-    }
+/// A name of a fixed length, which the names that are known fit into.
+fn padded(name: &str) -> [u8; NAME] {
+    let mut bytes = [0; NAME];
+    let len = name.len().min(NAME);
+    bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
+    bytes
 }

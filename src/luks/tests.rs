@@ -43,6 +43,7 @@ fn a_volume_that_qemu_made_opens_and_reads() {
     let kinds = [
         ("aes-256", "xts", "plain64", "sha256"),
         ("aes-128", "xts", "plain", "sha1"),
+        ("aes-256", "xts", "plain64", "ripemd160"),
         ("aes-256", "cbc", "essiv,ivgen-hash-alg=sha256", "sha512"),
     ];
     for (cipher, mode, vector, hash) in kinds {
@@ -233,7 +234,7 @@ fn every_field_is_checked_with_its_offset() {
     assert_eq!(bad(7, &[2]).kind(), ErrorKind::Unsupported);
     assert_eq!(bad(8, b"twofish").kind(), ErrorKind::Unsupported);
     assert_eq!(bad(40, b"lrw").offset(), Some(8));
-    assert_eq!(bad(72, b"ripemd160").offset(), Some(72));
+    assert_eq!(bad(72, b"whirlpool").offset(), Some(72));
     assert_eq!(bad(108, &[0xff; 4]).kind(), ErrorKind::Unsupported);
     assert_eq!(bad(208, &[1]).offset(), Some(208));
     assert_eq!(bad(208 + 40, &[0xff; 4]).offset(), Some(208));

@@ -14,7 +14,7 @@ pub fn users(at: &Path) -> Vec<String> {
         .map(|process| describe(&process))
         .take(NAMED)
         .collect();
-    let below = mount_points(Path::new("/proc/self/mountinfo"));
+    let below = mount_points(Path::new("/proc/thread-self/mountinfo"));
     let below = below.into_iter().filter(|(_, point)| point.starts_with(at) && point != at);
     found.extend(below.map(|(_, point)| format!("the mount at {}", point.display())).take(NAMED));
     found

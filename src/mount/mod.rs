@@ -9,13 +9,11 @@
 //! unmounted like any other.
 
 pub mod busy;
-pub mod partition;
-pub mod probe;
+pub mod files;
+pub mod layer;
+pub mod paced;
 pub mod table;
 pub mod volume;
-
-#[cfg(test)]
-pub(crate) mod ram;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,14 +25,15 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
+use vdisk_fuse::apart::{self, Apart};
 use vdisk_fuse::{Caching, Options, Server, Tree};
 
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
+use crate::filesystem::probe::FileSystem;
+use crate::filesystem::{Found, find};
 use crate::storage::loopdev::{LoopDevice, LoopOptions};
 
-use partition::Partition;
-use probe::{Content, FileSystem};
 use volume::{DeviceVolume, Lost};
 
 /// The name of the one file in the inner FUSE mount.
@@ -56,10 +55,15 @@ pub struct AttachOptions {
     pub read_only: bool,
     /// The partition that holds the file system; `None` for the whole disk.
     pub partition: Option<u32>,
+    /// Opens no device that a file there stands for, and gives no program there its owner's rights:
+    /// whoever wrote the disk made those, and this host's users are to see the files only.
+    pub inert: bool,
     /// Options for the kernel's file system driver, with commas between them.
     pub fs_options: Option<String>,
     /// How the disk is called where the system shows its FUSE mount.
     pub name: String,
+    /// In which mount namespace to mount it.
+    pub place: Apart,
 }
 
 /// A file system mounted by [`attach`].
@@ -67,18 +71,17 @@ pub struct AttachOptions {
 /// [`detach`](Attached::detach) unmounts it and says whether everything became durable. Dropping
 /// it unmounts lazily, as far as possible and without a word.
 pub struct Attached {
+    place: Apart,
     at: PathBuf,
     device: Arc<dyn BlockDevice>,
     loop_number: u32,
-    file_system: &'static str,
     read_only: bool,
     lost: Arc<Lost>,
     /// Taken when nothing is left to unmount.
     server: Option<Server>,
 }
 
-/// Mounts the file system in `device` at the directory `at`, in the mount namespace of the
-/// calling thread. Threads of this process serve it until it is unmounted, by
+/// Mounts the file system in `device` at the directory `at`. Threads of this process serve it until it is unmounted, by
 /// [`Attached::detach`] or by anybody else. Needs root: loop devices belong to nobody else.
 pub fn attach(
     device: Arc<dyn BlockDevice>,
@@ -89,7 +92,7 @@ pub fn attach(
     let read_only = options.read_only || device.read_only() || found.fs.read_only;
     let volume = DeviceVolume::new(device.clone(), read_only);
     let lost = volume.lost();
-    let mut tree = Tree::new();
+    let tree = Arc::new(Tree::new());
     let name = if options.name.is_empty() { LOOP_NAME.into() } else { options.name.clone() };
     let serve = Options { name, caching: Caching::None, threads: THREADS };
     let (server, root) = tree
@@ -97,14 +100,14 @@ pub fn attach(
         .and_then(|()| Server::detached(tree, &serve))
         .map_err(|e| Error::io("cannot serve the disk over FUSE", e))?;
     let stack = Stack { found: &found, read_only, options, at };
-    let mounted = vdisk_fuse::sys::apart(Some(root.as_fd()), || stack.mount(&root));
+    let mounted = options.place.run(&[root.as_fd()], || stack.mount(&root));
     drop(root);
-    match mounted.map_err(|e| Error::io("cannot start a thread that mounts", e)).flatten() {
+    match mounted.map_err(|e| Error::io("cannot go where it is to be mounted", e)).flatten() {
         Ok(number) => Ok(Attached {
+            place: options.place.clone(),
             at: at.to_path_buf(),
             device,
             loop_number: number,
-            file_system: found.fs.name,
             read_only,
             lost,
             server: Some(server),
@@ -114,94 +117,6 @@ pub fn attach(
             let _ = server.join_within(RELEASE_ON_DROP);
             Err(error)
         }
-    }
-}
-
-/// A file system and where in the disk it stands.
-#[derive(Debug, Clone, Copy)]
-pub struct Found {
-    /// Which one it is.
-    pub fs: FileSystem,
-    /// Its first byte.
-    pub offset: u64,
-    /// In bytes; 0 for all that follows.
-    pub len: u64,
-}
-
-/// Finds the file system on a disk or in a partition, or says what is there instead and what the
-/// user can do.
-pub fn find(device: &dyn BlockDevice, partition: Option<u32>) -> Result<Found> {
-    let size = device.size();
-    let Some(number) = partition else {
-        let content = probe::probe(device, 0, size)?;
-        if let Content::FileSystem(fs) = content {
-            return Ok(Found { fs, offset: 0, len: 0 });
-        }
-        return Err(match (partition::partitions(device)?, content) {
-            (Some(table), _) if table.is_empty() => {
-                Error::unsupported("this disk has a partition table without partitions")
-            }
-            (Some(table), _) => Error::invalid(format!(
-                "this disk has a partition table: use --partition N ({})",
-                list(device, &table)
-            )),
-            (None, Content::Other(name)) => cannot_mount("this disk", name),
-            (None, _) => Error::unsupported(
-                "no file system that can be mounted was found on this disk (it may be empty)",
-            ),
-        });
-    };
-    let Some(table) = partition::partitions(device)? else {
-        return Err(Error::invalid("this disk has no partition table: leave --partition out"));
-    };
-    let Some(found) = table.iter().find(|partition| partition.number == number) else {
-        let list = list(device, &table);
-        return Err(Error::new(
-            ErrorKind::NotFound,
-            format!("this disk has no partition {number} ({list})"),
-        ));
-    };
-    let Partition { offset, len, .. } = *found;
-    if offset.checked_add(len).is_none_or(|end| end > size) {
-        return Err(Error::corrupt(format!(
-            "partition {number} ({len} bytes from {offset}) reaches past the end of the disk ({size} bytes)"
-        )));
-    }
-    match probe::probe(device, offset, len)? {
-        Content::FileSystem(fs) => Ok(Found { fs, offset, len }),
-        Content::Other(name) => Err(cannot_mount(&format!("partition {number}"), name)),
-        Content::Unknown => Err(Error::unsupported(format!(
-            "no file system that can be mounted was found in partition {number}"
-        ))),
-    }
-}
-
-fn cannot_mount(what: &str, name: &str) -> Error {
-    Error::unsupported(format!("{what} holds {name}, which vdisk does not mount"))
-}
-
-/// `1: ext4 10 GiB, 2: swap 1 GiB`.
-fn list(device: &dyn BlockDevice, table: &[Partition]) -> String {
-    let words = table.iter().map(|partition| {
-        let content = probe::probe(device, partition.offset, partition.len);
-        let name = content.map_or("unreadable", |content| content.name());
-        format!("{}: {name} {}", partition.number, size(partition.len))
-    });
-    words.collect::<Vec<_>>().join(", ")
-}
-
-/// A length as people read it, to one decimal.
-fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    let mut tenths = u128::from(bytes) * 10 / 1024;
-    let mut unit = 0;
-    while tenths >= 10240 && unit + 1 < UNITS.len() {
-        tenths /= 1024;
-        unit += 1;
-    }
-    match tenths % 10 {
-        0 => format!("{} {}", tenths / 10, UNITS[unit]),
-        rest => format!("{}.{rest} {}", tenths / 10, UNITS[unit]),
     }
 }
 
@@ -215,7 +130,7 @@ struct Stack<'a> {
 
 impl Stack<'_> {
     /// Puts a loop device on the file and mounts it; returns the loop device's number. Every
-    /// step waits for our own server, so this runs [apart](vdisk_fuse::sys::apart).
+    /// step waits for our own server, so this runs [apart](Apart).
     fn mount(&self, root: &OwnedFd) -> Result<u32> {
         let access = if self.read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
         let file = openat(root, FILE, access | OFlag::O_CLOEXEC, Mode::empty())
@@ -228,7 +143,10 @@ impl Stack<'_> {
         };
         let device = LoopDevice::attach(file.as_fd(), &options)?;
         let fs = &self.found.fs;
-        let flags = if self.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+        let mut flags = if self.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+        if self.options.inert {
+            flags |= MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+        }
         let no_replay = fs.no_replay.filter(|_| self.read_only);
         let words = [no_replay, self.options.fs_options.as_deref()];
         let data = words.into_iter().flatten().collect::<Vec<_>>().join(",");
@@ -251,16 +169,6 @@ fn refused(fs: &FileSystem, errno: Errno) -> Error {
 }
 
 impl Attached {
-    /// The kind of file system, as people call it.
-    pub fn file_system(&self) -> &'static str {
-        self.file_system
-    }
-
-    /// Whether it was mounted for reading only.
-    pub fn read_only(&self) -> bool {
-        self.read_only
-    }
-
     /// The device number of the loop device as /proc/PID/mountinfo shows it: `7:N`.
     pub fn loop_device(&self) -> String {
         format!("7:{}", self.loop_number)
@@ -279,7 +187,7 @@ impl Attached {
     /// Fails with [`ErrorKind::InUse`] while somebody uses the mount. After any failure it is
     /// unmounted lazily: what is still in use goes when its last user does.
     pub fn detach(mut self) -> Result<()> {
-        unmount(&self.at)?;
+        unmount(&self.place, &self.at)?;
         let Some(server) = self.server.take() else { return Ok(()) };
         match server.join_within(RELEASE) {
             Ok(ended) => self.finish(ended),
@@ -305,22 +213,24 @@ impl Drop for Attached {
     fn drop(&mut self) {
         let Some(server) = self.server.take() else { return };
         let at = &self.at;
-        let _ = vdisk_fuse::sys::apart(None, || umount2(at, MntFlags::MNT_DETACH));
+        let _ = self.place.run(&[], || umount2(at, MntFlags::MNT_DETACH));
         if let Ok(ended) = server.join_within(RELEASE_ON_DROP) {
             let _ = self.finish(ended);
         }
     }
 }
 
-/// Writes out and unmounts the file system at `at`, of whatever kind; returns when its last
-/// change has reached the device under it. Safe to call in the process that serves it.
+/// Writes out and unmounts the file system at `at` in this namespace, of whatever kind; returns when
+/// its last change has reached the device under it, or the namespace is gone with all that stood in
+/// it. Safe to call in the process that serves it.
 ///
 /// Fails with [`ErrorKind::InUse`], naming the users that can be found, while it is in use, and
 /// where not everything could be written: the file system is still mounted then.
-pub fn unmount(at: &Path) -> Result<()> {
-    vdisk_fuse::sys::apart(None, || sync_and_unmount(at))
-        .map_err(|e| Error::io("cannot start a thread that unmounts", e))
-        .flatten()
+pub fn unmount(place: &Apart, at: &Path) -> Result<()> {
+    match place.run(&[], || sync_and_unmount(at)) {
+        Err(e) if apart::is_gone(&e) => Ok(()),
+        done => done.map_err(|e| Error::io("cannot go to what is to be unmounted", e)).flatten(),
+    }
 }
 
 fn sync_and_unmount(at: &Path) -> Result<()> {
@@ -355,17 +265,4 @@ fn still_mounted(at: &Path, device: &str) -> Error {
         ),
     };
     Error::new(ErrorKind::InUse, text).at_path(at)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::size;
-
-    #[test]
-    fn a_size_is_rounded_down_to_one_decimal() {
-        assert_eq!(size(512), "0.5 KiB");
-        assert_eq!(size(10 << 30), "10 GiB");
-        assert_eq!(size((10 << 30) + (700 << 20)), "10.6 GiB");
-        assert_eq!(size(u64::MAX), "16383.9 PiB");
-    }
 }

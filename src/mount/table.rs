@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use nix::mount::{MntFlags, umount2};
+use vdisk_fuse::server;
 
 use crate::mountinfo::{self, Mount};
 use crate::storage::loopdev;
@@ -10,7 +11,7 @@ use crate::storage::loopdev;
 /// A mount of vdisk's, with the device number (`major:minor`) that tells it from all others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    /// A disk as a file, on a FUSE connection.
+    /// A disk as a file, or an overlay, on a FUSE connection.
     Raw(String),
     /// The file system in a disk, on a loop device. The file system's own number may be an
     /// anonymous one (btrfs).
@@ -28,7 +29,8 @@ impl Kind {
 
 /// What a mount is to vdisk; `None` where somebody else made it.
 pub fn ours(mount: &Mount) -> Option<Kind> {
-    if mount.kind == format!("fuse.{}", vdisk_fuse::server::SUBTYPE) {
+    let of_fuse = mount.kind.strip_prefix("fuse.");
+    if matches!(of_fuse, Some(server::SUBTYPE | server::OVERLAY_SUBTYPE)) {
         return Some(Kind::Raw(mount.device.clone()));
     }
     let number: u32 = mount.source.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
@@ -37,13 +39,12 @@ pub fn ours(mount: &Mount) -> Option<Kind> {
 }
 
 /// Lets go of the copies of vdisk's mounts that this thread's mount namespace was given when it
-/// was made, all but what stands at `keep`. Elsewhere they stay; but as long as any namespace
-/// holds a mount, its disk is not free.
+/// was made. Elsewhere they stay; but as long as any namespace holds a mount, its disk is not free.
 ///
 /// To be called only in a namespace of the caller's own.
-pub fn drop_copies(keep: &Path) {
+pub fn drop_copies() {
     for mount in mountinfo::here().unwrap_or_default().iter().rev() {
-        if mount.point != keep && ours(mount).is_some() {
+        if ours(mount).is_some() {
             // What cannot be let go of only makes somebody's umount wait.
             let _ = umount2(&mount.point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         }

@@ -66,7 +66,7 @@ pub fn to_io(error: &Error) -> io::Error {
         ErrorKind::NoSpace => libc::ENOSPC,
         ErrorKind::ReadOnly | ErrorKind::Sealed => libc::EROFS,
         ErrorKind::Invalid => libc::EINVAL,
-        ErrorKind::InUse => libc::EBUSY,
+        ErrorKind::InUse | ErrorKind::Busy => libc::EBUSY,
         _ => libc::EIO,
     };
     io::Error::from_raw_os_error(number)
@@ -129,8 +129,8 @@ impl Volume for DeviceVolume {
 
 #[cfg(test)]
 mod tests {
-    use super::super::ram::Ram;
     use super::*;
+    use crate::filesystem::ram::Ram;
 
     #[test]
     fn stored_data_is_found_across_extents_and_batches_of_them() {

@@ -269,9 +269,13 @@ impl Storage for Client {
     /// An export keeps its size: one that is to be shorter keeps what lies behind.
     fn set_len(&self, len: u64) -> Result<()> {
         if len > self.size() {
-            return Err(Error::unsupported("Cannot grow NBD nodes"));
+            return Err(Error::new(ErrorKind::NoSpace, "Cannot grow NBD nodes"));
         }
         Ok(())
+    }
+
+    fn is_fixed(&self) -> bool {
+        true
     }
 
     fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::client::Client;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{Extent, Image, Mapping};
+use crate::image::{Capabilities, Extent, Image, Mapping, Placed};
 use crate::storage::Storage as _;
 
 /// An export, every byte of which is the guest's.
@@ -66,10 +66,6 @@ impl Image for Disk {
         Ok(Extent { start, len: stretch.len, mapping })
     }
 
-    fn is_stored(&self, extent: &Extent) -> Result<Option<bool>> {
-        Ok(Some(self.client.stretch(extent.start.0, extent.len)?.stored))
-    }
-
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         let _ = extent;
         self.client.read_at(at.0, bufs)
@@ -103,10 +99,20 @@ impl Image for Disk {
         if self.read_only { Ok(()) } else { self.client.sync() }
     }
 
-    fn resize(&self, size: u64) -> Result<()> {
+    fn resize_over(&self, size: u64, _clear: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         if size == self.size() {
             return Ok(());
         }
         Err(Error::unsupported("Cannot resize NBD nodes"))
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { placed: Some(self), ..Capabilities::default() }
+    }
+}
+
+impl Placed for Disk {
+    fn is_stored(&self, extent: &Extent) -> Result<Option<bool>> {
+        Ok(Some(self.client.stretch(extent.start.0, extent.len)?.stored))
     }
 }

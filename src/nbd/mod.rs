@@ -12,6 +12,7 @@ mod disk;
 mod handshake;
 mod replies;
 pub(crate) mod stream;
+#[cfg_attr(not(feature = "serve"), allow(dead_code, reason = "the rest is the server's half"))]
 pub(crate) mod wire;
 
 #[cfg(test)]

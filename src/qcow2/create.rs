@@ -1,4 +1,4 @@
-//! New images, and bigger ones.
+//! New images, and room for what will be written.
 //!
 //! The layout is QEMU's: header, refcount table, first refcount block, L1 table, then whatever is
 //! written first.
@@ -7,18 +7,15 @@ use std::fmt;
 use std::io::IoSlice;
 use std::sync::Arc;
 
-use byteorder::{BigEndian, ByteOrder};
-
-use super::crypt::{AES, Crypt, LUKS};
-use super::extension::{CRYPTO_HEADER, DATA_FILE, Extension, feature_names};
-use super::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
-use super::image::{Freed, Image, Lost, OpenOptions, lock, write};
-use super::refcount_bits::set_in;
-use super::step;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, Result};
 use crate::image::{Allocation, Backing, Image as _, Mapping};
 use crate::luks::{self, Cipher, Passphrase};
+use crate::qcow2::data::crypt::{self, AES, Crypt, LUKS};
+use crate::qcow2::header::extension::{CRYPTO_HEADER, DATA_FILE, Extension, feature_names};
+use crate::qcow2::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
+use crate::qcow2::image::{Image, OpenOptions, lock, write};
+use crate::qcow2::refcount::bits::set_in;
 use crate::storage::Storage;
 
 /// What to allocate when an image is made.
@@ -118,6 +115,14 @@ impl CreateOptions {
         }
     }
 
+    /// Whether there can be such an image, before anything is done for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) names the property that is out of bounds.
+    pub fn check(&self) -> Result<()> {
+        self.header().map(drop)
+    }
+
     fn header(&self) -> Result<Header> {
         let bits = self.cluster.bits();
         if !(9..=21).contains(&bits) {
@@ -177,6 +182,7 @@ impl CreateOptions {
             tail: Vec::new(),
             backing: self.backing.clone(),
             extensions,
+            spill: 0..0,
         };
         if header.l1_needed(self.size).is_none() {
             return Err(Error::invalid(
@@ -218,7 +224,7 @@ impl CreateOptions {
 /// As much of the first refcount block as holds the counts of the first clusters.
 const BLOCK_FRONT: usize = 4096;
 
-/// Makes an image in `storage`, which is empty or of no value, and opens it for writing.
+/// Makes an image in `storage`, whatever that holds, and opens it for writing.
 ///
 /// # Errors
 /// [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) names the property that is out of bounds.
@@ -226,9 +232,9 @@ pub fn create(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<Imag
     let header = options.header()?;
     let cluster = header.cluster.bytes();
     let bytes = header.encode()?;
-    storage.set_len(0)?;
-    let mut table = [0; 8];
-    BigEndian::write_u64(&mut table, 2 * cluster);
+    // Last of all is the header written: what was there before is no image any more.
+    storage.renew(0..3 * cluster)?;
+    let table = (2 * cluster).to_be_bytes();
     let mut block = vec![0; cluster as usize];
     for used in 0..3 {
         set_in(&mut block, header.refcount_order, used, 1);
@@ -236,7 +242,6 @@ pub fn create(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<Imag
     // The rest of the block is zero, and a hole: thousands of clones take less of the host.
     let front = block.len().min(BLOCK_FRONT);
     storage.write_all_at(2 * cluster, &block[..front])?;
-    storage.set_len(3 * cluster)?;
     storage.write_all_at(cluster, &table)?;
     storage.write_all_at(0, &bytes)?;
     let data_file = options.data_file.as_ref().map(|file| file.storage.clone());
@@ -245,7 +250,7 @@ pub fn create(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<Imag
     if let Some(encryption) = &options.encryption {
         image.encrypt(encryption)?;
     }
-    image.grow(options.size)?;
+    image.give_size(options.size)?;
     image.preallocate(0, options.preallocation)?;
     image.flush()?;
     Ok(image)
@@ -264,91 +269,15 @@ impl Image {
         let run = lock(&self.refcounts).allocate(cluster.count(area.len() as u64))?;
         self.storage.write_zeroes(run.host.0, run.clusters << cluster.bits())?;
         self.storage.write_all_at(run.host.0, &area)?;
-        write(&self.territory).add(cluster, run.host.0, area.len() as u64);
+        write(&self.metadata_map).add(cluster, run.host.0, area.len() as u64);
         // The header names it only when its clusters are counted.
         self.write_back()?;
-        let place = [run.host.0.to_be_bytes(), (area.len() as u64).to_be_bytes()].concat();
+        let place = crypt::area_extension(run.host.0, area.len() as u64);
         self.update_header(|h| {
             h.crypt_method = LUKS;
             h.set_extension(CRYPTO_HEADER, Some(place));
         })?;
         self.data.set_crypt(Crypt::luks(cipher));
-        Ok(())
-    }
-
-    /// Makes the disk `size` bytes long; never shorter. The new bytes are unallocated, or what a
-    /// data file that is read without the tables holds there.
-    pub(super) fn grow(&self, size: u64) -> Result<()> {
-        let old = self.size();
-        if self.data.is_external() {
-            // What a longer file holds there is seen by who reads it without the tables.
-            let file = self.data.storage();
-            if file.len()? < size {
-                file.set_len(size)?;
-            }
-        }
-        self.grow_tables(size)?;
-        if self.data.is_raw() {
-            // Whatever the data file holds is to be seen through the tables, too.
-            self.preallocate(self.shape.cluster.ceil(old), Preallocation::Metadata)?;
-        }
-        Ok(())
-    }
-
-    fn grow_tables(&self, size: u64) -> Result<()> {
-        let header = self.header();
-        let needed = header.l1_needed(size).ok_or_else(|| Error::invalid("Image is too big"))?;
-        // The tables past the disk's end may hold a snapshot's VM state: it is not to show.
-        let (first, last) = (header.l1_needed(header.size).unwrap_or(0), header.l1_size.into());
-        self.drop_tables(first as usize..needed.min(last).max(first) as usize)?;
-        if needed > u64::from(header.l1_size) {
-            return self.move_l1(&header, needed, size);
-        }
-        if size != header.size {
-            self.update_header(|h| h.size = size)?;
-            self.size.store(size, std::sync::atomic::Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// Moves the L1 table to a place with room for `entries`.
-    fn move_l1(&self, old: &Header, entries: u64, size: u64) -> Result<()> {
-        let cluster = self.shape.cluster;
-        self.storage.about_to(step::L1_GROW[0]);
-        let run = lock(&self.refcounts).allocate(cluster.count(entries * 8))?;
-        // The clusters may have been used before: the old table's entries go over zeroes.
-        if !run.zeroed {
-            self.storage.write_zeroes(run.host.0, run.clusters << cluster.bits())?;
-        }
-        let only = lock(&self.writeback);
-        let mut tables = loop {
-            self.write_back_under(&only)?;
-            let tables = write(&self.tables);
-            if tables.l1_is_written() {
-                break tables;
-            }
-        };
-        let bytes = tables.grown_l1(entries as usize);
-        self.metadata(|| {
-            self.storage.about_to(step::L1_GROW[1]);
-            self.storage.write_all_at(run.host.0, &bytes)?;
-            self.storage.sync()?;
-            self.storage.about_to(step::L1_GROW[2]);
-            self.update_header(|h| {
-                h.l1_offset = run.host.0;
-                h.l1_size = entries as u32;
-                h.size = size;
-            })
-        })?;
-        write(&self.territory).add(cluster, run.host.0, entries * 8);
-        tables.replace_l1(run.host, entries as usize);
-        drop(tables);
-        self.size.store(size, std::sync::atomic::Ordering::Release);
-        if old.l1_size > 0 {
-            let clusters = cluster.count(u64::from(old.l1_size) * 8);
-            let host = HostOffset(old.l1_offset);
-            self.free_later(Freed { host, clusters, what: Lost::Data });
-        }
         Ok(())
     }
 

@@ -2,28 +2,30 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use super::bitmap::Tracker;
-use super::cache::SLICE;
-use super::check::Repair;
-use super::crypt::{self, Crypt};
-use super::data::Data;
-use super::entry::Shape;
-use super::header::{Header, MAX_L1, MAX_SNAPSHOTS, autoclear, incompatible};
-use super::read::Inflated;
-use super::refcount::Refcounts;
-use super::snapshot::table::Table;
-use super::step;
-use super::tables::Tables;
-use super::territory::Territory;
+use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard, ShardedLockWriteGuard};
+
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::block::total;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{
-    self, Allocation, Backing, Check, Details, Extent, Hold, Identity, Label, Mapping,
+    self, Allocation, Backing, Begun, Check, Details, Extent, Hold, Identity, Label, Mapping,
 };
 use crate::luks::Passphrase;
+use crate::qcow2::bitmap::Tracker;
+use crate::qcow2::check::Repair;
+use crate::qcow2::data::Data;
+use crate::qcow2::data::crypt::{self, Crypt};
+use crate::qcow2::data::read::Inflated;
+use crate::qcow2::header::{Header, MAX_L1, MAX_SNAPSHOTS, autoclear, incompatible};
+use crate::qcow2::refcount::Refcounts;
+use crate::qcow2::refcount::metadata_map::MetadataMap;
+use crate::qcow2::snapshot::table::Table;
+use crate::qcow2::step;
+use crate::qcow2::tables::Tables;
+use crate::qcow2::tables::cache::SLICE;
+use crate::qcow2::tables::entry::Shape;
 use crate::storage::Storage;
 
 /// How to open an image.
@@ -60,6 +62,8 @@ impl Default for OpenOptions {
 
 /// The most bytes of internal snapshots' L1 tables that are looked after.
 const MAX_SURVEY: u64 = 1 << 30;
+/// Freed bytes that wait for a flush, at most: a guest that never flushes gets them back, too.
+const MAX_FREED: u64 = 64 << 20;
 
 /// A qcow2 image, for many threads at once. See the module for its locks.
 pub struct Image {
@@ -68,15 +72,19 @@ pub struct Image {
     pub(super) shape: Shape,
     pub(super) read_only: bool,
     pub(super) same_contents: bool,
+    /// Whether bitmaps are left alone by writes.
+    pub(super) unrecorded: bool,
     pub(super) header: Mutex<Header>,
     pub(super) size: AtomicU64,
-    pub(super) tables: RwLock<Tables>,
+    pub(super) tables: ShardedLock<Tables>,
     pub(super) refcounts: Mutex<Refcounts>,
     pub(super) freed: Mutex<FreedLists>,
+    /// Bytes that wait in it for a flush, about.
+    pub(super) freed_bytes: AtomicU64,
     /// Serialises write-backs.
     pub(super) writeback: Mutex<()>,
     /// Held shared while mapped host clusters are in use.
-    pub(super) grace: RwLock<()>,
+    pub(super) grace: ShardedLock<()>,
     pub(super) poisoned: AtomicBool,
     /// Opened to be mended: what is wrong is not news.
     pub(super) mends: bool,
@@ -88,7 +96,7 @@ pub struct Image {
     /// Whether clusters are known to be mapped to holes of the file, once somebody asked.
     pub(super) preallocated: OnceLock<bool>,
     /// Where metadata stands; empty where the image is open for reading only.
-    pub(super) territory: Arc<RwLock<Territory>>,
+    pub(super) metadata_map: Arc<ShardedLock<MetadataMap>>,
     /// The bitmaps that record writes; locked before all others.
     pub(super) tracker: Mutex<Tracker>,
     /// Whether there are any.
@@ -153,7 +161,7 @@ impl Image {
             let message = "Image does not contain a reference count table";
             return Err(Error::corrupt(message).at_offset(56));
         }
-        if header.snapshots > MAX_SNAPSHOTS && !options.read_only && !options.repair {
+        if header.snapshots > MAX_SNAPSHOTS && !options.repair {
             return Err(Error::corrupt("Snapshot table too large").at_offset(60));
         }
         let slice = header.cluster.bytes().min(SLICE);
@@ -164,17 +172,23 @@ impl Image {
         };
         let crypt = Crypt::open(&*storage, &header, options.passphrase.as_ref())?;
         let data = Data::open(&storage, options.data_file, &header, crypt)?;
+        let tables = Tables::open(&*storage, &header, capacity)?;
+        if !options.repair {
+            tables.refuse_repeated()?;
+        }
         let image = Image {
-            territory: refcounts.territory.clone(),
+            metadata_map: refcounts.metadata_map.clone(),
             shape: Shape::of(&header),
             read_only: options.read_only,
             same_contents: options.same_contents,
+            unrecorded: options.same_contents,
             size: AtomicU64::new(header.size),
-            tables: RwLock::new(Tables::open(&*storage, &header, capacity)?),
+            tables: ShardedLock::new(tables),
             refcounts: Mutex::new(refcounts),
             freed: Mutex::default(),
+            freed_bytes: AtomicU64::new(0),
             writeback: Mutex::new(()),
-            grace: RwLock::new(()),
+            grace: ShardedLock::new(()),
             poisoned: AtomicBool::new(false),
             mends: options.repair,
             vouched: AtomicBool::new(header.autoclear & autoclear::CONTENT_ID != 0),
@@ -189,15 +203,21 @@ impl Image {
         };
         let mut image = image;
         if !options.read_only {
-            image.mended = image.settle(options.repair)?;
+            image.mended = image.make_writable(options.repair)?;
         }
         Ok(image)
+    }
+
+    /// Lets no bitmap record what is written: the caller sees to what they say.
+    pub fn unrecorded(mut self) -> Image {
+        self.unrecorded = true;
+        self
     }
 
     /// Brings an image that is opened for writing into the state that writing relies on.
     /// What is to be checked and mended keeps its marks until that is done.
     /// Returns what was found and mended.
-    fn settle(&self, repair: bool) -> Result<Vec<String>> {
+    fn make_writable(&self, repair: bool) -> Result<Vec<String>> {
         let mut messages = Vec::new();
         let header = self.header();
         if !repair && header.incompatible & incompatible::DIRTY != 0 {
@@ -214,7 +234,7 @@ impl Image {
             }
             self.update_header(|h| h.incompatible &= !incompatible::DIRTY)?;
         }
-        let sound = self.survey().and_then(|()| self.track_bitmaps());
+        let sound = self.map_metadata().and_then(|()| self.track_bitmaps());
         if !repair {
             sound?;
         }
@@ -229,7 +249,7 @@ impl Image {
 
     /// Notes where metadata stands. Tables that overlap are refused: to write one is to damage the
     /// other.
-    pub(super) fn survey(&self) -> Result<()> {
+    pub(super) fn map_metadata(&self) -> Result<()> {
         let (header, cluster) = (self.header(), self.shape.cluster);
         let mut places = vec![
             (0, cluster.bytes()),
@@ -253,10 +273,10 @@ impl Image {
         places.extend(crypt::area_place(&header).filter(|(_, len)| *len <= crypt::MAX_AREA));
         places.extend(lock(&self.refcounts).blocks().values().map(|at| (*at, cluster.bytes())));
         places.extend(read(&self.tables).offsets().map(|at| (at, cluster.bytes())));
-        let mut territory = write(&self.territory);
-        *territory = Territory::default();
+        let mut metadata_map = write(&self.metadata_map);
+        *metadata_map = MetadataMap::default();
         for (offset, len) in places {
-            if !territory.add(cluster, offset, len) {
+            if !metadata_map.add(cluster, offset, len) {
                 let message = "two tables of the image overlap; it can only be read";
                 return Err(Error::corrupt(message).at_offset(offset));
             }
@@ -265,12 +285,12 @@ impl Image {
     }
 
     /// Fails where guest data at `host` would stand on the image's own metadata.
-    pub(super) fn check_ground(&self, host: HostOffset, len: u64) -> Result<()> {
+    pub(super) fn check_overlap(&self, host: HostOffset, len: u64) -> Result<()> {
         if self.data.is_external() {
             return Ok(());
         }
-        let free = read(&self.territory).check(self.shape.cluster, host, len);
-        free.map_err(|e| self.noted(e))
+        let free = read(&self.metadata_map).check(self.shape.cluster, host, len);
+        free.map_err(|e| self.note_corruption(e))
     }
 
     /// What was found and mended when the image was opened for writing, as [`Check::messages`].
@@ -290,8 +310,11 @@ impl Image {
         let mut header = lock(&self.header);
         let mut new = header.clone();
         change(&mut new);
-        let bytes = new.encode()?;
-        self.metadata(|| self.storage.write_all_at(0, &bytes).and_then(|()| self.storage.sync()))?;
+        let mut now = vec![0; (new.spill.end - new.spill.start) as usize];
+        self.storage.read_exact_at(new.spill.start, &mut now)?;
+        let layout = new.lay_out(&now)?;
+        self.metadata(|| layout.write(&*self.storage))?;
+        new.spill = layout.spill;
         self.vouched.store(new.autoclear & autoclear::CONTENT_ID != 0, Ordering::Release);
         *header = new;
         Ok(())
@@ -334,6 +357,8 @@ impl Image {
     }
 
     pub(super) fn free_later(&self, freed: Freed) {
+        let bytes = freed.clusters << self.shape.cluster.bits();
+        self.freed_bytes.fetch_add(bytes, Ordering::Relaxed);
         let list = &mut lock(&self.freed).waiting;
         if let Some(last) = list.last_mut() {
             let end = last.host.0 + (last.clusters << self.shape.cluster.bits());
@@ -359,11 +384,11 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-pub(super) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+pub(super) fn read<T>(lock: &ShardedLock<T>) -> ShardedLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(|e| e.into_inner())
 }
 
-pub(super) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+pub(super) fn write<T>(lock: &ShardedLock<T>) -> ShardedLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(|e| e.into_inner())
 }
 
@@ -392,8 +417,22 @@ impl image::Image for Image {
         self.data.is_encrypted()
     }
 
+    fn starts_zeroed(&self) -> bool {
+        // A data file that is read without the tables shows what it held before.
+        !self.data.is_raw() || !self.data.storage().is_fixed()
+    }
+
     fn hold(&self) -> Hold<'_> {
-        if self.read_only { Hold::free() } else { Hold::shared(read(&self.grace)) }
+        if self.read_only {
+            return Hold::free();
+        }
+        // This is where nothing of the caller's is mapped yet, so that clusters may change hands. What
+        // fails here poisons the image, and is told by the next write or flush.
+        let waiting = self.freed_bytes.load(Ordering::Relaxed);
+        if waiting >= MAX_FREED {
+            let _ = image::Image::flush(self);
+        }
+        Hold::shared(read(&self.grace))
     }
 
     fn map(&self, at: GuestOffset, len: u64) -> Result<Extent> {
@@ -412,11 +451,6 @@ impl image::Image for Image {
         self.narrow_extent(extent)
     }
 
-    fn stored(&self, extent: &Extent, at: GuestOffset) -> Option<(&dyn Storage, u64)> {
-        let Mapping::Data { host, .. } = extent.mapping else { return None };
-        (!self.data.is_encrypted()).then(|| (self.data.storage(), (host + (at - extent.start)).0))
-    }
-
     fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         self.read_extent(extent, at, bufs)
     }
@@ -428,7 +462,7 @@ impl image::Image for Image {
         self.begin_change()?;
         self.track(at.0, total(bufs))?;
         let host = host + (at - extent.start);
-        self.check_ground(host, total(bufs))?;
+        self.check_overlap(host, total(bufs))?;
         self.data.write(host, at, bufs)
     }
 
@@ -436,6 +470,13 @@ impl image::Image for Image {
         self.begin_change()?;
         self.track(at.0, len)?;
         Ok(Box::new(self.reserve(at, len)?))
+    }
+
+    fn begin_write(&self, at: GuestOffset, len: u64) -> Result<Begun<'_>> {
+        self.begin_change()?;
+        let (start, end) = image::whole(self.shape.granularity(), at, len, self.size());
+        self.track(start.0, end - start)?;
+        self.begin(start, end - start)
     }
 
     fn zero(&self, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
@@ -457,6 +498,7 @@ impl image::Image for Image {
     fn set_identity(&self, identity: &Identity) -> Result<()> {
         let label = identity.label.as_ref().map(Label::encode).transpose()?;
         self.update_header(|header| {
+            header.set_extension(Label::REST_MAGIC, None);
             header.set_extension(Label::MAGIC, label);
             header.backing = identity.backing.clone();
             header.autoclear &= !autoclear::CONTENT_ID;
@@ -470,30 +512,82 @@ impl image::Image for Image {
         Some(self.header().details())
     }
 
+    fn flush(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.check_writable()?;
+        self.storage.about_to(step::FLUSH);
+        self.write_back()?;
+        self.release_freed()
+    }
+
+    fn close(&self) -> Result<()> {
+        image::Image::flush(self)?;
+        self.store_tracked()?;
+        // Writes down which clusters the first one made free: without it they would be leaks.
+        image::Image::flush(self)
+    }
+
+    fn resize_over(&self, size: u64, clear: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.change_size(size, clear)
+    }
+
+    fn capabilities(&self) -> image::Capabilities<'_> {
+        image::Capabilities {
+            bitmaps: Some(self),
+            check: Some(self),
+            compress: Some(self),
+            placed: Some(self),
+            space: Some(self),
+            ..image::Capabilities::default()
+        }
+    }
+}
+
+impl image::Bitmaps for Image {
+    fn bitmaps(&self) -> Result<Vec<image::Bitmap>> {
+        self.recorded()
+    }
+
+    fn add_to_bitmaps(&self, more: &[image::Bitmap]) -> Result<()> {
+        self.take_in_bitmaps(more)
+    }
+
+    fn replace_bitmaps(&self, all: &[image::Bitmap]) -> Result<()> {
+        self.put_bitmaps(all)
+    }
+}
+
+impl image::Checked for Image {
     fn check(&self, repair: Repair) -> Result<Check> {
         self.check_and_mend(repair)
     }
+}
 
+impl image::Compress for Image {
     fn pack(&self, at: GuestOffset, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
         self.pack_cluster(at, bytes)
     }
 
     fn write_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool> {
         self.begin_change()?;
-        self.track(at.0, self.shape.cluster.bytes().min(self.size().saturating_sub(at.0)))?;
+        self.track(
+            at.0,
+            self.shape.cluster.bytes().min(image::Image::size(self).saturating_sub(at.0)),
+        )?;
         self.store_packed(at, packed)
     }
+}
 
-    fn flush(&self) -> Result<()> {
-        if self.read_only {
-            return Ok(());
-        }
-        self.check_writable()?;
-        step::FLUSH.iter().for_each(|step| self.storage.about_to(step));
-        self.write_back()?;
-        self.release_freed()
+impl image::Placed for Image {
+    fn stored(&self, extent: &Extent, at: GuestOffset) -> Option<(&dyn Storage, u64)> {
+        let Mapping::Data { host, .. } = extent.mapping else { return None };
+        (!self.data.is_encrypted()).then(|| (self.data.storage(), (host + (at - extent.start)).0))
     }
+}
 
+impl image::Space for Image {
     fn give_back(&self) -> Result<()> {
         self.check_writable()?;
         self.punch_free()
@@ -507,23 +601,11 @@ impl image::Image for Image {
         self.check_writable()?;
         self.shorten_file()
     }
-
-    fn resize(&self, size: u64) -> Result<()> {
-        self.check_resizable()?;
-        // The caller zeroes the rest of the last cluster.
-        self.data.check_unlocked()?;
-        self.begin_change()?;
-        let bitmaps = self.resize_bitmaps(size)?;
-        if size < self.header().size { self.shrink(size) } else { self.grow(size) }?;
-        self.finish_resize(bitmaps)
-    }
 }
 
 impl Drop for Image {
     fn drop(&mut self) {
-        // Who needs to know whether this worked calls flush. The second pass writes down which
-        // clusters the first one made free; without it they would be leaks.
-        let flush = || image::Image::flush(self);
-        let _ = flush().and_then(|()| self.store_tracked()).and_then(|()| flush());
+        // Who needs to know whether this worked calls close.
+        let _ = image::Image::close(self);
     }
 }

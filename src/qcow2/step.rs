@@ -1,53 +1,53 @@
-//! The steps that the engine announces to its storage, by the names that QEMU's `blkdebug` has for
-//! them: what makes faults happen at a known point of an operation.
+//! The steps that the engine announces to its storage: what makes faults happen at a known point of an
+//! operation.
 //!
-//! An announcement changes nothing. Where the engine does in one write what QEMU does in several,
-//! it announces each of them before it.
+//! An announcement changes nothing. Steps that are taken in one write are each announced before it.
+
+use crate::storage::Step;
 
 /// Entries of an L1 table are written.
-pub const L1_UPDATE: &str = "l1_update";
+pub const L1_UPDATE: Step = Step::WriteRoot;
 /// A longer L1 table: room for it, its bytes, the header that points to it.
-pub const L1_GROW: [&str; 3] =
-    ["l1_grow.alloc_table", "l1_grow.write_table", "l1_grow.activate_table"];
+pub const L1_GROW: [Step; 3] = [Step::GrowRoot, Step::WriteGrownRoot, Step::SwitchRoot];
 /// A shorter L1 table: its entries, what they led to.
-pub const L1_SHRINK: [&str; 2] = ["l1_shrink.write_table", "l1_shrink.free_l2_clusters"];
+pub const L1_SHRINK: [Step; 2] = [Step::ShrinkRoot, Step::FreeCutMap];
 /// A part of an L2 table is read.
-pub const L2_LOAD: &str = "l2_load";
+pub const L2_LOAD: Step = Step::LoadMap;
 /// L2 entries are written.
-pub const L2_UPDATE: &str = "l2_update";
+pub const L2_UPDATE: Step = Step::WriteMap;
 /// A new L2 table is copied from a shared one, and written.
-pub const L2_ALLOC: [&str; 2] = ["l2_alloc.cow_read", "l2_alloc.write"];
+pub const L2_ALLOC: [Step; 2] = [Step::CopyMap, Step::NewMap];
 /// The guest's bytes are read.
-pub const READ: &str = "read_aio";
+pub const READ: Step = Step::ReadData;
 /// Compressed bytes are read.
-pub const READ_COMPRESSED: &str = "read_compressed";
+pub const READ_COMPRESSED: Step = Step::ReadCompressed;
 /// The guest's bytes are written.
-pub const WRITE: &str = "write_aio";
+pub const WRITE: Step = Step::WriteData;
 /// Compressed bytes are written.
-pub const WRITE_COMPRESSED: &str = "write_compressed";
+pub const WRITE_COMPRESSED: Step = Step::WriteCompressed;
 /// The refcount table is read.
-pub const REFTABLE_LOAD: &str = "reftable_load";
+pub const REFTABLE_LOAD: Step = Step::LoadCountTable;
 /// The refcount table moves to a place with more room.
-pub const REFTABLE_GROW: &str = "reftable_grow";
+pub const REFTABLE_GROW: Step = Step::GrowCountTable;
 /// The refcount table is replaced.
-pub const REFTABLE_UPDATE: &str = "reftable_update";
+pub const REFTABLE_UPDATE: Step = Step::ReplaceCountTable;
 /// A part of a refcount block is read.
-pub const REFBLOCK_LOAD: &str = "refblock_load";
+pub const REFBLOCK_LOAD: Step = Step::LoadCounts;
 /// Parts of refcount blocks are written.
-pub const REFBLOCK_UPDATE: &str = "refblock_update_part";
+pub const REFBLOCK_UPDATE: Step = Step::WriteCounts;
 /// A refcount block is made.
-pub const REFBLOCK_ALLOC: &str = "refblock_alloc";
+pub const REFBLOCK_ALLOC: Step = Step::NewCounts;
 /// Entries of new refcount blocks are written to the table.
-pub const REFBLOCK_HOOKUP: &str = "refblock_alloc.hookup";
+pub const REFBLOCK_HOOKUP: Step = Step::LinkCounts;
 /// A refcount table that moved is written, and the header that points to it.
-pub const REFBLOCK_TABLE: [&str; 2] = ["refblock_alloc.write_table", "refblock_alloc.switch_table"];
+pub const REFBLOCK_TABLE: [Step; 2] = [Step::WriteGrownCountTable, Step::SwitchCountTable];
 /// Clusters are allocated for metadata.
-pub const CLUSTER_ALLOC: &str = "cluster_alloc";
+pub const CLUSTER_ALLOC: Step = Step::Allocate;
 /// Room for compressed bytes is allocated.
-pub const CLUSTER_ALLOC_BYTES: &str = "cluster_alloc_bytes";
+pub const CLUSTER_ALLOC_BYTES: Step = Step::AllocateCompressed;
 /// Clusters lose a reference.
-pub const CLUSTER_FREE: &str = "cluster_free";
+pub const CLUSTER_FREE: Step = Step::Free;
 /// All that was changed is brought to the file, and made durable.
-pub const FLUSH: [&str; 2] = ["flush_to_os", "flush_to_disk"];
+pub const FLUSH: Step = Step::Flush;
 /// The places of the first tables of an emptied image are cleared.
-pub const EMPTY_IMAGE_PREPARE: &str = "empty_image_prepare";
+pub const EMPTY_IMAGE_PREPARE: Step = Step::ClearFirstTables;

@@ -153,7 +153,6 @@ fn accept_all(
 struct Backend {
     state: Arc<State>,
     disk: Arc<dyn BlockDevice>,
-    id: Id,
     queues: u16,
     /// What the device is: it is never activated, as its queues are ours.
     device: Mutex<Block>,
@@ -178,7 +177,7 @@ impl Backend {
         let device = Mutex::new(Block::new(disk.clone(), id, queues));
         let (features, memory) = (AtomicU64::new(0), Shared::new(Memory::new()));
         let exits = Mutex::default();
-        Arc::new(Backend { state, disk, id, queues, device, features, memory, exits })
+        Arc::new(Backend { state, disk, queues, device, features, memory, exits })
     }
 
     fn device(&self) -> MutexGuard<'_, Block> {
@@ -209,8 +208,7 @@ impl Backend {
 
     /// Carries out what waits in a queue, until nothing does.
     fn drain(&self, vring: &Vring) -> io::Result<()> {
-        let executor =
-            Executor::new(self.disk.clone(), self.id, self.features.load(Ordering::SeqCst));
+        let executor = self.device().executor(self.features.load(Ordering::SeqCst));
         loop {
             let mut ring = vring.get_mut();
             if self.state.is_stopping() || !ring.is_enabled() || !ring.get_queue().ready() {
@@ -285,6 +283,7 @@ impl VhostUserBackend for Backend {
 
     fn reset_device(&self) {
         self.features.store(0, Ordering::SeqCst);
+        self.device().reset();
     }
 
     /// The queues know it already.
@@ -299,8 +298,9 @@ impl VhostUserBackend for Backend {
         bytes
     }
 
-    fn set_config(&self, _: u32, _: &[u8]) -> io::Result<()> {
-        Err(io::Error::new(io::ErrorKind::Unsupported, "this device has nothing to be set"))
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        self.device().write_config(offset.into(), bytes);
+        Ok(())
     }
 
     /// It is the same one, with other contents.

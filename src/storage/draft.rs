@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,7 +16,8 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::unistd::{linkat, syncfs};
 
-use super::{Access, FileOptions, FileStorage, Storage};
+use super::device::is_device;
+use super::{Access, FileOptions, FileStorage, Storage, attributes};
 use crate::error::{Error, Result};
 
 /// A file on its way to a name.
@@ -25,28 +26,52 @@ pub struct Draft {
     target: PathBuf,
     /// The hidden name, where it has one.
     hidden: Option<PathBuf>,
+    /// Whether it is to take the place of the file that has its name.
+    replaces: bool,
 }
 
+/// What everybody may do with a new file, less the umask.
+pub(super) const NEW: u32 = 0o644;
+/// A file that is to be as accessible as another is nobody else's until it is.
+const PRIVATE: u32 = 0o600;
+
 impl Draft {
-    /// Begins a file that will stand at `target`, in the same directory, empty, open and locked for
-    /// writing.
+    /// Begins a new file that will stand at `target`, in the same directory, empty, open and locked
+    /// for writing.
     pub fn new(target: &Path) -> Result<Draft> {
+        Draft::begin(target, NEW)
+    }
+
+    /// As [`new`](Draft::new), for a file that will take the place of the one at `target`, with its
+    /// mode, owner, group, access list and labels.
+    ///
+    /// # Errors
+    /// Where this user cannot make such a file.
+    pub fn replacing(target: &Path) -> Result<Draft> {
+        let mut draft = Draft::begin(target, PRIVATE)?;
+        draft.replaces = true;
+        attributes::copy(target, draft.storage.file())?;
+        Ok(draft)
+    }
+
+    fn begin(target: &Path, mode: u32) -> Result<Draft> {
         let nameless = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(OFlag::O_TMPFILE.bits())
-            .mode(0o644)
+            .mode(mode)
             .open(directory(target));
         let options = FileOptions { access: Some(Access::Write), write: true };
         let (storage, hidden) = match nameless {
             Ok(file) => (FileStorage::from_file(file, target, options)?, None),
             Err(e) if has_no_nameless_files(&e) => {
                 let name = hidden_name(target);
-                (FileStorage::create(&name)?, Some(name))
+                (FileStorage::create_as(&name, mode)?, Some(name))
             }
             Err(e) => return Err(Error::io("could not be created", e).at_path(target)),
         };
-        Ok(Draft { storage: Arc::new(storage), target: target.to_path_buf(), hidden })
+        let target = target.to_path_buf();
+        Ok(Draft { storage: Arc::new(storage), target, hidden, replaces: false })
     }
 
     /// The file's bytes. Syncing them does nothing yet: a file without a name needs no order of
@@ -88,7 +113,16 @@ impl Draft {
     /// Gives the durable file the name of one that is there, which it replaces in one step. The
     /// name is durable when the directory is synced. After a failure the old file has its name.
     pub fn take_name(mut self) -> Result<()> {
-        self.storage.sync()?;
+        refuse_device(&self.target)?;
+        if self.replaces {
+            // Somebody may have changed who may use it since the draft was begun.
+            let file = self.storage.file();
+            attributes::copy(&self.target, file)?;
+            file.sync_all()
+                .map_err(|e| Error::io("could not be synced", e).at_path(&self.target))?;
+        } else {
+            self.storage.sync()?;
+        }
         if self.hidden.is_none() {
             let name = hidden_name(&self.target);
             self.link(&name)?;
@@ -152,6 +186,10 @@ impl Storage for Unsynced {
         self.0.set_len(len)
     }
 
+    fn is_fixed(&self) -> bool {
+        self.0.is_fixed()
+    }
+
     fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         self.0.read_at(offset, bufs)
     }
@@ -180,16 +218,12 @@ impl Storage for Unsynced {
         self.0.allocated()
     }
 
-    fn about_to(&self, step: &'static str) {
+    fn about_to(&self, step: super::Step) {
         self.0.about_to(step);
     }
 
     fn as_file(&self) -> Option<&FileStorage> {
         self.0.as_file()
-    }
-
-    fn share(&self, offset: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
-        self.0.share(offset, from, from_offset, len)
     }
 }
 
@@ -207,12 +241,30 @@ fn has_no_nameless_files(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::EOPNOTSUPP | Errno::EISDIR))
 }
 
-/// A name beside `target` that nobody else uses.
-fn hidden_name(target: &Path) -> PathBuf {
+/// The most links that are followed for one name, as the kernel has it.
+const MAX_LINKS: usize = 40;
+/// The most bytes of a file's name.
+const NAME_MAX: usize = 255;
+/// What the number of a process, that of a draft and the rest of a draft's name take at most.
+const DRAFT: usize = 32;
+
+/// A name beside `target` that no process has, and that is put away where its process is gone.
+pub(crate) fn hidden_name(target: &Path) -> PathBuf {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = target.file_name().unwrap_or_default().to_string_lossy();
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    target.with_file_name(format!(".{name}.{}-{number}.draft", std::process::id()))
+    let prefix = draft_prefix(target);
+    target.with_file_name(format!("{prefix}{}-{number}.draft", std::process::id()))
+}
+
+/// What the names of the drafts of a file begin with.
+pub fn draft_prefix(target: &Path) -> String {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    format!(".{}.", fitting(&name, DRAFT))
+}
+
+/// As much of the beginning of a name as leaves `room` bytes of a file's name for more.
+pub fn fitting(name: &str, room: usize) -> &str {
+    name.get(..name.floor_char_boundary(NAME_MAX.saturating_sub(room))).unwrap_or_default()
 }
 
 /// The directory that holds `path`.
@@ -231,14 +283,79 @@ pub fn sync_directory(path: &Path) -> Result<()> {
         .map_err(|e| Error::io("could not be synced", e).at_path(dir))
 }
 
-/// Renames a file over another, not yet durably.
-pub fn rename(from: &Path, to: &Path) -> Result<()> {
+/// Renames a file over another, whose place it takes with its mode, owner, group, access list and
+/// labels; not yet durably.
+pub fn rename_over(from: &Path, to: &Path) -> Result<()> {
+    if to.symlink_metadata().is_ok() {
+        make_like(from, to)?;
+    }
+    rename(from, to)
+}
+
+/// Makes the file at `path` as accessible as the one at `like`, durably.
+pub fn make_like(path: &Path, like: &Path) -> Result<()> {
+    // A link in its place could lead to any file.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+        .open(path)
+        .map_err(|e| Error::io("could not be opened", e).at_path(path))?;
+    if attributes::copy(like, &file)? {
+        file.sync_all().map_err(|e| Error::io("could not be synced", e).at_path(path))?;
+    }
+    Ok(())
+}
+
+/// Renames a file to a name that nobody has; not yet durably.
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
+    refuse_device(to)?;
     fs::rename(from, to).map_err(|e| Error::io("could not be renamed", e).at_path(from))
+}
+
+/// The file that a name means: where it is a symbolic link, what that leads to. The directory is
+/// left as it is named.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) says where a link leads that leads nowhere.
+pub fn follow(path: &Path) -> Result<PathBuf> {
+    let mut at = path.to_path_buf();
+    let mut left = MAX_LINKS;
+    while let Ok(target) = fs::read_link(&at) {
+        if left == 0 {
+            return Err(Error::io("could not be followed", Errno::ELOOP.into()).at_path(path));
+        }
+        left -= 1;
+        at = at.parent().unwrap_or(Path::new("")).join(target);
+    }
+    if left == MAX_LINKS {
+        return Ok(at);
+    }
+    let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+    match (identity(path), identity(&at)) {
+        (Ok(named), Ok(found)) if named == found => Ok(at),
+        // What stands in /proc for an open file only looks like a link.
+        (Ok(_), _) => Ok(path.to_path_buf()),
+        (Err(e), _) => {
+            let text = format!("is a link to '{}', which could not be found", at.display());
+            Err(Error::io(text, e).at_path(path))
+        }
+    }
 }
 
 /// Gives a file a second name, not yet durably.
 pub fn link(from: &Path, to: &Path) -> Result<()> {
+    refuse_device(from)?;
     fs::hard_link(from, to).map_err(|e| Error::io("could not be linked", e).at_path(to))
+}
+
+/// A device's name is the host's, often in memory only: no file is put there, and none is made of it.
+pub(super) fn refuse_device(path: &Path) -> Result<()> {
+    if !is_device(path) {
+        return Ok(());
+    }
+    let message = "is a device, and no file takes its place: make a clone of it in a directory, and \
+                   do that with the clone";
+    Err(Error::unsupported(message).at_path(path))
 }
 
 /// Takes a name away from a file, not yet durably.

@@ -1,15 +1,17 @@
 //! A file or block device on the host.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use nix::sys::stat::{major, minor};
 use nix::sys::uio::{preadv, pwritev};
 use nix::unistd::{Whence, lseek};
 
@@ -20,12 +22,15 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// The most buffers of one system call (`IOV_MAX`).
 const MAX_BUFS: usize = 1024;
+/// What devices zero is a multiple of this many bytes, whatever their sectors are.
+const BLOCK: u64 = 4096;
 
 /// An open file, locked as QEMU's file driver locks it.
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
     path: PathBuf,
+    /// A device, which keeps its length.
     device: bool,
     /// The lock that is held on it.
     access: Mutex<Option<Access>>,
@@ -44,12 +49,40 @@ pub struct FileOptions {
 }
 
 impl FileStorage {
-    /// Opens a regular file or a block device.
+    /// Opens a regular file, a block device, or one of the host's devices that hold nothing.
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] names the process that holds a conflicting lock;
     /// [`ErrorKind::Unsupported`] for anything that is neither file nor block device.
     pub fn open(path: &Path, options: FileOptions) -> Result<FileStorage> {
+        FileStorage::open_within(path, options, lock::manners().wait)
+    }
+
+    /// As [`open`](FileStorage::open), waiting no longer than `wait` for commands that hold the file.
+    ///
+    /// # Errors
+    /// As [`open`](FileStorage::open).
+    pub fn open_within(path: &Path, options: FileOptions, wait: Duration) -> Result<FileStorage> {
+        loop {
+            let file = FileStorage::open_unlocked(path, options)?;
+            let Some(access) = options.access else { return Ok(file) };
+            lock::acquire(&file.file, access, wait).map_err(|e| e.at_path(path))?;
+            // Whoever had it before may have given its name to another file.
+            let named = std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+            if named.is_ok_and(|named| file.identity().is_ok_and(|own| own == named)) {
+                *file.access.lock().unwrap_or_else(|e| e.into_inner()) = options.access;
+                return Ok(file);
+            }
+        }
+    }
+
+    /// Whether another opener of the file at `path` writes to it.
+    pub fn is_written(path: &Path) -> Result<bool> {
+        let file = FileStorage::open_unlocked(path, FileOptions { access: None, write: false })?;
+        lock::is_written(&file.file)
+    }
+
+    fn open_unlocked(path: &Path, options: FileOptions) -> Result<FileStorage> {
         // Nonblocking: opening a FIFO that an image names must not hang.
         let file = OpenOptions::new()
             .read(true)
@@ -57,18 +90,24 @@ impl FileStorage {
             .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits())
             .open(path)
             .map_err(|e| Error::io("could not be opened", e).at_path(path))?;
-        FileStorage::from_file(file, path, options)
+        FileStorage::from_file(file, path, FileOptions { access: None, ..options })
     }
 
-    /// Makes a new empty file.
+    /// Makes a new empty file, which everybody may read and its owner write, less the umask.
     ///
     /// # Errors
     /// [`ErrorKind::Exists`] where something has that name already.
     pub fn create(path: &Path) -> Result<FileStorage> {
+        FileStorage::create_as(path, super::draft::NEW)
+    }
+
+    /// The same with another mode, less the umask.
+    pub(super) fn create_as(path: &Path, mode: u32) -> Result<FileStorage> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
+            .mode(mode)
             .open(path)
             .map_err(|e| Error::io("could not be created", e).at_path(path))?;
         FileStorage::from_file(file, path, FileOptions { access: Some(Access::Write), write: true })
@@ -77,13 +116,13 @@ impl FileStorage {
     pub(super) fn from_file(file: File, path: &Path, options: FileOptions) -> Result<FileStorage> {
         let meta =
             file.metadata().map_err(|e| Error::io("could not be examined", e).at_path(path))?;
-        let device = meta.file_type().is_block_device();
+        let device = meta.file_type().is_block_device() || is_empty_device(&meta);
         if !device && !meta.is_file() {
             let message = "is neither a regular file nor a block device";
             return Err(Error::unsupported(message).at_path(path));
         }
         if let Some(access) = options.access {
-            lock::acquire(&file, access).map_err(|e| e.at_path(path))?;
+            lock::acquire(&file, access, Duration::ZERO).map_err(|e| e.at_path(path))?;
         }
         let access = Mutex::new(options.access);
         Ok(FileStorage {
@@ -101,6 +140,7 @@ impl FileStorage {
             .read(true)
             .write(true)
             .custom_flags(OFlag::O_TMPFILE.bits())
+            .mode(0o600)
             .open(dir)
             .map_err(|e| Error::io("a temporary file could not be made here", e).at_path(dir))?;
         FileStorage::from_file(file, dir, FileOptions { access: None, write: true })
@@ -115,11 +155,40 @@ impl FileStorage {
         let mut held = self.access.lock().unwrap_or_else(|e| e.into_inner());
         let done = match *held {
             Some(now) => lock::change(&self.file, now, access),
-            None => lock::acquire(&self.file, access),
+            None => lock::acquire(&self.file, access, lock::manners().wait),
         };
         done.map_err(|e| e.at_path(&self.path))?;
         *held = Some(access);
         Ok(())
+    }
+
+    /// Waits until nobody else changes what the file says of itself while others read it, and keeps
+    /// them out until it is closed. The file must be open for writing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] names who does not come to an end.
+    pub fn take_turn(&self) -> Result<()> {
+        lock::take_turn(&self.file).map_err(|e| e.at_path(&self.path))
+    }
+
+    /// Says that clones are being made of what the file holds, until it is closed.
+    pub fn begin_clones(&self) -> Result<()> {
+        lock::begin_clones(&self.file).map_err(|e| e.at_path(&self.path))
+    }
+
+    /// Whether nobody makes clones of the file now; a command waits for those who do.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] where somebody does.
+    pub fn await_clones(&self) -> Result<()> {
+        lock::await_clones(&self.file, lock::manners().wait.max(lock::PATIENCE))
+            .map_err(|e| e.at_path(&self.path))
+    }
+
+    /// As [`await_clones`](FileStorage::await_clones), at once: who makes clones may need what the caller
+    /// has.
+    pub fn refuse_cloning(&self) -> Result<()> {
+        lock::await_clones(&self.file, Duration::ZERO).map_err(|e| e.at_path(&self.path))
     }
 
     /// The name it was opened by.
@@ -150,6 +219,8 @@ impl FileStorage {
             match fallocate(self.file.as_fd(), flags, offset, len) {
                 Ok(()) => return Ok(true),
                 Err(Errno::EINTR) => {}
+                // Somebody else has it for himself: writing is not forbidden by that.
+                Err(Errno::EBUSY) if self.device => return Ok(false),
                 Err(Errno::EOPNOTSUPP | Errno::ENODEV | Errno::EINVAL | Errno::ENOSYS) => {
                     return Ok(false);
                 }
@@ -158,6 +229,25 @@ impl FileStorage {
                 }
             }
         }
+    }
+
+    /// Makes a range that is there zero in one of the `ways`, the first that the host has, as far as
+    /// whole blocks go; the rest is written.
+    fn zero(&self, ways: &[FallocateFlags], offset: u64, len: u64) -> Result<()> {
+        let end = offset.saturating_add(len);
+        // A device takes whole blocks only; a file takes any range.
+        let block = if self.device { BLOCK } else { 1 };
+        let from = offset.checked_next_multiple_of(block).unwrap_or(end).min(end);
+        let to = end / block * block;
+        if from < to {
+            for flags in ways {
+                if self.fallocate(*flags, from, to - from)? {
+                    self.write_zero_bytes(offset, from - offset)?;
+                    return self.write_zero_bytes(to, end - to);
+                }
+            }
+        }
+        self.write_zero_bytes(offset, len)
     }
 
     /// Writes zeroes as data.
@@ -171,6 +261,24 @@ impl FileStorage {
         Ok(())
     }
 
+    /// Makes `len` bytes at `offset` refer to the same space of the host as those at `from_offset`
+    /// of `from`: what is written to one later is not seen in the other. Extends the length as
+    /// [`write_at`](Storage::write_at). `false`, and nothing done, where the host cannot.
+    pub fn share(
+        &self,
+        offset: u64,
+        from: &FileStorage,
+        from_offset: u64,
+        len: u64,
+    ) -> Result<bool> {
+        if from.device || self.device {
+            return Ok(false);
+        }
+        *self.stretch() = 0..0;
+        share::range(&self.file, offset, &from.file, from_offset, len)
+            .map_err(|e| self.error("made to share its space", e).at_offset(offset))
+    }
+
     fn stretch(&self) -> MutexGuard<'_, Range<u64>> {
         self.stretch.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -182,6 +290,16 @@ impl FileStorage {
             Err(errno) => Err(self.error("searched for holes", errno.into())),
         }
     }
+}
+
+/// Whether it is one of those that only exist to hold nothing: `/dev/null`, `/dev/zero`,
+/// `/dev/full`. Other character devices may do anything when they are opened or read.
+fn is_empty_device(meta: &Metadata) -> bool {
+    /// The major number of the host's memory devices, and the minor ones of these three.
+    const MEMORY: u64 = 1;
+    const MINORS: [u64; 3] = [3, 5, 7];
+    let number = meta.rdev();
+    meta.file_type().is_char_device() && major(number) == MEMORY && MINORS.contains(&minor(number))
 }
 
 fn signed(offset: u64) -> Result<i64> {
@@ -200,14 +318,20 @@ impl Storage for FileStorage {
 
     fn set_len(&self, len: u64) -> Result<()> {
         if self.device {
-            if len <= self.len()? {
+            let have = self.len()?;
+            if len <= have {
                 return Ok(());
             }
-            let message = "is a device and cannot grow";
-            return Err(Error::new(ErrorKind::NoSpace, message).at_path(&self.path));
+            let message = format!("is a device of {have} bytes and cannot hold {len}");
+            let full = Error::new(ErrorKind::NoSpace, message).with_os_error(Errno::ENOSPC as i32);
+            return Err(full.at_path(&self.path));
         }
         *self.stretch() = 0..0;
         self.file.set_len(len).map_err(|e| self.error("resized", e))
+    }
+
+    fn is_fixed(&self) -> bool {
+        self.device
     }
 
     fn read_at(&self, mut offset: u64, mut bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
@@ -266,18 +390,22 @@ impl Storage for FileStorage {
 
     fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
         let len = len.min(self.len()?.saturating_sub(offset));
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        if len == 0 || self.fallocate(flags, offset, len)? {
-            return Ok(());
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        // A device that gives nothing back may still be told to write zeroes itself.
+        let ways = [hole, FallocateFlags::FALLOC_FL_ZERO_RANGE];
+        if len == 0 {
+            Ok(())
+        } else {
+            self.zero(&ways[..1 + usize::from(self.device)], offset, len)
         }
-        self.write_zero_bytes(offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        if len == 0 || self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)? {
-            return Ok(());
+        if len == 0 {
+            Ok(())
+        } else {
+            self.zero(&[FallocateFlags::FALLOC_FL_ZERO_RANGE], offset, len)
         }
-        self.write_zero_bytes(offset, len)
     }
 
     fn sync(&self) -> Result<()> {
@@ -301,15 +429,6 @@ impl Storage for FileStorage {
 
     fn as_file(&self) -> Option<&FileStorage> {
         Some(self)
-    }
-
-    fn share(&self, offset: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
-        let Some(from) = from.as_file().filter(|f| !f.device && !self.device) else {
-            return Ok(false);
-        };
-        *self.stretch() = 0..0;
-        share::range(&self.file, offset, &from.file, from_offset, len)
-            .map_err(|e| self.error("made to share its space", e).at_offset(offset))
     }
 
     fn allocated(&self) -> Result<u64> {

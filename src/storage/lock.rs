@@ -4,9 +4,13 @@
 //! byte `USED + permission`; one that does not share it holds a shared lock on byte
 //! `UNSHARED + permission`. Two openers conflict where one uses what the other does not share.
 //! This is the protocol of QEMU's file driver, so vdisk and QEMU exclude each other.
+//!
+//! One byte more, which QEMU does not look at, says that its holder is a command and will soon be
+//! gone: who finds it held waits for a turn (see [`Manners`]).
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +22,12 @@ use crate::error::{Error, ErrorKind, Result};
 
 const USED: i64 = 100;
 const UNSHARED: i64 = 200;
+/// Held by those who will soon be gone.
+const PASSING: i64 = 300;
+/// Held exclusively by who changes what a file says of itself while others read it.
+const TURN_BYTE: i64 = 301;
+/// Held by those who are making clones of what the file holds.
+const CLONING: i64 = 302;
 
 /// Permissions, by their bit.
 const CONSISTENT_READ: u32 = 1;
@@ -54,20 +64,35 @@ impl Access {
     }
 }
 
-/// Locks `file` for as long as its open file description lives.
+/// How this process stands in line for files that others hold.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Manners {
+    /// Whether it is a command, which holds files for as long as its work takes; not a mount, a
+    /// container, a guest or a server.
+    pub passing: bool,
+    /// How long it waits for commands that hold what it needs. It does not wait for others.
+    pub wait: Duration,
+}
+
+static MANNERS: OnceLock<Manners> = OnceLock::new();
+
+/// Says how this process stands in line; the first word counts. Without one it waits for nobody, and
+/// nobody for it.
+pub fn set_manners(manners: Manners) {
+    let _ = MANNERS.set(manners);
+}
+
+pub(super) fn manners() -> Manners {
+    MANNERS.get().copied().unwrap_or_default()
+}
+
+/// Locks `file` for as long as its open file description lives, after commands that hold it now but
+/// no later than `wait`.
 ///
 /// # Errors
 /// [`ErrorKind::InUse`], naming the process that holds it where it can be found.
-pub(super) fn acquire(file: &File, access: Access) -> Result<()> {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match try_acquire(file, access) {
-            Err(e) if e.kind() == ErrorKind::InUse && Instant::now() < until => {
-                thread::sleep(PATIENCE / 10);
-            }
-            done => return done,
-        }
-    }
+pub(super) fn acquire(file: &File, access: Access, wait: Duration) -> Result<()> {
+    acquire_beside(file, None, access, wait)
 }
 
 /// Goes over from one access to another, without a moment in which a third could come between. After
@@ -76,39 +101,134 @@ pub(super) fn acquire(file: &File, access: Access) -> Result<()> {
 /// # Errors
 /// As [`acquire`].
 pub(super) fn change(file: &File, from: Access, to: Access) -> Result<()> {
-    let done = acquire(file, to);
-    let (keep, drop) = if done.is_ok() { (to, from) } else { (from, to) };
-    let release =
-        [(USED, drop.used() & !keep.used()), (UNSHARED, drop.unshared() & !keep.unshared())];
-    for (base, bits) in release {
+    acquire_beside(file, Some(from), to, manners().wait)?;
+    release(file, from, Some(to));
+    Ok(())
+}
+
+fn acquire_beside(file: &File, held: Option<Access>, access: Access, wait: Duration) -> Result<()> {
+    let since = Instant::now();
+    while !try_acquire(file, access)? {
+        // Two that saw each other come both go back: else each would wait for the other.
+        release(file, access, held);
+        let passed = since.elapsed();
+        if passed >= PATIENCE && (passed >= wait || !is_held_by_other(file, PASSING)?) {
+            return Err(in_use(file, access));
+        }
+        thread::sleep(pause(passed));
+    }
+    if manners().passing {
+        hold(file, PASSING)?;
+    }
+    Ok(())
+}
+
+/// How long to sleep between two attempts: not the same for all who wait, and longer for those who
+/// have waited long.
+fn pause(passed: Duration) -> Duration {
+    let spread = u64::from(std::process::id() % 7) + 3;
+    Duration::from_millis(spread) + (passed / 50).min(PATIENCE)
+}
+
+/// Gives up what `access` needs and `kept` does not.
+fn release(file: &File, access: Access, kept: Option<Access>) {
+    let (used, unshared) = kept.map_or((0, 0), |kept| (kept.used(), kept.unshared()));
+    for (base, bits) in [(USED, access.used() & !used), (UNSHARED, access.unshared() & !unshared)] {
         for byte in bytes(base, bits) {
             // What stays locked only keeps others out.
             let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, byte)));
         }
     }
-    done
 }
+
+/// Takes the turn of those who change what a file says of itself while others read it. It is given
+/// back with the open file description.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] where another does not give it back for [`TURN`].
+pub(super) fn take_turn(file: &File) -> Result<()> {
+    let until = Instant::now() + TURN;
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_WRLCK, TURN_BYTE))) {
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(Errno::EACCES | Errno::EAGAIN) if Instant::now() < until => {
+                thread::sleep(Duration::from_millis(2));
+            }
+            Err(Errno::EACCES | Errno::EAGAIN) => return Err(in_use(file, Access::Write)),
+            Err(Errno::ENOLCK | Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(()),
+            Err(errno) => return Err(Error::io("could not be locked", errno.into())),
+        }
+    }
+}
+
+/// Says that clones of the file are being made, for as long as its open file description lives.
+pub(super) fn begin_clones(file: &File) -> Result<()> {
+    hold(file, CLONING).map(drop)
+}
+
+/// Waits, no longer than `wait`, until nobody else is making clones of the file.
+///
+/// # Errors
+/// [`ErrorKind::InUse`] where somebody is still.
+pub(super) fn await_clones(file: &File, wait: Duration) -> Result<()> {
+    let since = Instant::now();
+    while is_held_by_other(file, CLONING)? {
+        let passed = since.elapsed();
+        if passed >= wait {
+            let message = "clones of it are just being made";
+            return Err(Error::new(ErrorKind::InUse, message));
+        }
+        thread::sleep(pause(passed));
+    }
+    Ok(())
+}
+
+/// How long a turn may last.
+const TURN: Duration = Duration::from_secs(10);
 
 /// How long a conflict may last before it counts. A process that has just closed a file holds it
 /// for a moment longer where another of its threads is starting a program: between fork and exec
 /// the child has all open files.
-const PATIENCE: Duration = Duration::from_millis(100);
+pub(super) const PATIENCE: Duration = Duration::from_millis(100);
 
-fn try_acquire(file: &File, access: Access) -> Result<()> {
+/// Whether the lock was to be had. If not, a part of it may be held.
+fn try_acquire(file: &File, access: Access) -> Result<bool> {
     for (base, bits) in [(USED, access.used()), (UNSHARED, access.unshared())] {
         for byte in bytes(base, bits) {
-            hold(file, byte)?;
+            if !hold(file, byte)? {
+                return Ok(false);
+            }
         }
     }
     // Set first, then look: of two that come at once, at least one sees the other.
     for (base, bits) in [(UNSHARED, access.used()), (USED, access.unshared())] {
         for byte in bytes(base, bits) {
             if is_held_by_other(file, byte)? {
-                return Err(in_use(file, access));
+                return Ok(false);
             }
         }
     }
-    Ok(())
+    Ok(true)
+}
+
+/// Locks one byte for one holder; whether that could be done.
+pub(super) fn take_byte(file: &File, byte: i64) -> Result<bool> {
+    if !hold(file, byte)? {
+        return Ok(false);
+    }
+    if !is_held_by_other(file, byte)? {
+        return Ok(true);
+    }
+    // What stays locked only keeps others out.
+    let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, byte)));
+    Ok(false)
+}
+
+/// Whether somebody else writes to the file.
+pub(super) fn is_written(file: &File) -> Result<bool> {
+    let mut bytes = bytes(USED, WRITE);
+    bytes.try_fold(false, |held, byte| Ok(held || is_held_by_other(file, byte)?))
 }
 
 fn bytes(base: i64, bits: u32) -> impl Iterator<Item = i64> {
@@ -125,15 +245,16 @@ fn range(kind: i32, byte: i64) -> libc::flock {
     }
 }
 
-fn hold(file: &File, byte: i64) -> Result<()> {
+/// Whether the byte could be locked.
+fn hold(file: &File, byte: i64) -> Result<bool> {
     loop {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, byte))) {
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(true),
             Err(Errno::EINTR) => {}
             // A program that takes exclusive locks there; QEMU itself never does.
-            Err(Errno::EACCES | Errno::EAGAIN) => return Err(in_use(file, Access::Read)),
+            Err(Errno::EACCES | Errno::EAGAIN) => return Ok(false),
             // A file system without locks protects nobody; refusing to work would not either.
-            Err(Errno::ENOLCK | Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(()),
+            Err(Errno::ENOLCK | Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(true),
             Err(errno) => return Err(Error::io("could not be locked", errno.into())),
         }
     }
@@ -168,11 +289,14 @@ pub struct Holder {
     pub pid: u32,
     /// Its command's name.
     pub command: String,
+    /// Its command line, as far as it is known.
+    pub doing: String,
 }
 
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} (pid {})", self.command, self.pid)
+        write!(f, "{} (pid {})", self.command, self.pid)?;
+        if self.doing.is_empty() { Ok(()) } else { write!(f, ", which runs `{}`", self.doing) }
     }
 }
 
@@ -187,9 +311,23 @@ pub fn holders(file: &File) -> Vec<Holder> {
     pids.filter(|pid| *pid != own && holds(*pid, &meta, &inode))
         .map(|pid| {
             let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            Holder { pid, command: command.trim_end().to_owned() }
+            Holder { pid, command: command.trim_end().to_owned(), doing: command_line(pid) }
         })
         .collect()
+}
+
+/// The command line of a process, on one line and not longer than people read.
+fn command_line(pid: u32) -> String {
+    const LONGEST: usize = 120;
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words = bytes.split(|b| *b == 0).filter(|word| !word.is_empty());
+    let words: Vec<_> = words.map(|word| String::from_utf8_lossy(word)).collect();
+    let line: String =
+        words.join(" ").chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    match line.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &line[..end]),
+        None => line,
+    }
 }
 
 fn holds(pid: u32, meta: &fs::Metadata, inode: &str) -> bool {
@@ -214,6 +352,9 @@ fn is_image_lock(line: &str, inode: &str) -> bool {
 mod tests {
     use super::*;
 
+    /// Waits for nobody.
+    const NOW: Duration = Duration::ZERO;
+
     #[test]
     fn a_writer_excludes_readers_and_writers_but_not_shared_readers() {
         let dir = tempfile::tempdir().unwrap();
@@ -222,17 +363,17 @@ mod tests {
             File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap()
         };
         let (a, b) = (open(), open());
-        acquire(&a, Access::Write).unwrap();
-        assert_eq!(acquire(&b, Access::Write).unwrap_err().kind(), ErrorKind::InUse);
+        acquire(&a, Access::Write, NOW).unwrap();
+        assert_eq!(acquire(&b, Access::Write, NOW).unwrap_err().kind(), ErrorKind::InUse);
         drop(b);
         let b = open();
-        assert_eq!(acquire(&b, Access::Read).unwrap_err().kind(), ErrorKind::InUse);
+        assert_eq!(acquire(&b, Access::Read, NOW).unwrap_err().kind(), ErrorKind::InUse);
         drop(b);
-        acquire(&open(), Access::ReadShared).unwrap();
+        acquire(&open(), Access::ReadShared, NOW).unwrap();
         drop(a);
         let (a, b) = (open(), open());
-        acquire(&a, Access::Read).unwrap();
-        acquire(&b, Access::Read).unwrap();
+        acquire(&a, Access::Read, NOW).unwrap();
+        acquire(&b, Access::Read, NOW).unwrap();
     }
 
     #[test]
@@ -243,15 +384,15 @@ mod tests {
             File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap()
         };
         let (a, b) = (open(), open());
-        acquire(&a, Access::Write).unwrap();
+        acquire(&a, Access::Write, NOW).unwrap();
         change(&a, Access::Write, Access::Read).unwrap();
-        acquire(&b, Access::Read).unwrap();
+        acquire(&b, Access::Read, NOW).unwrap();
         let refused = change(&a, Access::Read, Access::Write).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InUse);
         // The failure has left nothing that would keep readers out.
-        acquire(&open(), Access::Read).unwrap();
+        acquire(&open(), Access::Read, NOW).unwrap();
         drop(b);
         change(&a, Access::Read, Access::Write).unwrap();
-        assert_eq!(acquire(&open(), Access::Read).unwrap_err().kind(), ErrorKind::InUse);
+        assert_eq!(acquire(&open(), Access::Read, NOW).unwrap_err().kind(), ErrorKind::InUse);
     }
 }

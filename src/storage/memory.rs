@@ -4,7 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::Storage;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// A storage that forgets everything when it is dropped.
 #[derive(Debug, Default)]
@@ -33,6 +33,17 @@ impl MemoryStorage {
     }
 }
 
+/// Makes `bytes` reach to `end`: an error where there is no memory for them, as a full disk gives one. What a damaged
+/// image asks to be written may lie anywhere.
+fn reach(bytes: &mut Vec<u8>, end: usize) -> Result<()> {
+    if let Some(more) = end.checked_sub(bytes.len()) {
+        let full = |_| Error::new(ErrorKind::NoSpace, "no memory for so many bytes");
+        bytes.try_reserve(more).map_err(full)?;
+        bytes.resize(end, 0);
+    }
+    Ok(())
+}
+
 fn index(offset: u64) -> Result<usize> {
     usize::try_from(offset).map_err(|_| Error::invalid("past the address space").at_offset(offset))
 }
@@ -43,8 +54,14 @@ impl Storage for MemoryStorage {
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        self.write().resize(index(len)?, 0);
-        Ok(())
+        let len = index(len)?;
+        let mut bytes = self.write();
+        bytes.truncate(len);
+        reach(&mut bytes, len)
+    }
+
+    fn is_fixed(&self) -> bool {
+        false
     }
 
     fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
@@ -64,10 +81,8 @@ impl Storage for MemoryStorage {
         let mut bytes = self.write();
         let mut at = index(offset)?;
         for buf in bufs {
-            let end = index(at as u64 + buf.len() as u64)?;
-            if bytes.len() < end {
-                bytes.resize(end, 0);
-            }
+            let end = index((at as u64).saturating_add(buf.len() as u64))?;
+            reach(&mut bytes, end)?;
             bytes[at..end].copy_from_slice(buf);
             at = end;
         }
@@ -86,14 +101,32 @@ impl Storage for MemoryStorage {
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         let end = index(offset.saturating_add(len))?;
         let mut bytes = self.write();
-        if bytes.len() < end {
-            bytes.resize(end, 0);
-        }
+        reach(&mut bytes, end)?;
         bytes[index(offset)?..end].fill(0);
         Ok(())
     }
 
     fn sync(&self) -> Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_memory_could_hold_is_an_error_and_changes_nothing() {
+        let memory = MemoryStorage::new(vec![7; 3]);
+        for far in [1 << 62, u64::MAX - 8] {
+            for result in [
+                memory.write_at(far, &[IoSlice::new(&[1; 4])]),
+                memory.write_zeroes(far, 4),
+                memory.set_len(far),
+            ] {
+                assert_eq!(result.unwrap_err().kind(), ErrorKind::NoSpace, "at {far}");
+            }
+        }
+        assert_eq!(memory.to_vec(), [7; 3]);
     }
 }

@@ -2,25 +2,38 @@
 //!
 //! This room knows no image format, no guest and no chain.
 
+mod attributes;
+pub mod device;
 pub mod draft;
 mod file;
-pub mod freeze;
-mod lend;
+pub mod fsfreeze;
+#[cfg(feature = "virtio")]
+mod guest_memory;
 mod lock;
+#[cfg(feature = "mount")]
 pub mod loopdev;
 mod memory;
 mod share;
+mod step;
+mod turn;
+mod unfinished;
 
 use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-pub use draft::Draft;
+pub use attributes::{other_names, refuse_fixed};
+pub use draft::{Draft, follow};
 pub use file::{FileOptions, FileStorage};
-pub use lend::{lend, lend_mut};
-pub use lock::{Access, Holder, holders};
+#[cfg(feature = "virtio")]
+pub use guest_memory::{io_slices, io_slices_mut};
+pub use lock::{Access, Holder, Manners, holders, set_manners};
 pub use memory::MemoryStorage;
 pub use share::shares_space;
+pub use step::Step;
+pub use turn::Turn;
+pub use unfinished::Unfinished;
 
 /// A growable array of bytes, for many threads at once.
 ///
@@ -35,8 +48,13 @@ pub trait Storage: Send + Sync {
         Ok(self.len()? == 0)
     }
 
-    /// Cuts or extends to `len` bytes; new bytes read as zeroes.
+    /// Cuts or extends to `len` bytes; new bytes read as zeroes. One that [is
+    /// fixed](Storage::is_fixed) keeps what lies behind, and fails where it is shorter.
     fn set_len(&self, len: u64) -> Result<()>;
+
+    /// Whether it keeps its length, and so whatever was stored there before: a block device, another
+    /// program's export. Nothing there reads as zeroes only because nobody here has written it.
+    fn is_fixed(&self) -> bool;
 
     /// Fills all of `bufs`, or fails. A range that ends past [`len`](Storage::len) is an error.
     fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()>;
@@ -51,6 +69,32 @@ pub trait Storage: Send + Sync {
     /// Makes the range read as zeroes, keeping or reserving its space where the host can.
     /// Extends the length where the range ends past it.
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// Gives it exactly that length.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) where it is fixed and has another.
+    fn resize(&self, len: u64) -> Result<()> {
+        if self.is_fixed() && self.len()? != len {
+            return Err(Error::unsupported("Cannot resize device files"));
+        }
+        self.set_len(len)
+    }
+
+    /// Makes `range` new: it is all there and reads as zeroes, whatever stood there, and nothing that
+    /// lies behind it counts any more. Where that can be, the length ends with it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`](crate::ErrorKind::NoSpace), and nothing done, where it is fixed and
+    /// too short.
+    fn renew(&self, range: Range<u64>) -> Result<()> {
+        if self.is_fixed() {
+            self.set_len(range.end)?;
+            return self.write_zeroes(range.start, range.end.saturating_sub(range.start));
+        }
+        self.set_len(range.start)?;
+        self.set_len(range.end)
+    }
 
     /// Returns when every write, length change and hole that completed before is durable.
     /// It is the one barrier.
@@ -68,23 +112,16 @@ pub trait Storage: Send + Sync {
         self.len()
     }
 
-    /// Tells what its user is about to do, in the user's own words. Nothing depends on it: a storage
-    /// that fails on purpose may wait for it.
-    fn about_to(&self, step: &'static str) {
+    /// Tells what its user is about to do. Nothing depends on it: a storage that fails on purpose may
+    /// wait for it.
+    fn about_to(&self, step: Step) {
         let _ = step;
     }
 
-    /// The file that the bytes stand in, where it is one.
+    /// The file that the bytes stand in, where it is one: the way to what only files can do, such as
+    /// [sharing their space](FileStorage::share).
     fn as_file(&self) -> Option<&FileStorage> {
         None
-    }
-
-    /// Makes `len` bytes at `offset` refer to the same space of the host as those at `from_offset`
-    /// of `from`: what is written to one later is not seen in the other. Extends the length as
-    /// [`write_at`](Storage::write_at). `false`, and nothing done, where the host cannot.
-    fn share(&self, offset: u64, from: &dyn Storage, from_offset: u64, len: u64) -> Result<bool> {
-        let _ = (offset, from, from_offset, len);
-        Ok(false)
     }
 
     /// Fills one buffer; see [`Storage::read_at`].

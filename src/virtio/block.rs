@@ -3,14 +3,18 @@
 //! It knows a flat disk and queues, not the transport and not what the disk is made of.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use super::config::{self, CONFIG_LEN, QUEUE_SIZE};
+use virtio_queue::DescriptorChain;
+
+use super::config::{self, CONFIG_LEN, QUEUE_SIZE, WRITEBACK};
 use super::execute::Executor;
-use super::worker::Worker;
-use super::{Activation, VirtioDevice};
+use super::request::{Unanswerable, parse};
+use super::worker::{Serve, Worker};
+use super::{Activation, Memory, VirtioDevice};
 use crate::block::BlockDevice;
 use crate::error::Result;
 
@@ -46,6 +50,8 @@ pub struct Block {
     queues: u16,
     features: u64,
     space: [u8; CONFIG_LEN],
+    /// Whether the driver flushes what it writes: else each write is durable when it completes.
+    writeback: Arc<AtomicBool>,
     workers: Vec<Worker>,
 }
 
@@ -54,7 +60,13 @@ impl Block {
     pub fn new(disk: Arc<dyn BlockDevice>, id: Id, queues: u16) -> Block {
         let queues = queues.max(1);
         let (features, space) = (config::features(&*disk, queues), config::space(&*disk, queues));
-        Block { disk, id, queues, features, space, workers: Vec::new() }
+        let writeback = Arc::new(AtomicBool::new(true));
+        Block { disk, id, queues, features, space, writeback, workers: Vec::new() }
+    }
+
+    /// Serves requests as this device does, for a driver that accepted `features`.
+    pub fn executor(&self, features: u64) -> Executor {
+        Executor::new(Arc::clone(&self.disk), self.id, features, Arc::clone(&self.writeback))
     }
 }
 
@@ -75,21 +87,46 @@ impl VirtioDevice for Block {
         config::read(&self.space, offset, data);
     }
 
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        // Only the cache mode can be written, and only with a byte (virtio 5.2.5, 4.2.2.2).
+        if let (true, [mode]) = (offset == WRITEBACK as u64, data)
+            && !self.disk.read_only()
+        {
+            self.writeback.store(*mode != 0, Ordering::Release);
+            self.space[WRITEBACK] = u8::from(*mode != 0);
+        }
+    }
+
     fn refresh(&mut self) {
         self.space = config::space(&*self.disk, self.queues);
+        self.space[WRITEBACK] = self.writeback.load(Ordering::Acquire).into();
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
         let Activation { memory, features, queues, interrupt } = activation;
         for active in queues {
-            let executor = Executor::new(Arc::clone(&self.disk), self.id, features);
+            let executor = self.executor(features);
             let (memory, interrupt) = (Arc::clone(&memory), Arc::clone(&interrupt));
-            self.workers.push(Worker::start(active, memory, executor, interrupt)?);
+            let name = "virtio-blk";
+            self.workers.push(Worker::start(name, active, memory, executor, interrupt)?);
         }
         Ok(())
     }
 
     fn reset(&mut self) {
         self.workers.clear();
+        // A driver that knows nothing of the cache mode is to find the usual one.
+        self.writeback.store(true, Ordering::Release);
+        self.space[WRITEBACK] = 1;
+    }
+}
+
+impl Serve for Executor {
+    fn serve<'m>(
+        &mut self,
+        chain: DescriptorChain<&'m Memory>,
+        memory: &'m Memory,
+    ) -> std::result::Result<u32, Unanswerable> {
+        parse(chain, memory).map(|request| self.answer(request))
     }
 }

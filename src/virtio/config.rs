@@ -3,13 +3,15 @@
 //!
 //! It describes a disk in numbers and knows no request.
 
-use byteorder::{ByteOrder, LittleEndian};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::request::SECTOR;
 use crate::block::BlockDevice;
@@ -24,8 +26,38 @@ pub const MAX_RANGES: u32 = 32;
 /// holds a queue for long.
 pub const MAX_SECTORS: u32 = (1 << 30) / SECTOR as u32;
 
+/// The configuration space (virtio 5.2.4, `virtio_blk_config`), as far as it is filled in.
+#[derive(FromZeros, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct BlkConfig {
+    capacity: U64,
+    size_max: U32,
+    seg_max: U32,
+    cylinders: U16,
+    heads: u8,
+    sectors: u8,
+    blk_size: U32,
+    physical_block_exp: u8,
+    alignment_offset: u8,
+    min_io_size: U16,
+    opt_io_size: U32,
+    writeback: u8,
+    unused0: u8,
+    num_queues: U16,
+    max_discard_sectors: U32,
+    max_discard_seg: U32,
+    discard_sector_alignment: U32,
+    max_write_zeroes_sectors: U32,
+    max_write_zeroes_seg: U32,
+    write_zeroes_may_unmap: u8,
+    unused1: [u8; 3],
+}
+
 /// Length in bytes of the fields that are filled in.
-pub(super) const CONFIG_LEN: usize = 60;
+pub(super) const CONFIG_LEN: usize = size_of::<BlkConfig>();
+const _: () = assert!(CONFIG_LEN == 60);
+/// Where the one field stands that a driver may write.
+pub(super) const WRITEBACK: usize = std::mem::offset_of!(BlkConfig, writeback);
 /// The largest physical block that guests handle well: file systems choose it as block size.
 const MAX_PHYSICAL_BLOCK: u32 = 4096;
 
@@ -48,7 +80,7 @@ pub(super) fn features(disk: &dyn BlockDevice, queues: u16) -> u64 {
     if disk.read_only() {
         bits.push(VIRTIO_BLK_F_RO);
     } else {
-        bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+        bits.extend([VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
     }
     if queues > 1 {
         bits.push(VIRTIO_BLK_F_MQ);
@@ -64,21 +96,24 @@ pub(super) fn space(disk: &dyn BlockDevice, queues: u16) -> [u8; CONFIG_LEN] {
     let unit = disk.block_size().max(SECTOR as u32);
     let physical = unit.min(MAX_PHYSICAL_BLOCK);
     let sectors = |bytes: u32| bytes / SECTOR as u32;
-    let mut space = [0; CONFIG_LEN];
-    LittleEndian::write_u64(&mut space[0..], disk.size() / SECTOR);
-    LittleEndian::write_u32(&mut space[12..], MAX_SEGMENTS);
-    LittleEndian::write_u32(&mut space[20..], SECTOR as u32);
-    space[24] = sectors(physical).ilog2() as u8;
-    LittleEndian::write_u16(&mut space[26..], sectors(physical) as u16);
-    LittleEndian::write_u32(&mut space[28..], sectors(unit));
-    LittleEndian::write_u16(&mut space[34..], queues);
-    LittleEndian::write_u32(&mut space[36..], MAX_SECTORS);
-    LittleEndian::write_u32(&mut space[40..], MAX_RANGES);
-    LittleEndian::write_u32(&mut space[44..], sectors(unit));
-    LittleEndian::write_u32(&mut space[48..], MAX_SECTORS);
-    LittleEndian::write_u32(&mut space[52..], MAX_RANGES);
-    space[56] = 1;
-    space
+    let config = BlkConfig {
+        capacity: (disk.size() / SECTOR).into(),
+        seg_max: MAX_SEGMENTS.into(),
+        blk_size: (SECTOR as u32).into(),
+        physical_block_exp: sectors(physical).ilog2() as u8,
+        min_io_size: (sectors(physical) as u16).into(),
+        opt_io_size: sectors(unit).into(),
+        writeback: 1,
+        num_queues: queues.into(),
+        max_discard_sectors: MAX_SECTORS.into(),
+        max_discard_seg: MAX_RANGES.into(),
+        discard_sector_alignment: sectors(unit).into(),
+        max_write_zeroes_sectors: MAX_SECTORS.into(),
+        max_write_zeroes_seg: MAX_RANGES.into(),
+        write_zeroes_may_unmap: 1,
+        ..BlkConfig::new_zeroed()
+    };
+    zerocopy::transmute!(config)
 }
 
 /// Fills `data` with the bytes of `space` from `offset`, zeroes past its end.

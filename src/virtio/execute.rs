@@ -4,6 +4,7 @@
 //! against the disk here.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
@@ -15,7 +16,7 @@ use super::config::{MAX_SECTORS, has};
 use super::request::{Buffers, Command, Extent, Refusal, Request, SECTOR};
 use crate::block::{BlockDevice, check_range};
 use crate::error::{Error, ErrorKind};
-use crate::storage::{lend, lend_mut};
+use crate::storage::{io_slices, io_slices_mut};
 
 /// Serves requests on one disk with the features that one driver accepted. Many threads may use
 /// their own clone at once.
@@ -24,12 +25,19 @@ pub struct Executor {
     disk: Arc<dyn BlockDevice>,
     id: Id,
     features: u64,
+    writeback: Arc<AtomicBool>,
 }
 
 impl Executor {
-    /// An executor for a driver that accepted `features`.
-    pub fn new(disk: Arc<dyn BlockDevice>, id: Id, features: u64) -> Executor {
-        Executor { disk, id, features }
+    /// An executor for a driver that accepted `features`, and says by `writeback` whether it flushes
+    /// what it writes.
+    pub fn new(
+        disk: Arc<dyn BlockDevice>,
+        id: Id,
+        features: u64,
+        writeback: Arc<AtomicBool>,
+    ) -> Executor {
+        Executor { disk, id, features, writeback }
     }
 
     /// Carries a request out and writes its status byte.
@@ -65,7 +73,7 @@ impl Executor {
 
     fn read(&self, sector: u64, into: &Buffers<'_>) -> Result<u64, Refusal> {
         let offset = self.locate(sector, into.len())?;
-        let mut bufs = lend_mut(into.slices()).ok_or(Refusal::Io)?;
+        let mut bufs = io_slices_mut(into.slices()).ok_or(Refusal::Io)?;
         self.disk.read_at(offset, &mut bufs).map_err(refusal)?;
         Ok(into.len())
     }
@@ -73,7 +81,7 @@ impl Executor {
     fn write(&self, sector: u64, from: &Buffers<'_>) -> Result<u64, Refusal> {
         self.writable()?;
         let offset = self.locate(sector, from.len())?;
-        self.disk.write_at(offset, &lend(from.slices())).map_err(refusal)?;
+        self.disk.write_at(offset, &io_slices(from.slices())).map_err(refusal)?;
         self.settle()
     }
 
@@ -98,10 +106,10 @@ impl Executor {
         self.settle()
     }
 
-    /// A driver that knows no flush expects each write to be durable when it completes
-    /// (virtio 5.2.6.2).
+    /// A driver that knows no flush, or has turned the cache to write through, expects each write to be
+    /// durable when it completes (virtio 5.2.6.2).
     fn settle(&self) -> Result<u64, Refusal> {
-        if !has(self.features, VIRTIO_BLK_F_FLUSH) {
+        if !has(self.features, VIRTIO_BLK_F_FLUSH) || !self.writeback.load(Ordering::Acquire) {
             self.disk.flush().map_err(refusal)?;
         }
         Ok(0)

@@ -12,6 +12,9 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::config::{MAX_RANGES, MAX_SECTORS};
+use super::request::SECTOR;
+use super::ring::Ring;
 use super::*;
 use crate::block::{BlockDevice, BlockExtent, check_range, total, total_mut};
 use crate::error::Result;
@@ -172,7 +175,8 @@ impl Bench {
         }
         let bell = Arc::clone(&self.bell) as Arc<dyn Interrupt>;
         let mut ring = Ring::new(0, self.queue(), Arc::clone(&self.memory), bell);
-        let executor = Executor::new(Arc::clone(&self.disk) as _, Id::new("ram"), self.features);
+        let executor =
+            Block::new(Arc::clone(&self.disk) as _, Id::new("ram"), 1).executor(self.features);
         ring.drain(&AtomicBool::new(false), |chain, memory| {
             parse(chain, memory).map(|request| executor.answer(request))
         })

@@ -17,15 +17,18 @@ mod config;
 mod execute;
 #[cfg(test)]
 mod hostile;
+mod net;
 mod request;
 mod ring;
+mod rng;
 mod worker;
 
 pub use block::{Block, Id};
-pub use config::{MAX_RANGES, MAX_SECTORS, MAX_SEGMENTS, QUEUE_SIZE};
 pub use execute::Executor;
-pub use request::{Buffers, Command, Extent, Refusal, Request, SECTOR, Unanswerable, parse};
-pub use ring::{Broken, Ring, drain};
+pub use net::{Frames, Link, MAX_FRAME, Mac, Net};
+pub use request::parse;
+pub use ring::{Broken, drain};
+pub use rng::Rng;
 
 /// The memory of a guest, mapped into this process.
 pub type Memory = GuestMemoryMmap<()>;
@@ -74,6 +77,9 @@ pub trait VirtioDevice: Send {
 
     /// Fills `data` from the configuration space at `offset`; zeroes past its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// The driver writes `data` to the configuration space at `offset`; what cannot be written stays.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// Takes over into the configuration space what has changed since.
     fn refresh(&mut self) {}

@@ -4,7 +4,6 @@
 //! Nothing here knows a disk. A chain is read once; what it says is checked for form alone, and all
 //! that is allocated is bounded by [`MAX_SEGMENTS`].
 
-use byteorder::{ByteOrder, LittleEndian};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -12,6 +11,8 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::Memory;
 use super::config::{MAX_RANGES, MAX_SEGMENTS};
@@ -19,10 +20,27 @@ use super::config::{MAX_RANGES, MAX_SEGMENTS};
 /// The unit of all positions and lengths in requests, in bytes, whatever the disk's block size.
 pub const SECTOR: u64 = 512;
 
-/// Length in bytes of a request's header: type, reserved, sector.
-const HEADER: usize = 16;
+/// What a request begins with (virtio 5.2.6, `virtio_blk_req`).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Header {
+    kind: U32,
+    reserved: U32,
+    sector: U64,
+}
+
+/// One range of a discard or write zeroes request (`virtio_blk_discard_write_zeroes`).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Segment {
+    sector: U64,
+    num_sectors: U32,
+    flags: U32,
+}
+
 /// Length in bytes of one range of a discard or write zeroes request.
-const RANGE: usize = 16;
+const RANGE: usize = size_of::<Segment>();
+const _: () = assert!(size_of::<Header>() == 16 && RANGE == 16);
 
 /// Why a request fails: the status byte that its driver gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -240,13 +258,12 @@ fn slices(memory: &Memory, address: u64, len: usize) -> Option<Vec<VolatileSlice
 }
 
 fn command<'m>(mut readable: Buffers<'m>, writable: Buffers<'m>) -> Result<Command<'m>, Refusal> {
-    let mut header = [0; HEADER];
-    if !readable.take_front(&mut header) {
+    let mut header = Header::new_zeroed();
+    if !readable.take_front(header.as_mut_bytes()) {
         return Err(Refusal::Io);
     }
-    let kind = u32_at(&header, 0);
-    let sector = u64_at(&header, 8);
-    match kind {
+    let sector = header.sector.get();
+    match header.kind.get() {
         VIRTIO_BLK_T_IN => Ok(Command::Read { sector, into: whole_sectors(writable)? }),
         VIRTIO_BLK_T_OUT => Ok(Command::Write { sector, from: whole_sectors(readable)? }),
         VIRTIO_BLK_T_FLUSH => Ok(Command::Flush),
@@ -275,20 +292,11 @@ fn ranges(mut buffers: Buffers<'_>) -> Result<Vec<Extent>, Refusal> {
     if !buffers.take_front(&mut bytes) {
         return Err(Refusal::Io);
     }
-    Ok(bytes
-        .chunks_exact(RANGE)
-        .map(|range| Extent {
-            sector: u64_at(range, 0),
-            sectors: u32_at(range, 8),
-            flags: u32_at(range, 12),
-        })
-        .collect())
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    LittleEndian::read_u32(&bytes[at..])
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    LittleEndian::read_u64(&bytes[at..])
+    let ranges = <[Segment]>::ref_from_bytes(&bytes).map_err(|_| Refusal::Io)?;
+    let extent = |range: &Segment| Extent {
+        sector: range.sector.get(),
+        sectors: range.num_sectors.get(),
+        flags: range.flags.get(),
+    };
+    Ok(ranges.iter().map(extent).collect())
 }

@@ -6,11 +6,22 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::execute::Executor;
-use super::request::parse;
+use virtio_queue::DescriptorChain;
+
+use super::request::Unanswerable;
 use super::ring::Ring;
 use super::{ActiveQueue, Interrupt, Memory};
 use crate::error::{Error, Result};
+
+/// What is done with each chain of a queue; it returns how many bytes it has written.
+pub(super) trait Serve: Send + 'static {
+    /// Serves one chain.
+    fn serve<'m>(
+        &mut self,
+        chain: DescriptorChain<&'m Memory>,
+        memory: &'m Memory,
+    ) -> std::result::Result<u32, Unanswerable>;
+}
 
 /// A running thread; it ends when this is stopped or dropped.
 pub(super) struct Worker {
@@ -20,25 +31,26 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Starts to serve `active`.
+    /// Starts to serve `active` in a thread of that name.
     pub(super) fn start(
+        name: &str,
         active: ActiveQueue,
         memory: Arc<Memory>,
-        executor: Executor,
+        serve: impl Serve,
         interrupt: Arc<dyn Interrupt>,
     ) -> Result<Worker> {
-        let failed = |error| Error::io("cannot start a disk's worker thread", error);
+        let failed = |error| Error::io("cannot start a device's worker thread", error);
         let ActiveQueue { index, queue, kick } = active;
         let stop = Arc::new(AtomicBool::new(false));
         let queue = Served {
             ring: Ring::new(index, queue, memory, Arc::clone(&interrupt)),
             kick: kick.try_clone().map_err(failed)?,
             stop: Arc::clone(&stop),
-            executor,
+            serve,
             alarm: Alarm(interrupt),
         };
         let thread = std::thread::Builder::new()
-            .name(format!("virtio-blk-{index}"))
+            .name(format!("{name}-{index}"))
             .spawn(move || queue.run())
             .map_err(failed)?;
         Ok(Worker { stop, kick, thread: Some(thread) })
@@ -50,8 +62,9 @@ impl Worker {
         // An eventfd refuses a write only when its counter is full: then the thread wakes anyway.
         let _ = self.kick.write(1);
         if let Some(thread) = self.thread.take() {
-            // A panic has been reported on stderr and to the driver by then.
-            let _ = thread.join();
+            // A panic has been reported on stderr and to the driver by then; tests are to fail of it.
+            let ended = thread.join();
+            debug_assert!(ended.is_ok(), "a device's thread died");
         }
     }
 }
@@ -73,15 +86,15 @@ impl Drop for Alarm {
     }
 }
 
-struct Served {
+struct Served<S> {
     ring: Ring,
     kick: EventFd,
     stop: Arc<AtomicBool>,
-    executor: Executor,
+    serve: S,
     alarm: Alarm,
 }
 
-impl Served {
+impl<S: Serve> Served<S> {
     fn run(mut self) {
         loop {
             match self.kick.read() {
@@ -92,10 +105,8 @@ impl Served {
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            let executor = &self.executor;
-            let served = self.ring.drain(&self.stop, |chain, memory| {
-                parse(chain, memory).map(|request| executor.answer(request))
-            });
+            let serve = &mut self.serve;
+            let served = self.ring.drain(&self.stop, |chain, memory| serve.serve(chain, memory));
             if served.is_err() {
                 return self.alarm.0.needs_reset();
             }

@@ -33,11 +33,15 @@ const REVISION: u32 = 1;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
-/// The interrupt for power events; none ever comes.
+/// The interrupt for power events, such as a press of the button.
 pub const POWER_IRQ: u16 = 9;
 
 /// There are ISA devices and a keyboard controller, no VGA and no real-time clock (ACPI 5.2.9.3).
 const BOOT_ARCHITECTURE: u16 = 1 | 1 << 1 | 1 << 2 | 1 << 5;
+/// The interrupt for power events is a level, and high: ISA interrupts are edges else (ACPI 5.2.12.5:
+/// type 2, length, bus ISA, source, number, flags).
+const POWER_IRQ_LEVEL: [u8; 10] =
+    [2, 10, 0, POWER_IRQ as u8, POWER_IRQ as u8, 0, 0, 0, 1 | 3 << 2, 0];
 /// There are two 8259 interrupt controllers too (ACPI 5.2.12).
 const HAS_PIC: u32 = 1;
 
@@ -50,6 +54,8 @@ pub struct Place {
     pub len: u64,
     /// Its interrupt line.
     pub irq: u32,
+    /// Whether other devices have the same line.
+    pub shared: bool,
 }
 
 /// Writes tables for this many processors and these devices.
@@ -102,6 +108,7 @@ fn madt(cpus: u8) -> Sdt {
         madt.append_slice(&bytes(&ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled)));
     }
     madt.append_slice(&bytes(&IoApic::new(0, IO_APIC, 0)));
+    madt.append_slice(&POWER_IRQ_LEVEL);
     madt
 }
 
@@ -111,7 +118,7 @@ fn fadt(dsdt: u64, facs: u64) -> impl Aml {
         .dsdt_64(dsdt)
         .firmware_ctrl_64(facs)
         .flag(Flags::Wbinvd)
-        .flag(Flags::PwrButton)
+        // A set flag says that there is no such button here: the power button is one.
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup);
     fadt.sci_int = POWER_IRQ.into();
@@ -159,7 +166,7 @@ fn virtio(number: usize, place: &Place) -> Result<Vec<u8>> {
     let base = u32::try_from(place.base).map_err(outside)?;
     let len = u32::try_from(place.len).map_err(outside)?;
     let registers = Memory32Fixed::new(true, base, len);
-    let interrupt = Interrupt::new(true, true, false, false, place.irq);
+    let interrupt = Interrupt::new(true, true, false, place.shared, place.irq);
     let id = Name::new("_HID".into(), &"LNRO0005");
     let unique = Name::new("_UID".into(), &(number as u32));
     let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&registers, &interrupt]));
@@ -185,7 +192,7 @@ mod tests {
     #[test]
     fn each_table_has_its_checksum_and_the_root_leads_to_all() {
         let memory = super::super::memory::allocate(16 << 20).unwrap();
-        let place = Place { base: 0xd000_0000, len: 0x1000, irq: 5 };
+        let place = Place { base: 0xd000_0000, len: 0x1000, irq: 5, shared: false };
         write(&memory, 1, &[place, Place { base: 0xd000_1000, irq: 6, ..place }]).unwrap();
         let root = read(&memory, ROOT, 36);
         assert_eq!((&root[..8], sum(&root[..20]), sum(&root)), (&b"RSD PTR "[..], 0, 0));
@@ -212,7 +219,7 @@ mod tests {
     #[test]
     fn tables_that_do_not_fit_are_refused() {
         let memory = super::super::memory::allocate(16 << 20).unwrap();
-        let place = Place { base: 0xd000_0000, len: 0x1000, irq: 5 };
+        let place = Place { base: 0xd000_0000, len: 0x1000, irq: 5, shared: false };
         assert!(write(&memory, 1, &vec![place; 3000]).is_err());
         assert!(write(&memory, 1, &vec![place; 5000]).is_err());
         assert!(write(&memory, 1, &[Place { base: 1 << 32, ..place }]).is_err());

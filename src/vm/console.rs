@@ -4,6 +4,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -16,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::bus::BusDevice;
 use super::control::{Control, Ended};
+use super::power::Power;
 use crate::error::{Error, Result};
 
 /// First port.
@@ -62,14 +64,22 @@ impl SerialEvents for Events {
     }
 }
 
+/// Who listens besides the console's own file.
+type Listeners = Arc<Mutex<Vec<UnixStream>>>;
+
 /// Writes to a file that may be slow, and gives up when the guest is over.
 struct Output {
     file: OwnedFd,
     control: Arc<Control>,
+    listeners: Listeners,
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // One that does not keep up, or is gone, is no listener any more: the guest waits for none.
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.retain_mut(|listener| listener.write_all(bytes).is_ok());
+        drop(listeners);
         wait(&[(&self.file, PollFlags::POLLOUT), (self.control.wake(), PollFlags::POLLIN)])?;
         if self.control.over() {
             return Ok(bytes.len());
@@ -100,6 +110,7 @@ pub struct Console {
     serial: Mutex<Serial<Line, Events, Output>>,
     irq: EventFd,
     room: Arc<Room>,
+    listeners: Listeners,
 }
 
 impl Console {
@@ -109,12 +120,13 @@ impl Console {
         let irq = EventFd::new(EFD_CLOEXEC).map_err(failed)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let room = Arc::new(Room::from_flags(flags).map_err(|e| failed(e.into()))?);
+        let listeners = Listeners::default();
         let serial = Serial::with_events(
             Line(irq.try_clone().map_err(failed)?),
             Events { room: Arc::clone(&room) },
-            Output { file: output, control },
+            Output { file: output, control, listeners: Arc::clone(&listeners) },
         );
-        Ok(Console { serial: Mutex::new(serial), irq, room })
+        Ok(Console { serial: Mutex::new(serial), irq, room, listeners })
     }
 
     /// Signalled when the guest's interrupt is to be raised.
@@ -122,16 +134,26 @@ impl Console {
         &self.irq
     }
 
-    /// Feeds the port from `input` in a thread, until its end or the guest's. With `keys`, Ctrl-A x
-    /// ends the guest and Ctrl-A Ctrl-A is a Ctrl-A.
+    /// Lets a stream hear what is printed from now on, and type, until it is closed, does not keep up,
+    /// or the guest ends. There may be several.
+    pub fn attach(self: &Arc<Console>, stream: UnixStream, control: Arc<Control>) -> Result<()> {
+        let failed = |e| Error::io("cannot attach to the console", e);
+        stream.set_nonblocking(true).map_err(failed)?;
+        let typed = stream.try_clone().map_err(failed)?;
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).push(stream);
+        self.feed(typed.into(), None, control).map(drop)
+    }
+
+    /// Feeds the port from `input` in a thread, until its end or the guest's. With the power button as
+    /// `keys`, Ctrl-A x ends the guest, Ctrl-A p presses the button and Ctrl-A Ctrl-A is a Ctrl-A.
     pub fn feed(
         self: &Arc<Console>,
         input: OwnedFd,
-        keys: bool,
+        keys: Option<Arc<Power>>,
         control: Arc<Control>,
     ) -> Result<JoinHandle<()>> {
         let console = Arc::clone(self);
-        let escape = keys.then_some(Escape { pending: false });
+        let escape = keys.map(|power| Escape { pending: false, power });
         std::thread::Builder::new()
             .name("console".into())
             .spawn(move || {
@@ -205,6 +227,7 @@ impl BusDevice for Console {
 /// Finds the keys that are not for the guest.
 struct Escape {
     pending: bool,
+    power: Arc<Power>,
 }
 
 impl Escape {
@@ -222,6 +245,10 @@ impl Escape {
                     end = true;
                     false
                 }
+                (true, b'p') => {
+                    self.power.press();
+                    false
+                }
                 (true, ESCAPE) | (false, _) => true,
                 (true, _) => false,
             }
@@ -236,7 +263,8 @@ mod tests {
 
     #[test]
     fn ctrl_a_x_ends_the_guest_and_ctrl_a_twice_is_one() {
-        let mut escape = Escape { pending: false };
+        let control = Arc::new(Control::new().unwrap());
+        let mut escape = Escape { pending: false, power: Arc::new(Power::new(control)) };
         let mut bytes = b"a\x01\x01b\x01".to_vec();
         assert!(!escape.filter(&mut bytes));
         assert_eq!(bytes, b"a\x01b");

@@ -7,6 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use super::boot::Entry;
 use super::kvm_error;
 use crate::error::{Error, Result};
 use crate::virtio::Memory;
@@ -70,20 +71,23 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, place: Place) -> Result<()> {
     local_interrupts(vcpu, place)
 }
 
-/// Lets the first processor start at `entry` with the address of the boot parameters in rsi.
-pub fn start(vcpu: &VcpuFd, memory: &Memory, entry: u64, boot_params: u64) -> Result<()> {
+/// Lets the first processor start at `entry`.
+pub fn start(vcpu: &VcpuFd, memory: &Memory, entry: Entry) -> Result<()> {
     tables(memory).map_err(|e| Error::invalid(format!("no memory for page tables: {e}")))?;
     let mut sregs = vcpu.get_sregs().map_err(|e| kvm_error("read system registers", e))?;
-    long_mode(&mut sregs);
-    vcpu.set_sregs(&sregs).map_err(|e| kvm_error("set system registers", e))?;
-    let regs = kvm_regs {
-        rflags: 2,
-        rip: entry,
-        rsp: STACK,
-        rbp: STACK,
-        rsi: boot_params,
-        ..Default::default()
+    let information = entry.information();
+    let start = kvm_regs { rflags: 2, rsp: STACK, rbp: STACK, ..Default::default() };
+    let regs = match entry {
+        Entry::Linux(rip) => {
+            long_mode(&mut sregs);
+            kvm_regs { rip, rsi: information, ..start }
+        }
+        Entry::Pvh(rip) => {
+            protected_mode(&mut sregs);
+            kvm_regs { rip, rbx: information, rsp: 0, rbp: 0, ..start }
+        }
     };
+    vcpu.set_sregs(&sregs).map_err(|e| kvm_error("set system registers", e))?;
     vcpu.set_regs(&regs).map_err(|e| kvm_error("set registers", e))
 }
 
@@ -195,6 +199,16 @@ fn long_mode(sregs: &mut kvm_sregs) {
     sregs.cr3 = PML4;
     sregs.cr4 = CR4_PAE;
     sregs.efer = EFER_LONG_MODE;
+}
+
+/// Protected mode with flat segments, paging off: as PVH asks for it.
+fn protected_mode(sregs: &mut kvm_sregs) {
+    long_mode(sregs);
+    sregs.cs = kvm_segment { l: 0, db: 1, ..code() };
+    sregs.cr0 = CR0_PROTECTED | CR0_EXTENSION_TYPE;
+    sregs.cr3 = 0;
+    sregs.cr4 = 0;
+    sregs.efer = 0;
 }
 
 /// A flat segment over 4 GiB.

@@ -127,6 +127,6 @@ mod tests {
         assert_eq!(read(DATA), 0x42);
         assert!(!control.over());
         controller.write(COMMAND, &[RESET]);
-        assert_eq!(control.wait().unwrap(), Ended::Reset);
+        assert_eq!(control.wait(|| {}).unwrap(), Ended::Reset);
     }
 }

@@ -11,8 +11,8 @@ use nix::libc::{EAGAIN, EINTR, c_int, c_void, siginfo_t};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use super::acpi::Place;
-use super::boot::BOOT_PARAMS;
+use super::acpi::{POWER_IRQ, Place};
+use super::boot::Entry;
 use super::bus::Bus;
 use super::console::{self, Console};
 use super::control::{Control, Ended};
@@ -32,6 +32,7 @@ pub struct Parts {
     ports: Bus,
     registers: Bus,
     console: Arc<Console>,
+    power: Arc<power::Power>,
     transports: Vec<Slot>,
 }
 
@@ -52,9 +53,15 @@ impl Parts {
         ports.insert(console::BASE, console::LEN, Arc::clone(&console) as _)?;
         let controller = i8042::Controller::new(Arc::clone(control));
         ports.insert(i8042::BASE, i8042::LEN, Arc::new(controller))?;
-        let power = power::Power::new(Arc::clone(control));
-        ports.insert(power::BASE, power::LEN, Arc::new(power))?;
-        Ok(Parts { memory, ports, registers: Bus::default(), console, transports: Vec::new() })
+        let power = Arc::new(power::Power::new(Arc::clone(control)));
+        ports.insert(power::BASE, power::LEN, Arc::clone(&power) as _)?;
+        let registers = Bus::default();
+        Ok(Parts { memory, ports, registers, console, power, transports: Vec::new() })
+    }
+
+    /// The power button.
+    pub fn power(&self) -> Arc<power::Power> {
+        Arc::clone(&self.power)
     }
 
     /// The devices with their registers, in the order in which they were added.
@@ -64,7 +71,13 @@ impl Parts {
 
     /// Where the devices are.
     pub fn places(&self) -> Vec<Place> {
-        let place = |slot: &Slot| Place { base: slot.base, len: mmio::LEN, irq: slot.irq };
+        let users = |irq| self.transports.iter().filter(|slot| slot.irq == irq).count();
+        let place = |slot: &Slot| Place {
+            base: slot.base,
+            len: mmio::LEN,
+            irq: slot.irq,
+            shared: users(slot.irq) > 1,
+        };
         self.transports.iter().map(place).collect()
     }
 
@@ -83,27 +96,36 @@ impl Parts {
 pub struct Machine {
     // Fields are dropped in order: KVM lets go of the guest's memory before it is unmapped.
     vcpus: Vec<VcpuFd>,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     parts: Parts,
 }
 
 impl Machine {
     /// Puts the parts together with `count` processors; the first starts at `entry`.
-    pub fn new(kvm: &Kvm, parts: Parts, count: u8, entry: u64) -> Result<Machine> {
+    pub fn new(kvm: &Kvm, parts: Parts, count: u8, entry: Entry) -> Result<Machine> {
         let vm = kvm.create_vm().map_err(|e| kvm_error("make a virtual machine", e))?;
+        let vm = Arc::new(vm);
         map_memory(&vm, &parts.memory)?;
         vm.set_tss_address(TASK_STATE).map_err(|e| kvm_error("place the task state", e))?;
         vm.create_irq_chip().map_err(|e| kvm_error("make interrupt controllers", e))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(|e| kvm_error("make a timer", e))?;
         connect(&vm, &parts)?;
+        // The buttons' registers are among the parts, which outlive the machine.
+        let line = Arc::downgrade(&vm);
+        parts.power.connect(Box::new(move |up| {
+            if let Some(vm) = line.upgrade() {
+                // A guest that is gone hears nothing.
+                let _ = vm.set_irq_line(POWER_IRQ.into(), up);
+            }
+        }));
         let mut vcpus = Vec::new();
         for index in 0..count {
             let made = vm.create_vcpu(index.into());
             let vcpu = made.map_err(|e| kvm_error("make a processor", e))?;
             cpu::prepare(kvm, &vcpu, cpu::Place { index, count })?;
             if index == 0 {
-                cpu::start(&vcpu, &parts.memory, entry, BOOT_PARAMS)?;
+                cpu::start(&vcpu, &parts.memory, entry)?;
             }
             vcpus.push(vcpu);
         }
@@ -117,6 +139,7 @@ impl Machine {
         let parts = Arc::new(parts);
         register_signal_handler(SIGRTMIN(), leave_guest)
             .map_err(|e| failed(std::io::Error::from(e)))?;
+        control.runs(vcpus.len());
         let mut threads = Vec::new();
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let runner = Runner { vcpu, parts: Arc::clone(&parts), control: Arc::clone(control) };
@@ -126,7 +149,13 @@ impl Machine {
                 Err(error) => control.end(Err(failed(error))),
             }
         }
-        let ended = control.wait();
+        let nudge = || {
+            for thread in &threads {
+                // One that has ended needs no signal.
+                let _ = thread.kill(SIGRTMIN());
+            }
+        };
+        let ended = control.wait(nudge);
         threads.into_iter().for_each(join);
         parts.transports.iter().for_each(|slot| slot.transport.stop());
         drop(vm);
@@ -194,7 +223,11 @@ struct Runner {
 impl Runner {
     fn run(mut self) {
         let _alarm = Alarm(Arc::clone(&self.control));
-        while !self.control.over() {
+        loop {
+            self.control.gate();
+            if self.control.over() {
+                return;
+            }
             match self.step() {
                 Ok(None) => {}
                 Ok(Some(ended)) => self.control.end(Ok(ended)),

@@ -6,7 +6,6 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use byteorder::{ByteOrder, LittleEndian};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -328,19 +327,21 @@ impl BusDevice for Transport {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if offset >= CONFIG {
             state.device.read_config(offset - CONFIG, data);
-        } else if data.len() == 4 {
-            LittleEndian::write_u32(data, self.register(&state, offset));
-        } else {
-            // Registers are 32 bits wide (virtio 4.2.2.2).
-            data.fill(0);
+            return;
+        }
+        // Registers are 32 bits wide (virtio 4.2.2.2).
+        match <&mut [u8; 4]>::try_from(&mut *data) {
+            Ok(register) => *register = self.register(&state, offset).to_le_bytes(),
+            Err(_) => data.fill(0),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // Nothing in a block device's configuration space can be written.
-        if offset < CONFIG && data.len() == 4 {
-            self.set_register(&mut state, offset, LittleEndian::read_u32(data));
+        if offset >= CONFIG {
+            state.device.write_config(offset - CONFIG, data);
+        } else if let Ok(register) = <[u8; 4]>::try_from(data) {
+            self.set_register(&mut state, offset, u32::from_le_bytes(register));
         }
     }
 }

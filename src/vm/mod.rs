@@ -10,7 +10,7 @@ use kvm_ioctls::Kvm;
 
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
-use crate::virtio::{Block, Id, VirtioDevice};
+use crate::virtio::{Block, Id, Net, Rng, VirtioDevice};
 
 mod acpi;
 mod boot;
@@ -18,31 +18,44 @@ mod bus;
 mod console;
 mod control;
 mod cpu;
+mod handle;
+#[cfg(any(test, feature = "internals"))]
+mod hostile;
 mod i8042;
 mod machine;
 mod memory;
 mod mmio;
+mod network;
 mod power;
 mod terminal;
 
-pub use bus::{Bus, BusDevice};
+pub use boot::Source;
 pub use console::Streams;
-pub use control::{Control, Ended};
-pub use memory::MIN_SIZE;
-pub use mmio::{LEN as TRANSPORT_LEN, Transport};
+use control::Control;
+pub use control::Ended;
+pub use handle::Handle;
+#[cfg(any(test, feature = "internals"))]
+pub use hostile::drive;
+pub use network::{Network, tap, user};
 
 use boot::Payload;
 use console::Console;
 use machine::{Machine, Parts};
+use mmio::Transport;
+use power::Power;
 
-/// Interrupt lines for disks: those that nothing on a PC without devices uses.
-const DISK_IRQS: [u32; 9] = [5, 6, 7, 10, 11, 12, 14, 15, 3];
+/// Interrupt lines for devices: those that nothing on a PC without devices uses, the eight of which only
+/// an I/O APIC knows last. Where there are more devices than lines, some share one.
+const DEVICE_IRQS: [u32; 17] = [5, 6, 7, 10, 11, 12, 14, 15, 3, 16, 17, 18, 19, 20, 21, 22, 23];
 
-/// The most disks that a guest can have.
-pub const MAX_DISKS: usize = DISK_IRQS.len();
+/// The most disks that a guest can have: /dev/vda to /dev/vdz.
+pub const MAX_DISKS: usize = 26;
+
+/// The most queues that a disk can have.
+pub const MAX_QUEUES: u16 = 32;
 
 /// The most processors that a guest can have.
-pub const MAX_CPUS: u8 = 64;
+pub const MAX_CPUS: u8 = 32;
 
 /// A disk for a guest.
 pub struct Disk {
@@ -55,17 +68,21 @@ pub struct Disk {
 /// What a guest is made of.
 pub struct Config {
     /// An ELF or bzImage kernel file.
-    pub kernel: std::path::PathBuf,
+    pub kernel: Source,
     /// An initial RAM disk.
-    pub initrd: Option<std::path::PathBuf>,
+    pub initrd: Option<Source>,
     /// What the kernel's command line holds beside the disks, which are put before it.
     pub command_line: String,
     /// Number of processors, from 1 to [`MAX_CPUS`].
     pub cpus: u8,
-    /// RAM in bytes: whole pages, [`MIN_SIZE`] at least.
+    /// RAM in bytes: whole pages, 16 MiB at least.
     pub memory: u64,
     /// The disks in order: /dev/vda, /dev/vdb, … in a Linux guest.
     pub disks: Vec<Disk>,
+    /// Queues of each disk, from 1 to [`MAX_QUEUES`]; each is served by a thread.
+    pub queues: u16,
+    /// A network card.
+    pub network: Option<Network>,
     /// The serial console. An input that is a terminal is put into raw mode while the guest runs.
     pub console: Streams,
 }
@@ -76,6 +93,7 @@ pub struct Guest {
     disks: Vec<Arc<dyn BlockDevice>>,
     devices: Vec<Arc<Transport>>,
     console: Arc<Console>,
+    power: Arc<Power>,
     input: OwnedFd,
     control: Arc<Control>,
 }
@@ -89,6 +107,9 @@ impl Guest {
                 config.disks.len()
             )));
         }
+        if config.queues == 0 || config.queues > MAX_QUEUES {
+            return Err(Error::invalid(format!("a disk can have 1 to {MAX_QUEUES} queues")));
+        }
         let kvm = open_kvm()?;
         let most = kvm.get_max_vcpus().min(MAX_CPUS.into());
         if config.cpus == 0 || usize::from(config.cpus) > most {
@@ -101,28 +122,27 @@ impl Guest {
         let memory = Arc::new(memory::allocate(config.memory)?);
         let console = Arc::new(Console::new(config.console.output, Arc::clone(&control))?);
         let mut parts = Parts::new(Arc::clone(&memory), Arc::clone(&console), &control)?;
+        let disks: Vec<_> = config.disks.iter().map(|disk| Arc::clone(&disk.device)).collect();
+        let made = devices(config.disks, config.queues, config.network);
         let mut line = String::new();
-        let mut disks = Vec::new();
-        for (disk, irq) in config.disks.into_iter().zip(DISK_IRQS) {
-            disks.push(Arc::clone(&disk.device));
-            let block: Box<dyn VirtioDevice> =
-                Box::new(Block::new(disk.device, Id::new(&disk.id), 1));
-            let transport = Transport::new(block, Arc::clone(&memory))?;
+        for (device, irq) in made.into_iter().zip(DEVICE_IRQS.into_iter().cycle()) {
+            let transport = Transport::new(device, Arc::clone(&memory))?;
             line.push_str(&parts.add_device(transport, irq)?);
             line.push(' ');
         }
         line.push_str(&config.command_line);
         let payload = Payload { kernel: config.kernel, initrd: config.initrd, command_line: line };
         acpi::write(&memory, config.cpus, &parts.places())?;
-        let entry = boot::load(&memory, &payload)?;
-        let devices = parts.transports();
+        let entry = boot::load(&memory, payload)?;
+        let (devices, power) = (parts.transports(), parts.power());
         let machine = Machine::new(&kvm, parts, config.cpus, entry)?;
-        Ok(Guest { machine, disks, devices, console, input: config.console.input, control })
+        Ok(Guest { machine, disks, devices, console, power, input: config.console.input, control })
     }
 
-    /// What ends the guest from outside, from any thread.
-    pub fn control(&self) -> Arc<Control> {
-        Arc::clone(&self.control)
+    /// What steers the guest from outside, from any thread.
+    pub fn handle(&self) -> Handle {
+        let (control, power) = (Arc::clone(&self.control), Arc::clone(&self.power));
+        Handle::new(control, power, Arc::clone(&self.console))
     }
 
     /// What tells the guest that its disk number `disk`, from 0, has another size; from any thread,
@@ -140,7 +160,7 @@ impl Guest {
     /// it was.
     pub fn run(self) -> Result<Ended> {
         let raw = terminal::Raw::take(self.input.as_fd())?;
-        let keys = raw.is_some();
+        let keys = raw.is_some().then(|| Arc::clone(&self.power));
         let feeder = self.console.feed(self.input, keys, Arc::clone(&self.control));
         let ended = match &feeder {
             Ok(_) => self.machine.run(&self.control),
@@ -156,6 +176,19 @@ impl Guest {
         flushed.into_iter().collect::<Result<()>>()?;
         Ok(ended)
     }
+}
+
+/// The disks first, in their order: their places stay whatever else there is.
+fn devices(disks: Vec<Disk>, queues: u16, network: Option<Network>) -> Vec<Box<dyn VirtioDevice>> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for disk in disks {
+        devices.push(Box::new(Block::new(disk.device, Id::new(&disk.id), queues)));
+    }
+    devices.push(Box::new(Rng::default()));
+    if let Some(Network { mac, link, frames }) = network {
+        devices.push(Box::new(Net::new(mac, link, frames)));
+    }
+    devices
 }
 
 fn flush(disk: &dyn BlockDevice) -> Result<()> {

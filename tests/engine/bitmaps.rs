@@ -5,10 +5,11 @@ use std::process::Command;
 use std::sync::Arc;
 
 use vdisk::ErrorKind;
-use vdisk::block::BlockDevice;
-use vdisk::chain::{Chain, Format};
-use vdisk::image::Image as _;
-use vdisk::qcow2::{BitmapInfo, Image, OpenOptions};
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::image::Image as _;
+use vdisk::internals::open::Format;
+use vdisk::internals::qcow2::{BitmapInfo, Image, OpenOptions};
 
 use crate::internal::{WRITABLE, new_file, open_file, qemu_finds_it_clean, qemu_img};
 use crate::require::{Need, have};
@@ -113,7 +114,7 @@ fn a_writer_that_stops_leaves_its_bitmaps_inconsistent() {
     drop(image(&path));
     assert!(std::fs::read(&path).unwrap() == before, "opening it alone changes nothing");
     let stopped = image(&path);
-    stopped.discard(vdisk::addr::GuestOffset(0), 65536, false).unwrap();
+    stopped.discard(vdisk::internals::addr::GuestOffset(0), 65536, false).unwrap();
     stopped.flush().unwrap();
     std::mem::forget(stopped);
     let found = info(&path);

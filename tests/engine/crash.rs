@@ -5,13 +5,14 @@ use std::io::IoSlice;
 use std::process::Command;
 use std::sync::Arc;
 
-use vdisk::addr::Unit;
-use vdisk::block::BlockDevice;
-use vdisk::chain::{Chain, Format, Layer};
-use vdisk::formats::raw;
-use vdisk::image::{Backing, Image};
-use vdisk::qcow2::{self, CreateOptions, OpenOptions, Repair};
-use vdisk::storage::{FileStorage, MemoryStorage, Storage};
+use vdisk::internals::addr::Unit;
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::{Chain, Layer};
+use vdisk::internals::formats::raw;
+use vdisk::internals::image::{Backing, Image};
+use vdisk::internals::open::Format;
+use vdisk::internals::qcow2::{self, CreateOptions, OpenOptions, Repair};
+use vdisk::internals::storage::{FileStorage, MemoryStorage, Storage};
 
 use crate::dice::{Budget, Confess, Dice, rounds, seed};
 use crate::model::{Model, Op, pattern, random_op, read};

@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use vdisk::addr::Unit;
-use vdisk::image::Backing;
-use vdisk::qcow2::{self, CreateOptions, DataFile};
-use vdisk::storage::MemoryStorage;
+use vdisk::internals::addr::Unit;
+use vdisk::internals::image::Backing;
+use vdisk::internals::qcow2::{self, CreateOptions, DataFile};
+use vdisk::internals::storage::MemoryStorage;
 
 use crate::crash::{Start, Story, disk, play, verify};
 use crate::dice::{Dice, rounds};

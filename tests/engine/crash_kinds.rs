@@ -6,10 +6,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use vdisk::Result;
-use vdisk::addr::{GuestOffset, Unit};
-use vdisk::image::Image as _;
-use vdisk::qcow2::{self, Compression, CreateOptions, Image, OpenOptions};
-use vdisk::storage::MemoryStorage;
+use vdisk::internals::addr::{GuestOffset, Unit};
+use vdisk::internals::image::{Compress as _, Image as _};
+use vdisk::internals::qcow2::{self, Compression, CreateOptions, Image, OpenOptions};
+use vdisk::internals::storage::MemoryStorage;
 
 use crate::crash::{Start, Story, verify};
 use crate::dice::{Dice, rounds};

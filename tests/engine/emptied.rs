@@ -4,9 +4,9 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 use std::sync::Mutex;
 
-use vdisk::addr::Unit;
-use vdisk::qcow2::{self, CreateOptions, Image, Repair};
-use vdisk::storage::{MemoryStorage, Storage};
+use vdisk::internals::addr::Unit;
+use vdisk::internals::qcow2::{self, CreateOptions, Image, Repair};
+use vdisk::internals::storage::{MemoryStorage, Step as At, Storage};
 use vdisk::{Error, Result};
 
 use crate::dice::{Confess, Dice, seed};
@@ -93,7 +93,7 @@ fn an_image_with_a_snapshot_is_emptied_around_it() {
 /// Memory that fails every write from the step on that it waits for.
 struct FailsAt {
     now: MemoryStorage,
-    step: &'static str,
+    step: At,
     failing: Mutex<bool>,
 }
 
@@ -113,6 +113,10 @@ impl Storage for FailsAt {
     fn set_len(&self, len: u64) -> Result<()> {
         self.check()?;
         self.now.set_len(len)
+    }
+
+    fn is_fixed(&self) -> bool {
+        self.now.is_fixed()
     }
 
     fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
@@ -139,12 +143,12 @@ impl Storage for FailsAt {
         self.now.sync()
     }
 
-    fn about_to(&self, step: &'static str) {
+    fn about_to(&self, step: At) {
         *self.failing.lock().unwrap() |= step == self.step;
     }
 }
 
-fn failing_at(step: &'static str, file: Vec<u8>) -> Arc<FailsAt> {
+fn failing_at(step: At, file: Vec<u8>) -> Arc<FailsAt> {
     Arc::new(FailsAt { now: MemoryStorage::new(file), step, failing: Mutex::new(false) })
 }
 
@@ -152,16 +156,16 @@ fn failing_at(step: &'static str, file: Vec<u8>) -> Arc<FailsAt> {
 fn an_image_that_could_not_be_emptied_at_any_step_opens_again() {
     let mut dice = Dice::new(11);
     let (storage, _) = filled(12, &mut dice);
-    let steps = ["l1_update", "empty_image_prepare", "reftable_update", "refblock_alloc"];
+    let steps = [At::WriteRoot, At::ClearFirstTables, At::ReplaceCountTable, At::NewCounts];
     for step in steps {
         let broken = failing_at(step, bytes(&*storage));
         let mut image = Image::open(broken.clone(), WRITABLE).unwrap();
         let error = image.make_empty().unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(5), "{step}: {error}");
+        assert_eq!(error.raw_os_error(), Some(5), "{step:?}: {error}");
         drop(image);
         let after: Arc<dyn Storage> = Arc::new(MemoryStorage::new(broken.now.to_vec()));
         let image = Image::open(after.clone(), WRITABLE).unwrap();
-        assert!(image.check(Repair::None).unwrap().is_clean(), "{step}");
+        assert!(image.check(Repair::None).unwrap().is_clean(), "{step:?}");
     }
 }
 
@@ -171,7 +175,7 @@ fn a_snapshot_whose_clusters_cannot_be_freed_leaves_leaks() {
     let mut dice = Dice::new(12);
     let (storage, old) = filled(12, &mut dice);
     take(&storage, &Step::Create("gone".into())).unwrap();
-    let broken = failing_at("cluster_free", bytes(&*storage));
+    let broken = failing_at(At::Free, bytes(&*storage));
     let failing: Arc<dyn Storage> = broken.clone();
     let error = take(&failing, &Step::Delete("1".into())).unwrap_err();
     assert_eq!(error.message(), qcow2::OLD_TABLE_LEAKED);

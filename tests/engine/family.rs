@@ -5,12 +5,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use vdisk::ErrorKind;
-use vdisk::addr::Unit;
-use vdisk::chain::merge::Wishes;
-use vdisk::chain::plan::{Keeping, Plan, Undoable};
-use vdisk::chain::{self, Base, OpenOptions, merge, snapshot};
-use vdisk::image::Role;
-use vdisk::qcow2::CreateOptions;
+use vdisk::internals::addr::Unit;
+use vdisk::internals::change::merge::Wishes;
+use vdisk::internals::change::plan::{Keeping, Plan, Undoable};
+use vdisk::internals::change::{self, Base, merge, snapshot};
+use vdisk::internals::family;
+use vdisk::internals::image::Role;
+use vdisk::internals::open;
+use vdisk::internals::open::OpenOptions;
+use vdisk::internals::qcow2::CreateOptions;
 
 use crate::dice::{Dice, rounds};
 use crate::model::{Model, random_op};
@@ -109,7 +112,7 @@ impl Family {
 
     fn write(&mut self, dice: &mut Dice) {
         let cache = if dice.once_in(2) { 0 } else { 1 << 20 };
-        let disk = chain::open(&self.path, &OpenOptions { cache, ..OpenOptions::writable() });
+        let disk = change::open(&self.path, &OpenOptions { cache, ..OpenOptions::writable() });
         let disk = disk.unwrap();
         for _ in 0..dice.below(6) {
             let op = random_op(dice, self.head.model.size(), self.unit);
@@ -176,7 +179,7 @@ impl Family {
     fn merge(&mut self, name: &str, in_batches: bool) {
         let head_parent = self.parent(&self.head);
         let stood_on = !self.children(name).is_empty() || head_parent.as_deref() == Some(name);
-        let wishes = Wishes { in_batches, keeping: Keeping::NOTHING, in_use: false };
+        let wishes = Wishes { in_batches, keeping: Keeping::NOTHING, ..Wishes::default() };
         let plan = merge::plan_merge(&self.path, name, wishes);
         if !stood_on {
             assert_eq!(plan.unwrap_err().kind(), ErrorKind::Invalid);
@@ -207,7 +210,7 @@ impl Family {
     }
 
     fn forget(&mut self) {
-        if chain::tree::Family::read(&self.path).unwrap().is_some() {
+        if family::tree::Family::read(&self.path).unwrap().is_some() {
             carry_out(&snapshot::plan_forget(&self.path).unwrap());
         }
         self.set_before(None);
@@ -228,14 +231,14 @@ impl Family {
     }
 
     fn compare(&self) {
-        let disk = chain::open(&self.path, &OpenOptions::default()).unwrap();
+        let disk = change::open(&self.path, &OpenOptions::default()).unwrap();
         self.head.model.compare(&disk).unwrap();
         drop(disk);
         for (name, moment) in &self.snapshots {
             let disk = snapshot::open_at(&self.path, name, &OpenOptions::default()).unwrap();
             moment.model.compare(&disk).unwrap_or_else(|e| panic!("'{name}': {e}"));
         }
-        let family = chain::tree::Family::read(&self.path).unwrap();
+        let family = family::tree::Family::read(&self.path).unwrap();
         let members = family.iter().flat_map(|f| f.snapshots());
         let mut names: Vec<_> = members.map(|m| m.label.name.clone()).collect();
         names.sort();
@@ -249,17 +252,17 @@ impl Family {
         let mut models = [self.head.model.clone(), self.head.model.clone()];
         for (path, model) in clones.iter().zip(&mut models) {
             base.clone_to(path).unwrap();
-            let disk = chain::open(path, &OpenOptions::writable()).unwrap();
+            let disk = change::open(path, &OpenOptions::writable()).unwrap();
             for _ in 0..5 {
                 let op = random_op(dice, model.size(), self.unit);
                 model.apply(&disk, &op).unwrap();
             }
         }
         drop(base);
-        let refused = chain::open(&self.path, &OpenOptions::writable()).err().unwrap();
+        let refused = change::open(&self.path, &OpenOptions::writable()).err().unwrap();
         assert_eq!(refused.kind(), ErrorKind::Sealed);
         for (path, model) in clones.iter().zip(&models) {
-            let disk = chain::open(path, &OpenOptions::default()).unwrap();
+            let disk = change::open(path, &OpenOptions::default()).unwrap();
             model.compare(&disk).unwrap();
         }
         self.compare();
@@ -268,7 +271,7 @@ impl Family {
 
 /// How many layers have no name, and several layers that stand on them.
 fn shared_layers(path: &Path) -> usize {
-    let Some(family) = chain::tree::Family::read(path).unwrap() else { return 0 };
+    let Some(family) = family::tree::Family::read(path).unwrap() else { return 0 };
     let unnamed = family.layers.iter().filter(|m| m.label.role == Role::Unnamed);
     unnamed.filter(|m| family.children(m.label.layer).len() > 1).count()
 }
@@ -282,7 +285,7 @@ fn round(dice: &mut Dice, with_qemu: bool) {
         extended_l2: bits >= 14 && dice.once_in(2),
         ..CreateOptions::new((dice.below(16) + 8) << bits.max(11))
     };
-    chain::create(&path, &options).unwrap();
+    open::create(&path, &options).unwrap();
     let head = Moment { model: Model::new(options.size), parent: None };
     let mut family =
         Family { path, unit: 1 << bits, head, snapshots: BTreeMap::new(), taken: 0, before: None };
@@ -311,4 +314,30 @@ fn round(dice: &mut Dice, with_qemu: bool) {
 fn snapshots_and_clones_read_as_the_moments_that_they_were_taken() {
     let with_qemu = have_qemu();
     rounds(8, |dice| round(dice, with_qemu));
+}
+
+/// The clock decided which event was the last one: set back, it brought back an older delete.
+#[test]
+fn an_undo_brings_back_what_was_dropped_last_whatever_the_clock_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    open::create(&path, &CreateOptions::new(1 << 20)).unwrap();
+    for name in ["a", "b"] {
+        snapshot::create(&path, name, "").unwrap();
+    }
+    snapshot::delete(&path, "b", false).unwrap();
+    // As if that had been done when the clock was a year ahead.
+    let tree = family::tree::Family::of(&path).unwrap();
+    for member in tree.members().filter(|m| m.label.kept.is_some()) {
+        let options = OpenOptions { unprotected: true, ..OpenOptions::writable() };
+        let layer = open::open_image(&member.path, &options).unwrap();
+        let mut identity = layer.image.identity().unwrap();
+        let kept = identity.label.as_mut().and_then(|label| label.kept.as_mut()).unwrap();
+        kept.since += 365 * 86_400_000;
+        kept.until += 365 * 86_400_000;
+        layer.image.set_identity(&identity).unwrap();
+    }
+    snapshot::delete(&path, "a", false).unwrap();
+    let plan = snapshot::plan_undo(&path, None).unwrap();
+    assert_eq!(plan.snapshots, ["a"]);
 }

@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use vdisk::addr::{GuestOffset, Unit};
-use vdisk::image::Image as _;
-use vdisk::qcow2::{self, Amend, CreateOptions, Image, NewSnapshot, OpenOptions};
-use vdisk::storage::{MemoryStorage, Storage};
+use vdisk::internals::addr::{GuestOffset, Unit};
+use vdisk::internals::image::{Compress as _, Image as _};
+use vdisk::internals::qcow2::{self, Amend, CreateOptions, Image, NewSnapshot, OpenOptions};
+use vdisk::internals::storage::{MemoryStorage, Storage};
 use vdisk::{ErrorKind, Result};
 
 use crate::dice::{Dice, rounds};

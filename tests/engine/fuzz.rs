@@ -77,9 +77,18 @@ fn foreign_formats() {
         flate2::read::GzDecoder::new(packed).read_to_end(&mut bytes).unwrap();
         bytes
     };
-    let names = ["sparse.vmdk", "stream.vmdk", "dynamic.vhd", "fixed.vhd", "dynamic.vdi"];
+    let names = [
+        "sparse.vmdk",
+        "stream.vmdk",
+        "dynamic.vhd",
+        "fixed.vhd",
+        "dynamic.vdi",
+        "packed.qcow",
+        "table.qed",
+        "table.parallels",
+    ];
     let seeds = names.map(|name| unpacked(&format!("{name}.gz")));
-    rounds(2, |dice| {
+    rounds(3, |dice| {
         let mut bytes = seeds[dice.below(seeds.len() as u64) as usize].clone();
         let area = dice.pick(&[600, 4096, 70_000]);
         mutation::scramble(&mut bytes, area, dice);

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vdisk::ErrorKind;
-use vdisk::addr::Unit;
-use vdisk::block::BlockDevice;
-use vdisk::chain::{Chain, Format};
-use vdisk::image;
-use vdisk::qcow2::{self, CreateOptions, OpenOptions, Repair};
-use vdisk::storage::{FileOptions, FileStorage, MemoryStorage, Storage};
+use vdisk::internals::addr::Unit;
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::image;
+use vdisk::internals::open::Format;
+use vdisk::internals::qcow2::{self, CreateOptions, OpenOptions, Repair};
+use vdisk::internals::storage::{FileOptions, FileStorage, MemoryStorage, Storage};
 
 use crate::crash::layer;
 use crate::dice::Dice;

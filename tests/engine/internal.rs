@@ -7,10 +7,10 @@ use std::process::Command;
 use std::sync::Arc;
 
 use vdisk::ErrorKind;
-use vdisk::addr::{GuestOffset, Unit};
-use vdisk::image::{Image as _, Mapping};
-use vdisk::qcow2::{self, CreateOptions, Image, NewSnapshot, OpenOptions, Repair};
-use vdisk::storage::{FileOptions, FileStorage, MemoryStorage, Storage};
+use vdisk::internals::addr::{GuestOffset, Unit};
+use vdisk::internals::image::{Image as _, Mapping};
+use vdisk::internals::qcow2::{self, CreateOptions, Image, NewSnapshot, OpenOptions, Repair};
+use vdisk::internals::storage::{FileOptions, FileStorage, MemoryStorage, Storage};
 
 use crate::dice::{Dice, rounds};
 use crate::model::{Model, random_op};
@@ -61,14 +61,14 @@ pub fn state(storage: &Arc<dyn Storage>) -> State {
 /// Writes at random.
 pub fn scribble(storage: &Arc<dyn Storage>, state: &mut State, unit: u64, dice: &mut Dice) {
     let image = Image::open(storage.clone(), WRITABLE).unwrap();
-    let layer = crate::crash::layer(Arc::new(image), vdisk::chain::Format::Qcow2);
-    let chain = vdisk::chain::Chain::new(layer, Vec::new(), 1 << 20);
+    let layer = crate::crash::layer(Arc::new(image), vdisk::internals::open::Format::Qcow2);
+    let chain = vdisk::internals::chain::Chain::new(layer, Vec::new(), 1 << 20);
     let mut model = Model { bytes: std::mem::take(&mut state.now) };
     for _ in 0..1 + dice.below(6) {
         let op = random_op(dice, model.size(), unit);
         model.apply(&chain, &op).unwrap();
     }
-    vdisk::block::BlockDevice::flush(&chain).unwrap();
+    vdisk::internals::block::BlockDevice::flush(&chain).unwrap();
     state.now = model.bytes;
 }
 

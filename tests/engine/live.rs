@@ -9,14 +9,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use vdisk::ErrorKind;
-use vdisk::addr::Unit;
-use vdisk::block::BlockDevice;
-use vdisk::chain::live::Live;
-use vdisk::chain::merge::Wishes;
-use vdisk::chain::plan::Keeping;
-use vdisk::chain::tree::Family;
-use vdisk::chain::{self, Chain, OpenOptions, snapshot};
-use vdisk::qcow2::CreateOptions;
+use vdisk::internals::addr::Unit;
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::change::DeleteWishes;
+use vdisk::internals::change::live::Live;
+use vdisk::internals::change::merge::Wishes;
+use vdisk::internals::change::plan::Keeping;
+use vdisk::internals::change::snapshot;
+use vdisk::internals::family::tree::Family;
+use vdisk::internals::open;
+use vdisk::internals::open::OpenOptions;
+use vdisk::internals::qcow2::CreateOptions;
 
 use crate::dice::{Budget, Confess, Dice, say_done, seed};
 use crate::model::{pattern, read};
@@ -112,7 +116,8 @@ impl Disk {
     }
 
     fn delete(&self, name: &str, keeping: Keeping) -> vdisk::Result<()> {
-        self.live.delete(name, (false, keeping), None, &mut |_, _| true)
+        let wishes = DeleteWishes { keeping, ..DeleteWishes::default() };
+        self.live.delete(name, wishes, None, &mut |_, _| true)
     }
 
     /// Takes back a deletion, or a merge; what was dropped before the disk was in use is not.
@@ -146,8 +151,9 @@ impl Disk {
     fn merge(&mut self, name: &str, dice: &mut Dice) {
         let stop_at = dice.once_in(3).then(|| dice.below(4));
         let mut told = 0;
-        let wishes = Wishes { in_batches: dice.once_in(2), keeping: keeping(dice), in_use: true };
-        let done = self.live.merge(name, wishes, (None, None), &mut |_, _| {
+        let (in_batches, keeping) = (dice.once_in(2), keeping(dice));
+        let wishes = Wishes { in_batches, keeping, in_use: true, ..Wishes::default() };
+        let done = self.live.merge(name, wishes, None, None, &mut |_, _| {
             told += 1;
             stop_at.is_none_or(|at| told <= at)
         });
@@ -157,7 +163,7 @@ impl Disk {
                 // Downwards it is no restore point any more; upwards it stands.
                 let family = Family::of(&self.path).unwrap();
                 if family.snapshot(name).is_err() {
-                    self.live.merge(name, wishes, (None, None), &mut |_, _| true).unwrap();
+                    self.live.merge(name, wishes, None, None, &mut |_, _| true).unwrap();
                     self.moments.remove(name);
                 }
             }
@@ -185,7 +191,7 @@ impl Disk {
                 self.moments.insert(new, moment);
             }
             (16, _) if dice.once_in(2) => {
-                self.live.forget(None, &mut |_, _| true).unwrap();
+                self.live.forget(false, None, &mut |_, _| true).unwrap();
                 self.deleted = None;
             }
             (16, _) => {
@@ -231,7 +237,7 @@ fn make(path: &Path, dice: &mut Dice, size: u64, bits: u32) -> (Vec<u8>, Vec<Str
     let extended_l2 = bits >= 14 && dice.once_in(2);
     let cluster = Unit::from_bits(bits);
     let options = CreateOptions { cluster, extended_l2, ..CreateOptions::new(size) };
-    chain::create(path, &options).unwrap();
+    open::create(path, &options).unwrap();
     let mut model = crate::model::Model::new(size);
     let mut names = Vec::new();
     for number in 0..dice.below(4) {

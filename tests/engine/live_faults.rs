@@ -1,19 +1,22 @@
 //! A snapshot of a disk in use whose host fails at each call, and crashes at each point: the disk
 //! shows what was written, or says that it cannot go on; what was flushed is there afterwards.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, OnceLock, Weak};
 
-use vdisk::addr::{GuestOffset, Unit};
-use vdisk::block::BlockDevice;
-use vdisk::chain::live::Live;
-use vdisk::chain::tree::Family;
-use vdisk::chain::{self, Chain, Layer, OpenOptions, snapshot};
-use vdisk::image::{Allocation, Backing, Details, Extent, Hold, Identity, Image};
-use vdisk::qcow2::CreateOptions;
+use vdisk::internals::addr::{GuestOffset, Unit};
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::{Chain, Layer};
+use vdisk::internals::change::live::Live;
+use vdisk::internals::change::snapshot;
+use vdisk::internals::family::tree::Family;
+use vdisk::internals::image::{Allocation, Extent, Filter, Identity, Image};
+use vdisk::internals::open;
+use vdisk::internals::open::OpenOptions;
+use vdisk::internals::qcow2::CreateOptions;
 use vdisk::{Error, ErrorKind, Result};
 
 use crate::dice::{Confess, Dice, seed};
@@ -47,50 +50,31 @@ impl Faulty {
     }
 }
 
-impl Image for Faulty {
-    fn size(&self) -> u64 {
-        self.inner.size()
+impl Filter for Faulty {
+    fn inner(&self) -> &dyn Image {
+        &*self.inner
     }
-    fn cluster(&self) -> Unit {
-        self.inner.cluster()
-    }
-    fn granularity(&self) -> Unit {
-        self.inner.granularity()
-    }
-    fn backing(&self) -> Option<Backing> {
-        self.inner.backing()
-    }
-    fn read_only(&self) -> bool {
-        false
-    }
-    fn hold(&self) -> Hold<'_> {
-        self.inner.hold()
-    }
-    fn map(&self, at: GuestOffset, len: u64) -> Result<Extent> {
-        self.inner.map(at, len)
-    }
-    fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
-        self.inner.read(extent, at, bufs)
-    }
+
     fn overwrite(&self, extent: &Extent, at: GuestOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
         self.spend()?;
         self.inner.overwrite(extent, at, bufs)
     }
+
     fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {
         self.spend()?;
         self.inner.prepare(at, len)
     }
+
     fn zero(&self, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
         self.spend()?;
         self.inner.zero(at, len, unmap)
     }
+
     fn discard(&self, at: GuestOffset, len: u64, expose: bool) -> Result<()> {
         self.spend()?;
         self.inner.discard(at, len, expose)
     }
-    fn identity(&self) -> Result<Identity> {
-        self.inner.identity()
-    }
+
     fn set_identity(&self, identity: &Identity) -> Result<()> {
         self.tell();
         self.spend()?;
@@ -98,9 +82,7 @@ impl Image for Faulty {
         self.tell();
         Ok(())
     }
-    fn details(&self) -> Option<Details> {
-        self.inner.details()
-    }
+
     fn flush(&self) -> Result<()> {
         self.tell();
         self.spend()?;
@@ -123,7 +105,7 @@ fn case(dice: &mut Dice, left: i64, for_good: bool) -> Case {
     let path = dir.path().join("disk.qcow2");
     let size = 40 << 12;
     let options = CreateOptions { cluster: Unit::from_bits(12), ..CreateOptions::new(size) };
-    chain::create(&path, &options).unwrap();
+    open::create(&path, &options).unwrap();
     let mut model = Model::new(size);
     let disk = open_patiently(&path, &OpenOptions::writable()).unwrap();
     (0..6).for_each(|_| model.apply(&disk, &random_op(dice, size, 1 << 12)).unwrap());
@@ -232,8 +214,8 @@ fn a_live_snapshot_that_fails_at_any_call_leaves_the_disk_as_it_was_written() {
 
 fn check_leaks_only(path: &Path) {
     let options = OpenOptions { unprotected: true, ..OpenOptions::default() };
-    let layer = chain::open_image(path, &options).unwrap();
-    let check = layer.image.check(vdisk::qcow2::Repair::None).unwrap();
+    let layer = open::open_image(path, &options).unwrap();
+    let check = layer.image.check(vdisk::internals::qcow2::Repair::None).unwrap();
     assert_eq!((check.corruptions, check.errors), (0, 0), "{}: {check:?}", path.display());
 }
 

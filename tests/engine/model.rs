@@ -3,7 +3,7 @@
 use std::io::{IoSlice, IoSliceMut};
 
 use vdisk::Result;
-use vdisk::block::BlockDevice;
+use vdisk::internals::block::BlockDevice;
 
 use crate::dice::Dice;
 
@@ -85,7 +85,7 @@ impl Model {
         for extent in &extents {
             assert_eq!(extent.offset, pos, "extents have no gaps");
             pos += extent.len;
-            if extent.status == vdisk::block::BlockStatus::Zero {
+            if extent.status == vdisk::internals::block::BlockStatus::Zero {
                 let part = &want[(extent.offset - at) as usize..(pos - at) as usize];
                 assert!(part.iter().all(|b| *b == 0), "{extent:?} is not zero");
             }

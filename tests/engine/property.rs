@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
-use vdisk::addr::Unit;
-use vdisk::chain::{self, Chain};
-use vdisk::image::Backing;
-use vdisk::luks::{self, Passphrase};
-use vdisk::qcow2::{self, CreateOptions, Encryption, Method, Preallocation};
-use vdisk::storage::{FileOptions, FileStorage, Storage};
+use vdisk::internals::addr::Unit;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::change;
+use vdisk::internals::image::Backing;
+use vdisk::internals::luks::{self, Passphrase};
+use vdisk::internals::open;
+use vdisk::internals::qcow2::{self, CreateOptions, Encryption, Method, Preallocation};
+use vdisk::internals::storage::{FileOptions, FileStorage, Storage};
 use vdisk::{ErrorKind, Result};
 
 use crate::dice::{Budget, Dice, seed};
@@ -106,7 +108,7 @@ impl Spec {
             format: Some(if raw { "raw" } else { "qcow2" }.to_owned()),
         });
         if self.is_raw(below.is_none()) {
-            return chain::create_raw(path, size, Preallocation::Off);
+            return open::create_raw(path, size, Preallocation::Off);
         }
         let options = CreateOptions {
             cluster: Unit::from_bits(self.cluster_bits),
@@ -119,8 +121,8 @@ impl Spec {
         };
         let raw = self.data == Data::Raw && below.is_none();
         match self.data {
-            Data::Own => chain::create(path, &options),
-            _ => chain::create_with_data(path, data_of(path).to_str().unwrap(), raw, options),
+            Data::Own => open::create(path, &options),
+            _ => open::create_with_data(path, &data_of(path), raw, options),
         }
     }
 
@@ -139,7 +141,7 @@ impl Spec {
 
     fn open(&self, path: &Path) -> Result<Chain> {
         let cache = if self.tiny_cache { 0 } else { 1 << 20 };
-        open_patiently(path, &chain::OpenOptions { cache, ..opening(false) })
+        open_patiently(path, &open::OpenOptions { cache, ..opening(false) })
     }
 
     /// Uses the disk at `path` at random, the model with it.
@@ -169,9 +171,10 @@ impl Spec {
     }
 }
 
-fn opening(read_only: bool) -> chain::OpenOptions {
+fn opening(read_only: bool) -> open::OpenOptions {
     let passphrase = Some(passphrase());
-    chain::OpenOptions { read_only, passphrase, ..chain::OpenOptions::default() }
+    // Data files have their full names, by which QEMU finds them from any directory.
+    open::OpenOptions { read_only, passphrase, follow: true, ..open::OpenOptions::default() }
 }
 
 /// The data file of the layer at `path`.
@@ -181,10 +184,10 @@ fn data_of(path: &Path) -> PathBuf {
 
 /// Opens a disk. A child that another test's thread is just starting holds our closed files, and
 /// with them their locks, until it has become another program.
-pub fn open_patiently(path: &Path, options: &chain::OpenOptions) -> Result<Chain> {
+pub fn open_patiently(path: &Path, options: &open::OpenOptions) -> Result<Chain> {
     let until = Instant::now() + Duration::from_secs(20);
     loop {
-        match chain::open(path, options) {
+        match change::open(path, options) {
             Err(e) if e.kind() == ErrorKind::InUse && Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(1));
             }

@@ -5,7 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use vdisk::storage::{MemoryStorage, Storage};
+use vdisk::internals::storage::{MemoryStorage, Storage};
 use vdisk::{Error, Result};
 
 use crate::dice::Dice;
@@ -84,6 +84,10 @@ impl Storage for Recorder {
 
     fn set_len(&self, len: u64) -> Result<()> {
         self.note(Event::SetLen(len), || self.now.set_len(len))
+    }
+
+    fn is_fixed(&self) -> bool {
+        self.now.is_fixed()
     }
 
     fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
@@ -282,6 +286,10 @@ impl Storage for Faulty {
     fn set_len(&self, len: u64) -> Result<()> {
         self.call(true)?;
         self.now.set_len(len)
+    }
+
+    fn is_fixed(&self) -> bool {
+        self.now.is_fixed()
     }
 
     fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use vdisk::addr::{GuestOffset, Unit};
-use vdisk::block::BlockDevice;
-use vdisk::chain::{Chain, Format};
-use vdisk::formats::raw;
-use vdisk::image::{Backing, Image as _};
-use vdisk::qcow2::{self, CreateOptions, Image, NewSnapshot, OpenOptions, Repair};
-use vdisk::storage::{MemoryStorage, Storage};
+use vdisk::internals::addr::{GuestOffset, Unit};
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::formats::raw;
+use vdisk::internals::image::{Backing, Compress as _, Image as _};
+use vdisk::internals::open::Format;
+use vdisk::internals::qcow2::{self, CreateOptions, Image, NewSnapshot, OpenOptions, Repair};
+use vdisk::internals::storage::{MemoryStorage, Storage};
 
 use crate::crash::layer;
 use crate::dice::{Dice, rounds};
@@ -94,7 +95,7 @@ fn scribble(storage: &Arc<MemoryStorage>, base: &Option<Vec<u8>>, unit: u64, dic
     chain.flush().unwrap();
 }
 
-fn below(base: &Option<Vec<u8>>) -> Vec<vdisk::chain::Layer> {
+fn below(base: &Option<Vec<u8>>) -> Vec<vdisk::internals::chain::Layer> {
     let open = |bytes: &Vec<u8>| {
         let storage = Arc::new(MemoryStorage::new(bytes.clone()));
         layer(Arc::new(raw::Image::open(storage, true).unwrap()), Format::Raw)
@@ -279,7 +280,7 @@ fn round(dice: &mut Dice, dir: &Path, with_qemu: bool) -> bool {
             return false;
         }
     };
-    let check = match vdisk::image::Image::check(&image, Repair::All) {
+    let check = match vdisk::internals::image::Checked::check(&image, Repair::All) {
         Ok(check) => check,
         Err(error) => {
             drop(image);
@@ -296,7 +297,7 @@ fn round(dice: &mut Dice, dir: &Path, with_qemu: bool) -> bool {
         panic!("{:#?}", check);
     }
     let image = Image::open(storage.clone(), WRITABLE).unwrap();
-    let again = vdisk::image::Image::check(&image, Repair::None).unwrap();
+    let again = vdisk::internals::image::Checked::check(&image, Repair::None).unwrap();
     assert!(again.is_clean(), "{again:#?}");
     drop(image);
     assert!(storage.to_vec() == file, "opening it changes nothing");

@@ -6,12 +6,13 @@ use std::process::Command;
 use std::sync::Arc;
 
 use vdisk::ErrorKind;
-use vdisk::addr::Unit;
-use vdisk::block::BlockDevice;
-use vdisk::chain::{Chain, Format};
-use vdisk::image::Image as _;
-use vdisk::qcow2::{self, Amend, CreateOptions, Image};
-use vdisk::storage::{MemoryStorage, Storage};
+use vdisk::internals::addr::Unit;
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::image::Image as _;
+use vdisk::internals::open::Format;
+use vdisk::internals::qcow2::{self, Amend, CreateOptions, Image};
+use vdisk::internals::storage::{MemoryStorage, Storage};
 
 use crate::crash::layer;
 use crate::dice::{Dice, rounds};

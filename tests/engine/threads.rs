@@ -5,11 +5,13 @@ use std::io::IoSlice;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vdisk::addr::Unit;
-use vdisk::block::BlockDevice;
-use vdisk::chain::{self, Chain};
-use vdisk::image::Backing;
-use vdisk::qcow2::CreateOptions;
+use vdisk::internals::addr::Unit;
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::change;
+use vdisk::internals::image::Backing;
+use vdisk::internals::open;
+use vdisk::internals::qcow2::CreateOptions;
 
 use crate::dice::{Budget, Confess, Dice, seed};
 use crate::model::{pattern, read};
@@ -87,8 +89,8 @@ fn make(dir: &Path, options: &CreateOptions, with_base: bool) -> Vec<u8> {
     if with_base {
         let base = dir.join("base");
         let shape = CreateOptions { cluster: Unit::from_bits(12), ..CreateOptions::new(size) };
-        chain::create(&base, &shape).unwrap();
-        let disk = open_patiently(&base, &chain::OpenOptions::writable()).unwrap();
+        open::create(&base, &shape).unwrap();
+        let disk = open_patiently(&base, &open::OpenOptions::writable()).unwrap();
         let data = pattern(0, size * 3 / 4, 77);
         disk.write_at(0, &[IoSlice::new(&data)]).unwrap();
         disk.flush().unwrap();
@@ -96,7 +98,7 @@ fn make(dir: &Path, options: &CreateOptions, with_base: bool) -> Vec<u8> {
         options.backing =
             Some(Backing { name: "base".to_owned(), format: Some("qcow2".to_owned()) });
     }
-    chain::create(&dir.join("disk"), &options).unwrap();
+    open::create(&dir.join("disk"), &options).unwrap();
     contents
 }
 
@@ -110,7 +112,7 @@ fn round(dice: &mut Dice, with_qemu: bool) {
     let options = CreateOptions { cluster, extended_l2, ..CreateOptions::new(size) };
     let contents = make(dir.path(), &options, dice.once_in(2));
     let cache = if dice.once_in(2) { 0 } else { 1 << 20 };
-    let open = chain::OpenOptions { cache, ..chain::OpenOptions::writable() };
+    let open = open::OpenOptions { cache, ..open::OpenOptions::writable() };
     let disk = open_patiently(&path, &open).unwrap();
 
     // Stripes that are no whole clusters: neighbours meet in nearly every cluster.
@@ -147,7 +149,7 @@ fn round(dice: &mut Dice, with_qemu: bool) {
     };
     all(&disk);
     drop(disk);
-    all(&open_patiently(&path, &chain::OpenOptions::default()).unwrap());
+    all(&open_patiently(&path, &open::OpenOptions::default()).unwrap());
     check_layer(&path, with_qemu).unwrap();
 }
 
@@ -164,4 +166,39 @@ fn threads_that_share_clusters_keep_each_others_bytes() {
         done += 1;
     }
     crate::dice::say_done(done, seed);
+}
+
+/// Clusters become free when nothing in the file refers to them any more, which a flush sees to. A guest
+/// that trims and writes and never flushes made its file grow without bound.
+#[test]
+fn a_guest_that_never_flushes_gets_what_it_freed_back() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    open::create(&path, &CreateOptions::new(64 * MIB)).unwrap();
+    let disk = change::open(&path, &open::OpenOptions::writable()).unwrap();
+    let data = pattern(7, MIB, 7);
+    std::thread::scope(|scope| {
+        for half in 0..2 {
+            let (disk, data) = (&disk, &data);
+            scope.spawn(move || {
+                for _ in 0..24 {
+                    for at in (half * 8..half * 8 + 8).map(|n| n * MIB) {
+                        disk.write_at(at, &[IoSlice::new(data)]).unwrap();
+                    }
+                    disk.discard(half * 8 * MIB, 8 * MIB).unwrap();
+                }
+                for at in (half * 8..half * 8 + 8).map(|n| n * MIB) {
+                    disk.write_at(at, &[IoSlice::new(data)]).unwrap();
+                }
+            });
+        }
+    });
+    let len = std::fs::metadata(&path).unwrap().len();
+    // What is stored, what waits for a flush, and as much again that is freed while that is under way;
+    // without those flushes it is all that was ever written.
+    assert!(len < (16 + 2 * 64 + 16) * MIB, "{len} bytes for a disk of 16 MiB of data");
+    (0..16).for_each(|n| holds(&disk, n * MIB, &data));
+    drop(disk);
+    check_layer(&path, have_qemu()).unwrap();
 }

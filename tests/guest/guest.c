@@ -39,6 +39,13 @@ static void outw(u16 port, u16 value)
 	__asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port));
 }
 
+static u16 inw(u16 port)
+{
+	u16 value;
+	__asm__ volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
 static u8 inb(u16 port)
 {
 	u8 value;
@@ -170,6 +177,11 @@ enum { NEXT = 1, WRITE = 2 };
 
 struct desc { u64 addr; u32 len; u16 flags, next; };
 struct range { u64 sector; u32 count, flags; };
+struct rings {
+	struct desc desc[QUEUE];
+	struct { u16 flags, idx, ring[QUEUE], event; } avail;
+	struct { u16 flags, idx; struct { u32 id, len; } ring[QUEUE]; u16 event; } used __attribute__((aligned(4)));
+} __attribute__((aligned(16)));
 
 static struct desc desc[QUEUE] __attribute__((aligned(4096)));
 static struct { u16 flags, idx, ring[QUEUE], event; } avail __attribute__((aligned(4096)));
@@ -205,10 +217,11 @@ static void add_status(u32 bit)
 	set(STATUS, get(STATUS) | bit);
 }
 
-static void set_up(u64 wanted)
+/* Up to the features: whether they were agreed on. */
+static int negotiate(u32 kind, u64 wanted)
 {
 	expect(get(MAGIC) == 0x74726976 && get(VERSION) == 2, "not a virtio device");
-	expect(get(DEVICE_ID) == 2, "not a block device");
+	expect(get(DEVICE_ID) == kind, "not the device that was looked for");
 	set(STATUS, 0);
 	expect(get(STATUS) == 0, "no reset");
 	add_status(KNOWN);
@@ -223,7 +236,45 @@ static void set_up(u64 wanted)
 	set(DRIVER_FEATURES_SEL, 1);
 	set(DRIVER_FEATURES, wanted >> 32);
 	add_status(FEATURES_OK);
-	if (!(get(STATUS) & FEATURES_OK))
+	return get(STATUS) & FEATURES_OK;
+}
+
+/* Both rings of queues that the tests use. */
+static void set_queue(u32 number, struct rings *rings)
+{
+	memset(rings, 0, sizeof(*rings));
+	set(QUEUE_SEL, number);
+	expect(get(QUEUE_NUM_MAX) >= QUEUE && !get(QUEUE_READY), "no queue");
+	set(QUEUE_NUM, QUEUE);
+	set_address(QUEUE_DESC, rings->desc);
+	set_address(QUEUE_AVAIL, &rings->avail);
+	set_address(QUEUE_USED, &rings->used);
+	set(QUEUE_READY, 1);
+	expect(get(QUEUE_READY) == 1, "queue not ready");
+}
+
+/* Makes the chain that begins at descriptor 0 available. */
+static void offer(u32 number, struct rings *rings)
+{
+	__asm__ volatile("" : : : "memory");
+	rings->avail.ring[rings->avail.idx % QUEUE] = 0;
+	__asm__ volatile("" : : : "memory");
+	rings->avail.idx++;
+	__asm__ volatile("mfence" : : : "memory");
+	set(QUEUE_NOTIFY, number);
+}
+
+/* The length that the device says it has written. */
+static u32 wait_used(struct rings *rings)
+{
+	while (((volatile struct rings *)rings)->used.idx != rings->avail.idx)
+		__asm__ volatile("pause");
+	return ((volatile struct rings *)rings)->used.ring[(rings->avail.idx - 1) % QUEUE].len;
+}
+
+static void set_up(u64 wanted)
+{
+	if (!negotiate(2, wanted))
 		return;
 	memset(&avail, 0, sizeof(avail));
 	memset((void *)&used, 0, sizeof(used));
@@ -390,6 +441,20 @@ static void test_bare(void)
 	expect(ranged(T_DISCARD, 8, 8, 0) == 2, "discard that was not negotiated");
 }
 
+/* A disk that was taken for raw must not become an image. */
+static void test_image(void)
+{
+	set_up(ALL);
+	fill(0, SECTOR);
+	buffer[0] = 'Q';
+	buffer[1] = 'F';
+	buffer[2] = 'I';
+	buffer[3] = 0xfb;
+	expect(request(T_OUT, 0, SECTOR) == 1, "write of an image's header");
+	expect(request(T_OUT, 8, SECTOR) == 0, "the same elsewhere");
+	expect(writes(0, 1, 0x22) && reads_as(0, 1, 0x22), "write of other bytes");
+}
+
 static void test_read_only(void)
 {
 	set_up(ALL);
@@ -407,6 +472,8 @@ static void test_disks(const char *line)
 	while ((line = after(line, "virtio_mmio.device="))) {
 		number(&line), line++;
 		device = number(&line);
+		if (get(DEVICE_ID) != 2)
+			continue;
 		set_up(ALL);
 		expect(writes(0, 1, 0x60 + count), "write");
 		memset(buffer, 0, 32);
@@ -504,6 +571,147 @@ static void test_acpi(const u8 *root)
 	fail("still on");
 }
 
+/* The first device of a kind on the command line. */
+static void find(const char *line, u32 kind)
+{
+	while ((line = after(line, "virtio_mmio.device="))) {
+		number(&line), line++;
+		device = number(&line);
+		if (get(DEVICE_ID) == kind)
+			return;
+	}
+	fail("no such device");
+}
+
+static struct rings first, second;
+
+static void test_rng(const char *line)
+{
+	u32 zeroes = 0;
+	find(line, 4);
+	expect(negotiate(4, 1UL << F_VERSION_1), "features");
+	set_queue(0, &first);
+	add_status(DRIVER_OK);
+	fill(0, 256);
+	first.desc[0] = (struct desc){(u64)buffer, 100, NEXT | WRITE, 1};
+	first.desc[1] = (struct desc){(u64)buffer + 100, 156, WRITE, 0};
+	offer(0, &first);
+	say("random", wait_used(&first));
+	for (u32 at = 0; at < 256; at++)
+		zeroes += !buffer[at];
+	expect(zeroes < 32, "they are not random");
+}
+
+/* Two queues of one disk at once, each with a request of its own. */
+static void test_queues(void)
+{
+	static struct { u32 type, reserved; u64 sector; } headers[2];
+	static volatile u8 states[2];
+	struct rings *rings[2] = {&first, &second};
+	expect(negotiate(2, ALL | 1 << 12), "features");
+	say("queues", get(CONFIG + 32) >> 16);
+	for (u32 queue = 0; queue < 2; queue++)
+		set_queue(queue, rings[queue]);
+	add_status(DRIVER_OK);
+	for (u32 round = 0; round < 64; round++) {
+		for (u32 queue = 0; queue < 2; queue++) {
+			u8 *data = buffer + queue * 8192;
+			memset(data, 0x80 + round + queue, 4096);
+			headers[queue].type = T_OUT;
+			headers[queue].sector = 16 * round + 8 * queue;
+			states[queue] = 0xee;
+			rings[queue]->desc[0] = (struct desc){(u64)&headers[queue], 16, NEXT, 1};
+			rings[queue]->desc[1] = (struct desc){(u64)data, 4096, NEXT, 2};
+			rings[queue]->desc[2] = (struct desc){(u64)&states[queue], 1, WRITE, 0};
+			offer(queue, rings[queue]);
+		}
+		for (u32 queue = 0; queue < 2; queue++) {
+			wait_used(rings[queue]);
+			expect(states[queue] == 0, "write on a queue");
+		}
+	}
+	set_up(ALL);
+	for (u32 round = 0; round < 64; round++)
+		for (u32 queue = 0; queue < 2; queue++)
+			expect(reads_as(16 * round + 8 * queue, 8, 0x80 + round + queue), "what a queue wrote");
+}
+
+/* The cache is write-back until the driver says otherwise, and again after a reset. */
+static void test_cache(void)
+{
+	volatile u8 *mode = (volatile u8 *)(device + CONFIG + 32);
+	set_up(ALL | 1 << 11);
+	expect(offered >> 11 & 1, "no cache mode to be set");
+	expect(*mode == 1, "not write-back at first");
+	*mode = 0;
+	expect(*mode == 0, "not write-through");
+	expect(writes(8, 8, 0x44) && reads_as(8, 8, 0x44), "write through");
+	set_up(ALL | 1 << 11);
+	expect(*mode == 1, "not write-back after a reset");
+}
+
+/* Asks who has an address, as every guest does first: whoever carries the frames answers. */
+static void test_net(const char *line)
+{
+	static u8 frame[12 + 60], answer[12 + 2048];
+	static const u8 QUESTION[] = {0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 1};
+	find(line, 1);
+	expect(negotiate(1, 1UL << F_VERSION_1 | 1 << 5), "features");
+	set_queue(0, &first);
+	set_queue(1, &second);
+	add_status(DRIVER_OK);
+	memset(frame, 0, sizeof(frame));
+	memset(frame + 12, 0xff, 6);
+	for (u32 at = 0; at < 6; at++)
+		frame[12 + 6 + at] = frame[12 + 22 + at] = *(volatile u8 *)(device + CONFIG + at);
+	for (u32 at = 0; at < sizeof(QUESTION); at++)
+		frame[12 + 12 + at] = QUESTION[at];
+	/* From 192.0.2.2, for 192.0.2.1. */
+	frame[12 + 28] = frame[12 + 38] = 192, frame[12 + 30] = frame[12 + 40] = 2;
+	frame[12 + 31] = 2, frame[12 + 41] = 1;
+	for (u32 round = 0; round < 3; round++) {
+		first.desc[0] = (struct desc){(u64)answer, sizeof(answer), WRITE, 0};
+		offer(0, &first);
+		second.desc[0] = (struct desc){(u64)frame, 12, NEXT, 1};
+		second.desc[1] = (struct desc){(u64)frame + 12, 60, 0, 0};
+		offer(1, &second);
+		wait_used(&second);
+		/* Others may say something first. */
+		while (wait_used(&first) < 12 + 42 || answer[12 + 13] != 6 || answer[12 + 21] != 2)
+			offer(0, &first);
+		expect(answer[12 + 31] == 1 && answer[10] == 1, "the answer's address");
+	}
+	print("answered\n");
+}
+
+/* The power button, by the registers that the tables name. */
+static void test_button(const u8 *root)
+{
+	const u8 *pointers = *(const u8 **)(root + 24);
+	const u8 *fixed = *(const u8 **)(pointers + 36);
+	u16 events = *(const u32 *)(fixed + 56);
+	expect(!(*(const u32 *)(fixed + 112) >> 4 & 1), "no power button");
+	outw(events + 2, 1 << 8);
+	print("waiting\n");
+	while (!(inw(events) & 1 << 8))
+		__asm__ volatile("pause");
+	outw(events, 1 << 8);
+	expect(!(inw(events) & 1 << 8), "the press stays");
+	print("pressed\n");
+	outw(*(const u32 *)(fixed + 64), 5 << 10 | 1 << 13);
+	fail("still on");
+}
+
+/* Counts aloud, for ever. */
+static void test_count(void)
+{
+	print("waiting\n");
+	for (u64 number = 0;; number++) {
+		print_number(number);
+		print("\n");
+	}
+}
+
 static void triple_fault(void)
 {
 	struct { u16 limit; u64 base; } __attribute__((packed)) none = {0, 0};
@@ -538,6 +746,8 @@ void guest(const u8 *boot_params)
 		set_up(ALL), test_refusals();
 	else if (is_test(line, "bare"))
 		test_bare();
+	else if (is_test(line, "image"))
+		test_image();
 	else if (is_test(line, "read-only"))
 		test_read_only();
 	else if (is_test(line, "disks"))
@@ -552,6 +762,18 @@ void guest(const u8 *boot_params)
 		test_grow();
 	else if (is_test(line, "acpi"))
 		test_acpi(*(const u8 *const *)(boot_params + 0x70));
+	else if (is_test(line, "rng"))
+		test_rng(line);
+	else if (is_test(line, "queues"))
+		test_queues();
+	else if (is_test(line, "cache"))
+		test_cache();
+	else if (is_test(line, "net"))
+		test_net(line);
+	else if (is_test(line, "button"))
+		test_button(*(const u8 *const *)(boot_params + 0x70));
+	else if (is_test(line, "count"))
+		test_count();
 	else if (is_test(line, "triple-fault"))
 		triple_fault();
 	else
@@ -559,3 +781,84 @@ void guest(const u8 *boot_params)
 	print("done\n");
 	power_off();
 }
+
+#ifdef PVH
+/* Entered in protected mode, as Xen's PVH has it: goes over to 64-bit mode with the first 4 GiB mapped. */
+__asm__(".section .note.PVH, \"a\", @note\n"
+	"	.long 4, 4, 18\n"
+	"	.asciz \"Xen\"\n"
+	"	.long pvh_start\n"
+	".section .text.pvh, \"ax\"\n"
+	".code32\n"
+	"pvh_start:\n"
+	"	cli\n"
+	"	mov %ebx, %edi\n"
+	"	movl $pvh_pdpt + 3, pvh_pml4\n"
+	"	movl $pvh_pd + 3, pvh_pdpt\n"
+	"	movl $pvh_pd + 0x1003, pvh_pdpt + 8\n"
+	"	movl $pvh_pd + 0x2003, pvh_pdpt + 16\n"
+	"	movl $pvh_pd + 0x3003, pvh_pdpt + 24\n"
+	"	mov $pvh_pd, %eax\n"
+	"	mov $0x83, %edx\n"
+	"	mov $2048, %ecx\n"
+	"1:	mov %edx, (%eax)\n"
+	"	add $8, %eax\n"
+	"	add $0x200000, %edx\n"
+	"	dec %ecx\n"
+	"	jnz 1b\n"
+	"	mov %cr4, %eax\n"
+	"	or $0x20, %eax\n"
+	"	mov %eax, %cr4\n"
+	"	mov $pvh_pml4, %eax\n"
+	"	mov %eax, %cr3\n"
+	"	mov $0xc0000080, %ecx\n"
+	"	rdmsr\n"
+	"	or $0x100, %eax\n"
+	"	wrmsr\n"
+	"	mov %cr0, %eax\n"
+	"	or $0x80000000, %eax\n"
+	"	mov %eax, %cr0\n"
+	"	lgdt pvh_gdt_pointer\n"
+	"	ljmp $8, $pvh_long\n"
+	".code64\n"
+	"pvh_long:\n"
+	"	mov $16, %eax\n"
+	"	mov %eax, %ds\n"
+	"	mov %eax, %es\n"
+	"	mov %eax, %ss\n"
+	"	lea stack_end(%rip), %rsp\n"
+	"	call pvh_guest\n"
+	"1:	hlt\n"
+	"	jmp 1b\n"
+	".balign 8\n"
+	"pvh_gdt:\n"
+	"	.quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff\n"
+	"pvh_gdt_pointer:\n"
+	"	.word 23\n"
+	"	.long pvh_gdt\n"
+	".bss\n"
+	".balign 4096\n"
+	"pvh_pml4: .skip 4096\n"
+	"pvh_pdpt: .skip 4096\n"
+	"pvh_pd: .skip 16384\n"
+	".text\n");
+
+/* Says in Linux's words what it was told in Xen's. */
+void pvh_guest(const u8 *start)
+{
+	static u8 params[4096];
+	const u8 *map = *(const u8 *const *)(start + 40);
+	u32 entries = *(const u32 *)(start + 48);
+	expect(*(const u32 *)start == 0x336ec578, "no start information");
+	print("by PVH\n");
+	*(u32 *)(params + 0x228) = *(const u64 *)(start + 24);
+	*(u64 *)(params + 0x70) = *(const u64 *)(start + 32);
+	if (*(const u32 *)(start + 12))
+		*(u32 *)(params + 0x218) = **(const u64 *const *)(start + 16);
+	params[0x1e8] = entries;
+	for (u32 entry = 0; entry < entries; entry++, map += 24)
+		for (u32 at = 0; at < 20; at++)
+			params[0x2d0 + entry * 20 + at] = map[at];
+	guest(params);
+}
+#endif

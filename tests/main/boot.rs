@@ -25,26 +25,28 @@ const DISK: usize = 8 << 20;
 /// The guest, built from source once for all tests.
 fn guest() -> &'static Path {
     static BUILT: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, elf) = BUILT.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap();
-        let elf = dir.path().join("guest.elf");
-        let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/build");
-        let built = Command::new(build).arg(&elf).output().expect("the guest's build script");
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        (dir, elf)
-    });
-    elf
+    &BUILT.get_or_init(|| build(&[])).1
+}
+
+/// The same guest in a form of its own.
+fn build(form: &[&str]) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let elf = dir.path().join("guest.elf");
+    let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/build");
+    let built = Command::new(build).arg(&elf).args(form).output().expect("the build script");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    (dir, elf)
 }
 
 /// A raw base full of one byte, with a clone.
-fn cloned() -> Work {
+pub fn cloned() -> Work {
     let work = Work::new();
     work.put("base.raw", vec![BASE_BYTE; DISK]);
     clone(&work, "clone.qcow2");
     work
 }
 
-fn can_boot() -> bool {
+pub fn can_boot() -> bool {
     have(Need::Kvm)
 }
 
@@ -61,7 +63,7 @@ fn clone(work: &Work, name: &str) {
 }
 
 /// The words that boot the guest for one of its tests.
-fn words(test: &str, rest: &str) -> Vec<String> {
+pub fn words(test: &str, rest: &str) -> Vec<String> {
     let kernel = guest().to_str().unwrap();
     let boot = format!("boot clone.qcow2 --kernel {kernel} --memory 32M {rest} --append");
     let mut words: Vec<String> = boot.split_whitespace().map(str::to_owned).collect();
@@ -149,6 +151,30 @@ fn a_driver_without_features_reads_and_writes() {
 }
 
 #[test]
+fn a_guest_cannot_make_an_image_of_its_raw_disk() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    work.put("own.raw", vec![BASE_BYTE; DISK]);
+    let kernel = guest().to_str().unwrap();
+    let boot = |more: &str| {
+        let words = format!("boot own.raw --kernel {kernel} --memory 32M {more} --append");
+        let words = words.split_whitespace().map(str::to_owned);
+        work.vdisk_args(words.chain(["quiet test=image".to_owned()]))
+    };
+    boot("").succeeds();
+    assert_all(sectors(&work.bytes("own.raw"), 0, 1), 0x22, "the first sector");
+    // Who says that it is raw gives all of it to the guest.
+    let out = boot("--format raw").out();
+    assert!(out.contains("FAIL write of an image's header"), "{out}");
+    assert!(work.bytes("own.raw").starts_with(b"QFI\xfb"));
+    // Each disk is what is said of it.
+    boot("--disk clone.qcow2 --disk own.raw --disk-format qcow2").fails(&["own.raw"]);
+    boot("--disk clone.qcow2 --disk-format qcow2 --disk-format raw").fails(&["--disk-format"]);
+}
+
+#[test]
 fn a_read_only_disk_stays_as_it_is() {
     if !can_boot() {
         return;
@@ -199,6 +225,109 @@ fn a_guest_finds_acpi_tables_and_powers_off_by_them() {
     }
     let out = boot(&cloned(), "acpi", "--cpus 3").succeeds().out();
     assert!(out.ends_with("processors: 3\noff\n"), "{out}");
+}
+
+#[test]
+fn a_guest_drives_two_queues_of_a_disk_at_once() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let out = boot(&work, "queues", "--queues 2").succeeds().out();
+    assert!(out.ends_with("queues: 2\ndone\n"), "{out}");
+    assert_all(sectors(&flat(&work, "clone.qcow2"), 16 * 63 + 8, 8), 0x80 + 64, "the last write");
+    assert_sound(&work, &[]);
+    // As many as processors, where nothing is said.
+    let out = boot(&work, "queues", "--cpus 3").succeeds().out();
+    assert!(out.ends_with("queues: 3\ndone\n"), "{out}");
+}
+
+#[test]
+fn a_guest_turns_the_cache_of_its_disk_to_write_through() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let out = boot(&work, "cache", "").succeeds().out();
+    assert!(out.ends_with("done\n") && !out.contains("FAIL"), "{out}");
+    assert_all(sectors(&flat(&work, "clone.qcow2"), 8, 8), 0x44, "the written sectors");
+}
+
+#[test]
+fn a_guest_gets_random_bytes() {
+    if !can_boot() {
+        return;
+    }
+    let out = boot(&cloned(), "rng", "").succeeds().out();
+    assert!(out.ends_with("random: 256\ndone\n"), "{out}");
+}
+
+#[test]
+fn a_guest_has_26_disks_some_of_which_share_an_interrupt() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let mut more = String::new();
+    for number in 1..26 {
+        clone(&work, &format!("{number}.qcow2"));
+        more.push_str(&format!("--disk {number}.qcow2 "));
+    }
+    let out = boot(&work, "disks", &more).succeeds().out();
+    assert!(out.ends_with("disk: 25.qcow2\ndisks: 26\ndone\n"), "{out}");
+    assert_all(sectors(&flat(&work, "25.qcow2"), 0, 1), 0x60 + 25, "the last disk");
+}
+
+#[test]
+fn a_guest_reaches_the_network_of_an_ordinary_user() {
+    if !can_boot() || !have(Need::Passt) {
+        return;
+    }
+    let out = boot(&cloned(), "net", "--net user --timeout 60").succeeds().out();
+    assert!(out.ends_with("answered\ndone\n"), "{out}");
+}
+
+#[test]
+fn a_kernel_with_a_note_for_it_is_entered_by_pvh() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let (_dir, kernel) = build(&["pvh"]);
+    work.put("initrd", b"what the initrd holds\0");
+    let kernel = kernel.to_str().unwrap();
+    let words = format!("boot clone.qcow2 --kernel {kernel} --memory 32M --initrd initrd --append");
+    let words = words.split_whitespace().map(str::to_owned);
+    let out = work.vdisk_args(words.chain(["test=requests".to_owned()])).succeeds().out();
+    assert!(out.starts_with("by PVH\nram: ") && out.ends_with("done\n"), "{out}");
+    assert!(out.contains("initrd: what the initrd holds\n"), "{out}");
+}
+
+#[test]
+fn the_power_button_reaches_a_guest_by_a_signal_and_by_a_key() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    let mut booted = Booted::test(&work, "button");
+    booted.signal(Signal::SIGPWR);
+    assert_eq!(booted.status(), Some(0));
+    assert!(work.bytes("out").ends_with(b"waiting\npressed\n"));
+    let mut terminal = OnTerminal::start(&work, "button");
+    terminal.read_until("waiting");
+    terminal.type_in(b"\x01p");
+    terminal.read_until("pressed");
+    assert_eq!(terminal.booted.status(), Some(0));
+}
+
+#[test]
+fn a_guest_that_takes_too_long_is_ended_and_the_command_fails() {
+    if !can_boot() {
+        return;
+    }
+    let work = cloned();
+    boot(&work, "wait", "--timeout 2").fails(&["2 seconds"]);
+    assert_all(sectors(&flat(&work, "clone.qcow2"), 3, 1), 0x77, "the written sector");
 }
 
 #[test]
@@ -379,11 +508,11 @@ struct OnTerminal {
 }
 
 impl OnTerminal {
-    fn start(work: &Work) -> OnTerminal {
+    fn start(work: &Work, test: &str) -> OnTerminal {
         let pty = openpty(None, None).unwrap();
         let end = || Stdio::from(pty.slave.try_clone().unwrap());
         let mut command = Command::new(VDISK);
-        command.args(words("echo", "")).current_dir(work.dir());
+        command.args(words(test, "")).current_dir(work.dir());
         let child = command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
         OnTerminal { booted: Booted(child), master: pty.master, slave: pty.slave }
     }
@@ -414,7 +543,7 @@ fn the_terminal_is_the_guests_while_it_runs_and_restored_after() {
     }
     let work = cloned();
     for end in ["q", "\x01x", "SIGTERM"] {
-        let mut terminal = OnTerminal::start(&work);
+        let mut terminal = OnTerminal::start(&work, "echo");
         let settings = |terminal: &OnTerminal| tcgetattr(&terminal.slave).unwrap();
         terminal.read_until("ready");
         let raw = settings(&terminal);
@@ -456,7 +585,9 @@ fn what_cannot_be_booted_is_refused_with_a_reason() {
     work.put("large", vec![0; 31 << 20]);
     boot(&work, "bare", "--initrd large").fails(&["large", "--memory"]);
     boot(&work, "bare", "--disk nowhere.qcow2").fails(&["nowhere.qcow2"]);
-    boot(&work, "bare", &"--disk base.raw ".repeat(10)).fails(&["disks"]);
+    boot(&work, "bare", &"--disk base.raw ".repeat(26)).fails(&["disks"]);
+    boot(&work, "bare", "--queues 33").refuses(&["--queues"]);
+    boot(&work, "bare", "--net tap:").refuses(&["tap:NAME"]);
     let kernel = guest().to_str().unwrap();
     work.vdisk(&format!("boot clone.qcow2 --kernel {kernel} --memory 1M")).fails(&["memory"]);
     work.vdisk(&format!("boot clone.qcow2 --kernel {kernel} --memory 1E")).fails(&["memory"]);

@@ -101,7 +101,7 @@ impl Container {
             status.contains(&format!("\nPPid:\t{}\n", vdisk.pid()))
         };
         let keeper = processes().into_iter().find(of_vdisk).expect("a keeper");
-        let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", vdisk.pid())).unwrap();
+        let mounts = fs::read_to_string(format!("/proc/{keeper}/mountinfo")).unwrap();
         let line = mounts.lines().find(|line| line.contains("/dev/loop")).expect("a loop device");
         let device = line.split(' ').find_map(|word| word.strip_prefix("/dev/")).unwrap();
         Container { program: program.unwrap(), keeper, loop_device: device.to_owned(), vdisk }
@@ -126,7 +126,7 @@ impl Container {
     }
 }
 
-fn find_dirs(below: &Path, name: &str, depth: u32) -> Vec<PathBuf> {
+pub fn find_dirs(below: &Path, name: &str, depth: u32) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(below).into_iter().flatten().flatten() {
         if entry.file_name() == name {
@@ -150,9 +150,9 @@ fn the_programs_exit_status_is_returned() {
     let missing = work.vdisk("run web.qcow2 -- frobnicate").ends(127);
     missing.says(&["frobnicate"]);
     work.vdisk("run web.qcow2 -- /etc/motd").ends(126).says(&["/etc/motd"]);
-    work.vdisk("run web.qcow2").ends(64);
-    work.vdisk("run --workdir /nowhere web.qcow2 -- sh -c true").fails(&["/nowhere"]);
-    work.vdisk("run missing.qcow2 -- sh").fails(&["missing.qcow2"]);
+    work.vdisk("run web.qcow2").fails_to_run(&["a command is needed"]);
+    work.vdisk("run --workdir /nowhere web.qcow2 -- sh -c true").fails_to_run(&["/nowhere"]);
+    work.vdisk("run missing.qcow2 -- sh").fails_to_run(&["missing.qcow2"]);
 }
 
 #[test]
@@ -338,11 +338,11 @@ fn links_in_the_image_do_not_move_the_mounts() {
     let work = work();
     symlink("/etc", work.path("root/proc")).unwrap();
     ext4(&work, "link.raw");
-    work.vdisk("run --ephemeral link.raw -- sh -c true").fails(&["/proc", "directory"]);
+    work.vdisk("run --ephemeral link.raw -- sh -c true").fails_to_run(&["/proc", "directory"]);
     fs::remove_file(work.path("root/proc")).unwrap();
     symlink("../../../../../../tmp", work.path("root/dev")).unwrap();
     ext4(&work, "link.raw");
-    work.vdisk("run --ephemeral link.raw -- sh -c true").fails(&["/dev", "directory"]);
+    work.vdisk("run --ephemeral link.raw -- sh -c true").fails_to_run(&["/dev", "directory"]);
 }
 
 #[test]
@@ -476,17 +476,17 @@ fn when_vdisk_is_killed_nothing_is_left_and_synced_files_are_there() {
 }
 
 #[test]
-fn when_the_keeper_is_killed_no_process_is_left() {
+fn when_the_keeper_is_killed_no_process_and_no_control_group_is_left() {
     if !able() {
         return;
     }
     let work = work();
     // setsid and another parent: all that a process can do to get away.
     let script = "busybox setsid sleep 7699 &";
-    let container = Container::start(&work, "", script, "7601");
+    let container = Container::start(&work, "--memory 64M --pids 50", script, "7601");
     let keeper = nix::unistd::Pid::from_raw(container.keeper.cast_signed());
     nix::sys::signal::kill(keeper, Signal::SIGKILL).unwrap();
-    container.ends_clean().fails(&["keeper"]);
+    container.ends_clean().fails_to_run(&["keeper"]);
     assert!(running(&["sleep", "7699"]).is_empty());
 }
 
@@ -538,7 +538,7 @@ fn a_disk_that_is_in_use_is_refused() {
     }
     let work = work();
     let container = Container::start(&work, "", "", "7802");
-    sh(&work, "", "true").fails(&["web.qcow2", "use"]);
+    sh(&work, "", "true").fails_to_run(&["web.qcow2", "use"]);
     container.vdisk.signal(Signal::SIGTERM);
     container.ends_clean().ends(143);
 }
@@ -550,5 +550,5 @@ fn a_disk_without_a_file_system_is_refused() {
     }
     let work = Work::new();
     work.vdisk("create empty.qcow2 16M").succeeds();
-    work.vdisk("run empty.qcow2 -- sh").fails(&["empty.qcow2", "file system"]);
+    work.vdisk("run empty.qcow2 -- sh").fails_to_run(&["empty.qcow2", "file system"]);
 }

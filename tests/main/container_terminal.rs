@@ -9,7 +9,7 @@ use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::container::{able, eventually, running, work};
-use crate::host::{VDISK, Work};
+use crate::host::{PATIENCE, VDISK, Work};
 
 /// A user's terminal, 33 rows by 99 columns, and `vdisk` in it.
 struct Terminal {
@@ -82,4 +82,20 @@ fn the_interrupt_key_ends_a_program_that_does_not_handle_it() {
     eventually("the program starts", || !running(&["sleep", "7902"]).is_empty());
     handled.master.write_all(b"\x03").unwrap();
     assert_eq!(handled.ends().0, Some(4));
+}
+
+#[test]
+fn a_terminal_can_be_asked_for_where_the_user_has_none() {
+    if !able() {
+        return;
+    }
+    let work = work();
+    let words = "run --tty web.qcow2 -- sh -c";
+    let script = "tty; cat; test -t 2 && echo all";
+    let words = words.split_whitespace().chain([script]);
+    let done = work.command(VDISK, words).finish(Some(b"typed\n".to_vec()), PATIENCE).succeeds();
+    let out = done.out();
+    // What was typed is echoed whenever the terminal gets it.
+    assert!(out.contains("/dev/pts/0\r\n") && out.ends_with("all\r\n"), "{out:?}");
+    assert_eq!(out.matches("typed\r\n").count(), 2, "{out:?}");
 }

@@ -107,3 +107,61 @@ fn an_image_whose_tables_are_found_wrong_says_so_until_it_is_mended() {
         assert!(read == noise(1, 256 << 10)[..64 << 10], "the rest is not what it was");
     }
 }
+
+/// A name in an image comes from whoever wrote it: `json:` may mean any file, or a server.
+#[test]
+fn a_json_name_in_an_image_is_followed_only_for_who_vouches_for_it() {
+    let work = Work::new();
+    work.put("base.raw", vec![7; 1 << 20]);
+    let json = "json:{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"base.raw\"}}";
+    let create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", json, "-F", "raw", "a.qcow2"];
+    work.vdisk_args(create).succeeds();
+    let convert = ["qemu-img", "convert", "-O", "raw", "a.qcow2", "out.raw"];
+    let vdisk = env!("CARGO_BIN_EXE_vdisk");
+    let with = |value: &str| {
+        let variable = format!("VDISK_TRUST_JSON_NAMES={value}");
+        work.run("env", [variable.as_str(), vdisk].into_iter().chain(convert))
+    };
+    work.vdisk_args(convert).fails(&["only paths of files are opened"]);
+    with("0").fails(&["only paths of files are opened"]);
+    with("1").succeeds();
+    assert!(work.bytes("out.raw") == work.bytes("base.raw"));
+    // The engine's own verbs know no such thing.
+    let own = [&format!("VDISK_TRUST_JSON_NAMES={}", 1), vdisk, "read", "a.qcow2", "0", "512"];
+    work.run("env", own).fails(&["only paths of files are opened"]);
+}
+
+/// An OVA is a tar: its disks stand in it as they are.
+#[test]
+fn a_vmdk_inside_another_file_is_opened_where_it_stands() {
+    let work = Work::new();
+    let disk: Vec<u8> = (0..3u32 << 20).map(|n| (n / 7000) as u8).collect();
+    work.put("disk.raw", &disk);
+    work.vdisk("qemu-img convert -f raw -O vmdk -o subformat=streamOptimized disk.raw d.vmdk")
+        .succeeds();
+    let vmdk = work.bytes("d.vmdk");
+    let size = vmdk.len();
+    assert!(size.is_multiple_of(512));
+    work.put("a.ova", [vec![1; 1536], vmdk, vec![2; 2048]].concat());
+    let options = |size: usize| {
+        format!(
+            "driver=vmdk,file.driver=raw,file.offset=1536,file.size={size},file.file.filename=a.ova"
+        )
+    };
+    let convert = |options: &str| format!("qemu-img convert --image-opts -O raw {options} out.raw");
+    work.vdisk(&convert(&options(size))).succeeds();
+    assert!(work.bytes("out.raw") == disk);
+    let json = format!(
+        "json:{{'driver':'vmdk','file':{{'driver':'raw','offset':1536,'size':{size},\
+         'file':{{'driver':'file','filename':'a.ova'}}}}}}"
+    );
+    work.vdisk_args(["qemu-img", "compare", "-F", "raw", &json, "disk.raw"]).succeeds();
+    work.vdisk(&convert(&options(1 << 30))).fails(&["has to be smaller or equal"]);
+    work.vdisk(&convert(&options(size + 1))).fails(&["not multiple of 512"]);
+    // Nothing is written past a part of a given size.
+    let into = "driver=raw,offset=512,size=1024,file.filename=a.ova";
+    let before = work.bytes("a.ova");
+    work.vdisk(&format!("qemu-img convert -n --target-image-opts -f raw disk.raw {into}"))
+        .fails(&["smaller than input"]);
+    assert!(work.bytes("a.ova") == before);
+}

@@ -337,6 +337,14 @@ impl Done {
         done
     }
 
+    /// As [`fails`](Done::fails), of `vdisk run`, whose own failures are told from its program's.
+    #[track_caller]
+    pub fn fails_to_run(self, parts: &[&str]) -> Done {
+        let done = self.ends(125);
+        done.says(parts);
+        done
+    }
+
     /// Requires exit status 1 or 64, where the contract leaves open which, and a message.
     #[track_caller]
     pub fn refuses(self, parts: &[&str]) -> Done {

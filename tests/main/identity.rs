@@ -219,7 +219,7 @@ fn a_base_is_sealed_for_everything_that_would_change_it_and_the_refusal_names_th
         work.vdisk_fed(&format!("write {base} 0"), b"x").fails(&parts);
         work.vdisk(&format!("convert other.qcow2 {base}")).fails(&[base, "exists"]);
         work.vdisk(&format!("create {base} 1M")).fails(&[base, "exists"]);
-        work.vdisk(&format!("run {base} true")).fails(&[base]);
+        work.vdisk(&format!("run {base} true")).fails_to_run(&[base]);
     }
     work.vdisk("unseal base.qcow2").fails(&["base.qcow2", "one.q", "two.q"]);
     for words in [
@@ -250,7 +250,9 @@ fn a_base_that_was_unsealed_and_written_is_refused_under_a_clone_in_another_dire
     fs::create_dir(work.path("clones")).unwrap();
     work.vdisk("create base.qcow2 4M").succeeds();
     work.vdisk("clone base.qcow2 clones/disk.q").succeeds();
-    work.vdisk("unseal base.qcow2").succeeds();
+    work.vdisk("unseal base.qcow2").fails(&["clones/disk.q", "--even-if-cloned"]);
+    work.vdisk("read clones/disk.q 0 8").succeeds();
+    work.vdisk("unseal base.qcow2 --even-if-cloned").succeeds().says(&["clones/disk.q"]);
     work.vdisk("read clones/disk.q 0 8").fails(&["base.qcow2", "unsealed"]);
     work.vdisk_fed("write base.qcow2 0", b"new").succeeds();
     work.vdisk("read clones/disk.q 0 8").fails(&["base.qcow2", "unsealed"]);

@@ -4,14 +4,14 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::host::Work;
+use crate::host::{VDISK, Work};
 use crate::mount::soon;
 use crate::require::{Need, have};
 
@@ -159,14 +159,36 @@ fn a_raw_mount_and_its_disk_without_a_label_are_found() {
     work.qemu_img("check disk.qcow2").succeeds();
 }
 
-/// The control socket of the process that holds the disk at `path`.
-fn socket_of(path: &Path) -> PathBuf {
+/// The control socket of the process that holds a disk. A holder of an earlier file with the same inode
+/// number may have left one too.
+fn socket_of(work: &Work, disk: &str) -> PathBuf {
     use std::os::unix::fs::MetadataExt;
-    let meta = fs::metadata(path).unwrap();
-    let prefix = format!("file-{:x}-{:x}-", meta.dev(), meta.ino());
+    let meta = fs::metadata(work.path(disk)).unwrap();
+    let info = work.vdisk(&format!("info --json {disk}")).succeeds().out();
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    let prefix = format!("file-{:x}-{:x}-{}-", meta.dev(), meta.ino(), info["held"]["pid"]);
     let entries = fs::read_dir("/run/vdisk").unwrap().map(|e| e.unwrap());
     let mut found = entries.filter(|e| e.file_name().to_string_lossy().starts_with(&prefix));
     found.next().unwrap().path()
+}
+
+#[test]
+fn without_a_run_directory_a_disk_in_use_is_found_below_tmpdir() {
+    if !can_mount() || !have(Need::Root) {
+        return;
+    }
+    let work = Work::new();
+    work.vdisk("create disk.qcow2 8M").succeeds();
+    fs::create_dir(work.path("at")).unwrap();
+    let script = format!(
+        "set -e; mount -t tmpfs -o ro none /run; export TMPDIR=$PWD
+         {VDISK} mount --raw disk.qcow2 at; trap '{VDISK} umount at' EXIT
+         {VDISK} snapshot create disk.qcow2 s; {VDISK} snapshot list disk.qcow2"
+    );
+    let done = work.run("unshare", ["-m", "sh", "-c", &script]).succeeds();
+    assert!(done.err().contains("control sockets are here"), "{}", done.err());
+    assert!(done.err().contains("waited for"), "the mount took the snapshot: {}", done.err());
+    assert!(done.out().contains("s "), "{}", done.out());
 }
 
 #[test]
@@ -176,7 +198,7 @@ fn a_hostile_client_does_not_keep_a_holder_from_its_work() {
         return;
     }
     let work = mounted("");
-    let socket = socket_of(&work.path("disk.qcow2"));
+    let socket = socket_of(&work, "disk.qcow2");
     assert_eq!(fs::metadata(&socket).unwrap().mode() & 0o777, 0o600);
     let silent: Vec<_> = (0..20).map(|_| UnixStream::connect(&socket).unwrap()).collect();
     for nonsense in ["{}\n", "\u{0}\n", "[1,2]\n", "{\"do\":\"format\"}\n"] {

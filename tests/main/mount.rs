@@ -21,6 +21,13 @@ fn can_mount() -> bool {
     have(Need::Fuse) && have(Need::Root) && have(Need::Qemu)
 }
 
+/// Writes to the beginning of a disk that is mounted as a file, whose size is the disk's.
+#[track_caller]
+pub fn overwrite(file: &Path, bytes: &[u8]) {
+    let file = fs::OpenOptions::new().write(true).open(file).unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+}
+
 /// Requires that something comes true within some seconds.
 #[track_caller]
 pub fn soon(what: &str, mut holds: impl FnMut() -> bool) {

@@ -17,8 +17,22 @@ pub enum Need {
     QemuSystem,
     /// libnbd's tools: `nbdcopy` and `nbdinfo`.
     Nbd,
+    /// The superuser, `umoci` and `skopeo`: other programs for images.
+    Oci,
+    /// The same, and `docker-registry` with what makes certificates and passwords for it.
+    Registry,
     /// The superuser, and `mkfs.xfs`: a file system whose files can share their space.
     Xfs,
+    /// newuidmap(1) and newgidmap(1).
+    Uidmap,
+    /// passt(1).
+    Passt,
+    /// pasta(1), and the device that it needs.
+    Pasta,
+    /// slirp4netns(1), and the device that it needs.
+    Slirp,
+    /// The superuser, podman(1) and crun(1).
+    Podman,
     /// The superuser: loop devices, and file systems of the kernel's own.
     Root,
 }
@@ -32,7 +46,14 @@ impl Need {
             Need::Qemu => "qemu",
             Need::QemuSystem => "qemu-system",
             Need::Nbd => "nbd",
+            Need::Oci => "oci",
+            Need::Registry => "registry",
             Need::Xfs => "xfs",
+            Need::Uidmap => "uidmap",
+            Need::Pasta => "pasta",
+            Need::Passt => "passt",
+            Need::Slirp => "slirp",
+            Need::Podman => "podman",
             Need::Root => "root",
         }
     }
@@ -46,10 +67,26 @@ impl Need {
             Need::Qemu => unrunnable("qemu-img").or_else(|| unrunnable("qemu-io")),
             Need::QemuSystem => unrunnable("qemu-system-x86_64"),
             Need::Nbd => unrunnable("nbdcopy").or_else(|| unrunnable("nbdinfo")),
+            Need::Oci => Need::Root
+                .missing()
+                .or_else(|| unrunnable("umoci"))
+                .or_else(|| unrunnable("skopeo")),
+            Need::Registry => Need::Oci
+                .missing()
+                .or_else(|| unrunnable("docker-registry"))
+                .or_else(|| unfound("htpasswd"))
+                .or_else(|| unfound("openssl")),
             Need::Xfs => Need::Root.missing().or_else(|| match run(&["mkfs.xfs", "-V"]) {
                 true => None,
                 false => Some("mkfs.xfs does not run".to_owned()),
             }),
+            Need::Uidmap => unfound("newuidmap").or_else(|| unfound("newgidmap")),
+            Need::Passt => unfound("passt"),
+            Need::Pasta => unfound("pasta").or_else(|| unopenable("/dev/net/tun")),
+            Need::Slirp => unfound("slirp4netns").or_else(|| unopenable("/dev/net/tun")),
+            Need::Podman => {
+                Need::Root.missing().or_else(|| unfound("podman")).or_else(|| unfound("crun"))
+            }
             Need::Root => (!is_root()).then(|| "not the superuser".to_owned()),
         }
     }
@@ -89,6 +126,13 @@ fn unrunnable(tool: &str) -> Option<String> {
         Ok(output) => Some(format!("{tool} --version ended with {}", output.status)),
         Err(error) => Some(format!("{tool}: {error}")),
     }
+}
+
+/// For programs that have no harmless option.
+fn unfound(tool: &str) -> Option<String> {
+    let places = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&places).any(|dir| dir.join(tool).is_file());
+    (!found).then(|| format!("{tool} is not installed"))
 }
 
 fn is_root() -> bool {

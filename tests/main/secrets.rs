@@ -156,3 +156,20 @@ fn a_delta_on_an_encrypted_base_is_read_committed_and_rebased() {
         same_bytes("alone", &work.bytes("back"), &want);
     }
 }
+
+/// The header of an empty disk said AES, and native verbs read zeroes and converted it.
+#[test]
+fn an_encrypted_disk_without_its_passphrase_is_refused_also_where_it_is_empty() {
+    let work = Work::new();
+    work.vdisk("create d.qcow2 1M").succeeds();
+    let mut image = work.bytes("d.qcow2");
+    image[32..36].copy_from_slice(&1u32.to_be_bytes());
+    work.put("d.qcow2", image);
+    for words in ["read d.qcow2 0 512", "convert d.qcow2 out.qcow2", "compare d.qcow2 d.qcow2"] {
+        work.vdisk(words)
+            .ends(if words.starts_with("compare") { 2 } else { 1 })
+            .says(&["encrypted"]);
+    }
+    assert!(!work.path("out.qcow2").exists());
+    work.vdisk("info d.qcow2").succeeds();
+}

@@ -1,5 +1,7 @@
 //! Merges where the host has little room, or lets files share what they hold.
 
+use std::os::unix::fs::FileExt;
+
 use nix::sys::statvfs::statvfs;
 
 use crate::host::Work;
@@ -155,6 +157,28 @@ fn a_write_lets_go_of_what_is_kept_aside_when_the_space_is_wanted() {
     }
 }
 
+/// ... and before a disk cannot be made to stand alone.
+#[test]
+fn a_disk_that_takes_in_its_base_lets_go_of_what_is_kept_aside_when_the_space_is_wanted() {
+    if !have(Need::Root) {
+        return;
+    }
+    let work = Work::new();
+    tmpfs(&work, "110M");
+    let mut base = Twin::create(&work, "host/base.qcow2", 128 * MIB, "");
+    base.write(0, &noise(1, 24 * MIB));
+    work.vdisk("clone host/base.qcow2 host/disk.qcow2").succeeds();
+    work.vdisk("snapshot create host/disk.qcow2 s").succeeds();
+    work.vdisk_fed("write host/disk.qcow2 6M", &noise(2, 40 * MIB)).succeeds();
+    work.vdisk("snapshot revert host/disk.qcow2 s --yes").succeeds();
+    fill(&work, 10 * MIB);
+    work.vdisk("rebase host/disk.qcow2 --flatten").succeeds();
+    let read = work.vdisk("read host/disk.qcow2 0 24M").succeeds();
+    assert!(read.stdout == noise(1, 24 * MIB), "it does not hold what its base held");
+    work.vdisk("snapshot undo host/disk.qcow2").fails(&["nothing is kept aside"]);
+    work.vdisk("check host/disk.qcow2").succeeds();
+}
+
 #[test]
 fn a_merge_in_batches_that_is_killed_goes_on_where_it_stopped() {
     for (lower, upper) in [(16, 24), (24, 12)] {
@@ -170,6 +194,11 @@ fn a_merge_in_batches_that_is_killed_goes_on_where_it_stopped() {
             disk.reads_right();
             if pause == 40 {
                 disk.write(0, b"the next writer finishes it");
+                let list = json(work.vdisk("snapshot list --json host/disk.qcow2"));
+                if list["snapshots"].as_array().unwrap().iter().any(|one| one["name"] == "s") {
+                    // On a busy host it was stopped before it began.
+                    work.vdisk(merge).succeeds();
+                }
             } else {
                 let done = work.vdisk(merge);
                 assert!(
@@ -233,4 +262,36 @@ fn where_files_share_space_a_merge_copies_nothing_and_can_be_undone() {
             clean(&work, &format!("host/{name}"));
         }
     }
+}
+
+/// The second `umount` after a write for which there was no room unmounted without a word.
+#[test]
+fn an_unmount_of_a_raw_mount_on_a_full_host_says_each_time_what_is_lost() {
+    if !have(Need::Root) || !have(Need::Fuse) {
+        return;
+    }
+    let work = Work::new();
+    tmpfs(&work, "24M");
+    work.vdisk("create host/disk.qcow2 64M").succeeds();
+    let kept = noise(1, 2 * MIB);
+    std::fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("mount --raw host/disk.qcow2 at").succeeds();
+    let put = |at: usize, bytes: &[u8]| {
+        let file = std::fs::File::options().write(true).open(work.path("at/disk.raw")).unwrap();
+        let written = file.write_all_at(bytes, at as u64);
+        written.and_then(|()| file.sync_all())
+    };
+    put(0, &kept).unwrap();
+    let too_much = put(8 * MIB, &noise(2, 40 * MIB)).unwrap_err();
+    assert_eq!(too_much.raw_os_error(), Some(nix::libc::ENOSPC));
+    work.vdisk("umount at").fails(&["not everything could be written", "it stays mounted"]);
+    assert!(work.path("at/disk.raw").exists());
+    let second = work.vdisk("umount at").ends(1);
+    second.says(&["unmounted, but not without loss", "host/disk.qcow2", "No space left"]);
+    assert!(!work.path("at/disk.raw").exists());
+    work.vdisk("umount at").fails(&["nothing is mounted there"]);
+    // What was synced before is there.
+    let read = work.vdisk("read host/disk.qcow2 0 2M").succeeds();
+    assert!(read.stdout == kept, "what was durable is lost");
+    work.vdisk("check host/disk.qcow2").succeeds();
 }

@@ -43,6 +43,29 @@ fn every_verb_tells_its_own_help() {
 }
 
 #[test]
+fn every_verb_has_a_man_page_and_a_completion() {
+    let work = Work::new();
+    work.vdisk("manual man").succeeds();
+    let help = work.vdisk("--help").succeeds().out();
+    // A group's verbs are indented; options begin with a dash.
+    let verbs = help.lines().filter_map(|line| line.strip_prefix("  "));
+    let verbs = verbs.filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()));
+    let verbs: Vec<&str> = verbs.filter_map(|line| line.split(' ').next()).collect();
+    assert!(verbs.len() > 20, "{verbs:?}");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = work.vdisk(&format!("completions {shell}")).succeeds().out();
+        for verb in &verbs {
+            assert!(script.contains(verb), "{shell}: {verb}");
+        }
+    }
+    for verb in verbs.iter().filter(|verb| **verb != "help") {
+        let page = String::from_utf8(work.bytes(format!("man/vdisk-{verb}.1"))).unwrap();
+        assert!(page.contains(".SH SYNOPSIS"), "{verb}: {page}");
+    }
+    assert!(!work.bytes("man/vdisk-snapshot-merge.1").is_empty());
+}
+
+#[test]
 fn a_reader_that_leaves_early_is_no_panic() {
     let work = Work::new();
     work.vdisk("create disk.qcow2 64M").succeeds();

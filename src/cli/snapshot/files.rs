@@ -6,16 +6,17 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
-use vdisk::chain::diff::{self, Change};
-use vdisk::chain::tree::Family;
-use vdisk::ext4::compare::{Aspect, FileChange, Kind, compare};
-use vdisk::ext4::{Ext4, Inode, Moments};
-use vdisk::mount::{self, Found};
+use vdisk::copy::diff;
+use vdisk::copy::diff::Change;
+use vdisk::family::tree::Family;
+use vdisk::filesystem::ext4::compare::{Aspect, FileChange, Kind, compare};
+use vdisk::filesystem::ext4::{Ext4, Inode, Moments};
+use vdisk::filesystem::{self, Found};
 use vdisk::{Error, ErrorKind, Result};
 
-use super::super::disk::{self, Use};
-use super::super::{output, stop};
 use super::live::DiffArgs;
+use crate::cli::open::disk::{self, Use};
+use crate::cli::terminal::{output, stop};
 
 /// Prints which files differ.
 pub fn diff(args: &DiffArgs) -> Result<()> {
@@ -66,7 +67,7 @@ fn file_system<'d>(
     device: &'d dyn BlockDevice,
     stop: &'d dyn Fn() -> bool,
 ) -> Result<Ext4<'d>> {
-    let found = mount::find(device, args.partition).and_then(|found| match found.fs.driver {
+    let found = filesystem::find(device, args.partition).and_then(|found| match found.fs.driver {
         "ext4" => Ok(found),
         _ => {
             let name = found.fs.name;
@@ -105,7 +106,7 @@ fn aspect(aspect: &Aspect) -> &'static str {
 }
 
 /// A path for people: what a terminal would not show as it is, is escaped.
-fn shown(path: &[u8]) -> String {
+pub fn shown(path: &[u8]) -> String {
     let mut text = String::new();
     for chunk in path.utf8_chunks() {
         for c in chunk.valid().chars() {

@@ -4,20 +4,25 @@ use std::path::{Path, PathBuf};
 
 use clap::Args as ClapArgs;
 use serde_json::{Value, json};
-use vdisk::chain::diff::{self, Change};
-use vdisk::chain::snapshot;
-use vdisk::chain::tree::Family;
+use vdisk::change::snapshot;
 use vdisk::control::Request;
+use vdisk::copy::diff;
+use vdisk::copy::diff::Change;
+use vdisk::family::tree::Family;
 use vdisk::{Error, ErrorKind, Result};
 
-use super::super::{held, output, size};
 use super::{CreateArgs, files};
+use crate::cli::open::held;
+use crate::cli::open::options::Opening;
+use crate::cli::terminal::{output, size};
 
 /// What changed between two moments.
 #[derive(ClapArgs)]
 pub struct DiffArgs {
     /// The disk.
     pub(super) disk: PathBuf,
+    #[command(flatten)]
+    pub(super) opening: Opening,
     /// The earlier snapshot.
     pub(super) name: String,
     /// The later one, instead of the disk as it is now.
@@ -91,8 +96,8 @@ pub fn diff(args: &DiffArgs) -> Result<()> {
 
 fn idle(disk: &Path, from: &str, to: Option<&str>) -> Result<Vec<Change>> {
     // Without a lock, what is read could change meanwhile.
-    let options = vdisk::chain::OpenOptions { unprotected: true, ..Default::default() };
-    let _held = vdisk::chain::open_image(disk, &options)?;
+    let options = vdisk::open::OpenOptions { unprotected: true, ..Default::default() };
+    let _held = vdisk::open::open_image(disk, &options)?;
     diff::diff(&Family::of(disk)?, from, to)
 }
 

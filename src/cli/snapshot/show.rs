@@ -3,11 +3,15 @@
 use std::fmt::Write;
 
 use serde_json::{Value, json};
-use vdisk::chain::plan::{Direction, Method, Plan, Undoable};
-use vdisk::chain::snapshot::KeptAside;
+use vdisk::change::plan::{Direction, Method, Plan, Undoable};
+use vdisk::change::snapshot::KeptAside;
 
 use super::time;
-use crate::cli::size::human;
+use crate::cli::terminal::output;
+use crate::cli::terminal::size::human;
+
+/// What it means that the head has no bitmaps any more.
+const LOST_BITMAPS: &str = "the next backup is a full one";
 
 /// The plan in some lines.
 pub fn text(plan: &Plan) -> String {
@@ -43,6 +47,9 @@ pub fn text(plan: &Plan) -> String {
             human(kept.bytes)
         );
     }
+    if !plan.bitmaps.is_empty() {
+        let _ = writeln!(out, "  bitmaps    {}: {LOST_BITMAPS}", plan.bitmaps.join(", "));
+    }
     let _ = match &plan.undo {
         Undoable::Until(end) => writeln!(out, "  undo       until {}", time(*end)),
         Undoable::NotNeeded => writeln!(out, "  undo       nothing is lost"),
@@ -56,7 +63,7 @@ pub fn value(plan: &Plan, dry_run: bool) -> Value {
     let layers: Vec<Value> = plan
         .layers
         .iter()
-        .map(|l| json!({ "file": l.path, "name": l.name, "fate": l.fate.words() }))
+        .map(|l| json!({ "file": output::path(&l.path), "name": l.name, "fate": l.fate.words() }))
         .collect();
     let undo = match &plan.undo {
         Undoable::Until(end) => json!({ "possible": true, "until_ms": end }),
@@ -66,7 +73,7 @@ pub fn value(plan: &Plan, dry_run: bool) -> Value {
     json!({
         "operation": plan.operation.name(),
         "dry_run": dry_run,
-        "disk": plan.disk,
+        "disk": output::path(&plan.disk),
         "snapshot": plan.snapshot,
         "snapshots": plan.snapshots,
         "layers": layers,
@@ -82,6 +89,7 @@ pub fn value(plan: &Plan, dry_run: bool) -> Value {
         "exclusive": plan.share.exclusive,
         "shared": plan.share.shared,
         "undo": undo,
+        "bitmaps_lost": plan.bitmaps,
         "forgets": plan.forgets.as_ref().map(|k| json!({ "what": k.what, "bytes": k.bytes })),
     })
 }
@@ -111,21 +119,28 @@ fn how(method: Method) -> &'static str {
 
 /// What the user would lose; `None` where that is nothing.
 pub fn loss(plan: &Plan) -> Option<String> {
-    use vdisk::chain::plan::Operation;
+    use vdisk::change::plan::Operation;
     if !matches!(plan.operation, Operation::Delete | Operation::Revert | Operation::Undo) {
         return None;
     }
     let with = (plan.operation == Operation::Delete && !plan.snapshots.is_empty())
         .then(|| format!(", and with them the snapshots {}", plan.snapshots.join(", ")));
-    if plan.dropped == 0 && with.is_none() {
+    let bitmaps = (!plan.bitmaps.is_empty()).then(|| format!("; {}", lost_bitmaps(plan)));
+    if plan.dropped == 0 && with.is_none() && bitmaps.is_none() {
         return None;
     }
     let mut loss = format!("{} of changes will be dropped", human(plan.dropped));
     loss += &with.unwrap_or_default();
+    loss += &bitmaps.unwrap_or_default();
     if let Undoable::Until(end) = plan.undo {
         let _ = write!(loss, " (`vdisk snapshot undo` brings them back until {})", time(end));
     }
     Some(loss)
+}
+
+/// What becomes of bitmaps that the head does not have afterwards.
+pub fn lost_bitmaps(plan: &Plan) -> String {
+    format!("the disk has no bitmaps any more ({}), {LOST_BITMAPS}", plan.bitmaps.join(", "))
 }
 
 /// What is kept aside, in one line.
@@ -146,6 +161,6 @@ pub fn kept_value(kept: &KeptAside) -> Value {
         "until_ms": kept.until,
         "size": kept.bytes,
         "snapshots": kept.snapshots,
-        "files": kept.files,
+        "files": kept.files.iter().map(output::path).collect::<Vec<_>>(),
     })
 }

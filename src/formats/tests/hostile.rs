@@ -1,14 +1,20 @@
 //! Damaged images: every fixture under random damage, opened, mapped and read. No panic, no hang,
 //! no memory beyond what a small image is worth.
 
-use std::io::IoSliceMut;
+use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{differencing, fixture, open, storage, vhdx_log};
+use super::{differencing, fixture, open, storage, vhdx_log, vmdk_forms};
+use crate::addr::GuestOffset;
+use crate::block::total;
+use crate::error::{Error, Result};
 use crate::formats::vmdk::Plan;
+use crate::formats::{vdi, vhd, vhdx};
 use crate::image::{Image, Mapping};
+use crate::storage::{MemoryStorage, Storage};
 
 const ROUNDS: u64 = 400;
 /// What a process may take for an image under 1 MiB: 256 MiB.
@@ -27,18 +33,25 @@ fn victims() -> Vec<Victim> {
         let bytes = fixture(name);
         Victim { format, name, bytes, tables: 0..tables }
     };
+    let extent =
+        |name, bytes: Vec<u8>| Victim { format: "extent", name, tables: 0..bytes.len(), bytes };
     let (log, used) = vhdx_log::dirty_file();
     let child = differencing::vhd(&[Some(&[1, 2]), None, Some(&[7])], Some((b"W2ru", "base")), 4);
     let text = "# Disk DescriptorFile\nversion=1\nCID=00000001\nparentCID=ffffffff\n\
         createType=\"custom\"\nRW 3 FLAT \"a.bin\" 2\nRW 5 ZERO\nRW 1 FLAT \"b.bin\" 0\n";
     vec![
         Victim { format: "vmdk", name: "a descriptor", bytes: text.into(), tables: 0..text.len() },
+        extent("a COWD extent", vmdk_forms::cowd(9000, &[0, 1, 2, 5000])),
+        extent("a seSparse extent", vmdk_forms::space(40_000, &[0, 1, 4097], &[2, 3])),
         packed("vmdk", "sparse.vmdk", 72 << 10),
         packed("vmdk", "stream.vmdk", 132_608),
         packed("vpc", "dynamic.vhd", 4096),
         packed("vpc", "fixed.vhd", 1 << 20),
         packed("vhdx", "dynamic.vhdx", 4 << 20),
         packed("vdi", "dynamic.vdi", 1024),
+        packed("qcow", "packed.qcow", 8 << 10),
+        packed("qed", "table.qed", 640 << 10),
+        packed("parallels", "table.parallels", 1024),
         Victim { format: "vhdx", name: "a VHDX log", bytes: log, tables: used..used + 16384 },
         Victim { format: "vpc", name: "a VHD child", tables: 0..child.len(), bytes: child },
         Victim {
@@ -171,13 +184,103 @@ fn walk(image: &dyn Image) -> bool {
     true
 }
 
+/// A file on a host that has room for 64 MiB.
+struct Small(MemoryStorage);
+
+impl Small {
+    fn check(end: u64) -> Result<()> {
+        let full = || Error::io("full", std::io::Error::from_raw_os_error(nix::libc::ENOSPC));
+        if end > 64 << 20 { Err(full()) } else { Ok(()) }
+    }
+}
+
+impl Storage for Small {
+    fn len(&self) -> Result<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        Small::check(len).and_then(|()| self.0.set_len(len))
+    }
+
+    fn is_fixed(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        self.0.read_at(offset, bufs)
+    }
+
+    fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        Small::check(offset.saturating_add(total(bufs)))?;
+        self.0.write_at(offset, bufs)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.punch_hole(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        Small::check(offset.saturating_add(len))?;
+        self.0.write_zeroes(offset, len)
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.0.sync()
+    }
+}
+
+/// Writes a bit of everything to an image that is opened for it, where its blocks are small.
+fn write(format: &str, bytes: &[u8]) {
+    let storage = Arc::new(Small(MemoryStorage::new(bytes.to_vec())));
+    let image: Result<Box<dyn Image>> = match format {
+        "vdi" => vdi::fill(storage).map(|image| Box::new(image) as _),
+        "vpc" => vhd::fill(storage, vhd::SizeBy::Creator).map(|image| Box::new(image) as _),
+        "vhdx" => vhdx::fill(storage).map(|image| Box::new(image) as _),
+        "vmdk" => Plan::read(storage).and_then(|plan| {
+            let file = || Arc::new(Small(MemoryStorage::new(vec![0; 4096])));
+            let files: Vec<_> = plan.files().iter().map(|_| file() as Arc<dyn Storage>).collect();
+            plan.open_to_write(&files).map(|image| Box::new(image) as _)
+        }),
+        _ => return,
+    };
+    let Ok(image) = image else { return };
+    if image.cluster().bytes() > 2 << 20 {
+        return;
+    }
+    for at in [0, 1 << 20, 3 << 20, image.size() / 1024 * 512] {
+        let Ok(extent) = image.map(GuestOffset(at), 512) else { continue };
+        let bufs = [IoSlice::new(&[7; 512])];
+        match extent.mapping {
+            Mapping::Data { exclusive: true, .. } if extent.len == 512 => {
+                let _ = image.overwrite(&extent, GuestOffset(at), &bufs);
+            }
+            _ => {
+                let start = image.granularity().floor(at);
+                let Ok(place) = image.prepare(GuestOffset(start), 512) else { continue };
+                if place.len() >= 512 && place.write(0, &bufs).is_ok() {
+                    let _ = place.commit();
+                }
+            }
+        }
+    }
+    let _ = image.flush();
+}
+
 /// Answers whether the image opened.
 fn attack(format: &str, bytes: Vec<u8>) -> bool {
+    write(format, &bytes);
     if format == "vmdk" {
         // A damaged header may name other files: they hold nothing.
         let Ok(plan) = Plan::read(storage(bytes)) else { return false };
         let files: Vec<_> = plan.files().iter().map(|_| storage(vec![0; 4096])).collect();
         return plan.open(&files).is_ok_and(|image| walk(&image));
+    }
+    if format == "extent" {
+        // One file of a disk that a whole descriptor describes.
+        let text = "version=1\ncreateType=\"custom\"\nRW 9000 SPARSE \"x\"\n";
+        let plan = Plan::read(storage(text.into())).unwrap();
+        return plan.open(&[storage(bytes)]).is_ok_and(|image| walk(&image));
     }
     open(format, bytes, &[]).is_ok_and(|image| walk(&*image))
 }

@@ -7,7 +7,7 @@ use crate::image::Mapping;
 use crate::require::{Need, have};
 
 /// Formats and creation options that QEMU writes.
-const KINDS: [(&str, &str); 18] = [
+const KINDS: [(&str, &str); 23] = [
     ("vmdk", "subformat=monolithicSparse"),
     ("vmdk", "subformat=monolithicSparse,zeroed_grain=on"),
     ("vmdk", "subformat=streamOptimized"),
@@ -26,6 +26,11 @@ const KINDS: [(&str, &str); 18] = [
     ("vdi", "static=on"),
     ("vdi", ""),
     ("vhdx", ""),
+    ("qcow", ""),
+    ("qed", ""),
+    ("qed", "cluster_size=4k,table_size=2"),
+    ("parallels", ""),
+    ("parallels", "cluster_size=64k"),
 ];
 
 struct Bed(tempfile::TempDir);

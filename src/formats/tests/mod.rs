@@ -5,11 +5,14 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use super::parallels::Parallels;
 use super::probe;
+use super::qcow::Qcow;
+use super::qed::Qed;
 use super::vdi::Vdi;
 use super::vhd::{SizeBy, Vhd};
 use super::vhdx::Vhdx;
-use super::vmdk::Plan;
+use super::vmdk::{Name, Plan};
 use crate::addr::GuestOffset;
 use crate::error::{Error, Result};
 use crate::image::{Extent, Image, Mapping};
@@ -43,6 +46,10 @@ impl Storage for Bytes {
         unreachable!("an image is only read")
     }
 
+    fn is_fixed(&self) -> bool {
+        true
+    }
+
     fn write_at(&self, _: u64, _: &[IoSlice<'_>]) -> Result<()> {
         unreachable!("an image is only read")
     }
@@ -68,6 +75,9 @@ fn storage(bytes: Vec<u8>) -> Arc<dyn Storage> {
 fn open(format: &str, bytes: Vec<u8>, files: &[Arc<dyn Storage>]) -> Result<Box<dyn Image>> {
     let storage = storage(bytes);
     Ok(match format {
+        "parallels" => Box::new(Parallels::open(storage)?),
+        "qcow" => Box::new(Qcow::open(storage)?),
+        "qed" => Box::new(Qed::open(storage)?),
         "vdi" => Box::new(Vdi::open(storage)?),
         "vpc" => Box::new(Vhd::open(storage, SizeBy::Creator)?),
         "vhdx" => Box::new(Vhdx::open(storage)?),
@@ -83,7 +93,7 @@ fn open_file(format: &str, path: &Path) -> Box<dyn Image> {
         return open(format, bytes, &[]).unwrap();
     }
     let plan = Plan::read(storage(bytes)).unwrap();
-    let beside = |name: &String| storage(std::fs::read(path.with_file_name(name)).unwrap());
+    let beside = |name: &Name| storage(std::fs::read(path.with_file_name(&name.bytes)).unwrap());
     let files: Vec<_> = plan.files().iter().map(beside).collect();
     Box::new(plan.open(&files).unwrap())
 }
@@ -170,6 +180,9 @@ fn fixtures_read_as_the_disk_they_were_made_from() {
         ("vpc", "fixed.vhd"),
         ("vhdx", "dynamic.vhdx"),
         ("vdi", "dynamic.vdi"),
+        ("qcow", "packed.qcow"),
+        ("qed", "table.qed"),
+        ("parallels", "table.parallels"),
     ];
     for (format, name) in fixtures {
         let bytes = fixture(name);

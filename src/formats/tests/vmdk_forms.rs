@@ -153,7 +153,8 @@ fn a_descriptor_joins_flat_sparse_and_zero_extents() {
         "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"custom\"\n\
          RW 3 FLAT \"flat.bin\" 2\nRW 5 ZERO\nRDONLY 299 SPARSE \"s.vmdk\"\nRW 1 FLAT \"flat.bin\" 0\n",
     );
-    assert_eq!(plan.files(), ["flat.bin", "s.vmdk"]);
+    let names: Vec<_> = plan.files().iter().map(|name| name.text.as_str()).collect();
+    assert_eq!(names, ["flat.bin", "s.vmdk"]);
     let bytes = noise(5, 512 * 5);
     let files: [Arc<dyn Storage>; 2] =
         [storage(bytes.clone()), storage(Form::STREAM.build(&grains))];
@@ -216,4 +217,88 @@ fn neighbours_in_different_files_do_not_look_like_one_extent() {
     let mut buf = [0; 4096];
     image.read(&joined, joined.start, &mut [std::io::IoSliceMut::new(&mut buf)]).unwrap();
     assert_eq!(buf[..], noise(3, 6144)[2048..]);
+}
+
+/// COWD, the older snapshots of ESX: `grains` of a sector each.
+pub(super) fn cowd(sectors: u32, grains: &[u32]) -> Vec<u8> {
+    let tables = sectors.div_ceil(4096);
+    let mut file = vec![0; 2048 + (tables as usize * 4).next_multiple_of(512)];
+    file[..4].copy_from_slice(b"COWD");
+    for (at, number) in [(4, 1), (8, 3), (12, sectors), (16, 1), (20, 4), (24, tables)] {
+        file[at..at + 4].copy_from_slice(&number.to_le_bytes());
+    }
+    for &grain in grains {
+        let entry = 2048 + grain as usize / 4096 * 4;
+        let mut table = u32::from_le_bytes(file[entry..entry + 4].try_into().unwrap()) as usize;
+        if table == 0 {
+            table = file.len() / 512;
+            file[entry..entry + 4].copy_from_slice(&(table as u32).to_le_bytes());
+            file.resize(file.len() + 4096 * 4, 0);
+        }
+        let slot = table * 512 + grain as usize % 4096 * 4;
+        let place = (file.len() / 512) as u32;
+        file[slot..slot + 4].copy_from_slice(&place.to_le_bytes());
+        file.extend([grain as u8 | 1; 512]);
+    }
+    file
+}
+
+/// seSparse, the newer ones: `grains` of 4 KiB each, and such that read as zeroes.
+pub(super) fn space(sectors: u64, grains: &[u64], zeroes: &[u64]) -> Vec<u8> {
+    let (directory, tables) = (8u64, sectors.div_ceil(8).div_ceil(4096));
+    let (first, data) = (directory + 1, directory + 1 + tables * 64);
+    let mut file = vec![0; data as usize * 512];
+    let mut put =
+        |at: u64, number: u64| file[at as usize..][..8].copy_from_slice(&number.to_le_bytes());
+    let header = [0xcafe_babe, 0x2_0000_0001, sectors, 8, 64];
+    (0..).step_by(8).zip(header).for_each(|(at, number)| put(at, number));
+    let places = [(80, 1), (128, directory), (136, 1), (144, first), (192, data)];
+    places.into_iter().for_each(|(at, number)| put(at, number));
+    put(512, 0xcafe_cafe);
+    for table in 0..tables {
+        put(directory * 512 + table * 8, 1 << 60 | table);
+    }
+    for (number, grain) in grains.iter().enumerate() {
+        let number = number as u64;
+        put(first * 512 + grain * 8, 3 << 60 | (number & 0xfff) << 48 | number >> 12);
+    }
+    for (number, grain) in zeroes.iter().enumerate() {
+        put(first * 512 + grain * 8, (1 + number as u64 % 2) << 60);
+    }
+    grains.iter().for_each(|grain| file.extend([*grain as u8 | 1; 4096]));
+    file
+}
+
+fn over(line: &str, file: Vec<u8>) -> crate::Result<crate::formats::vmdk::Vmdk> {
+    plan(&format!("version=1\ncreateType=\"custom\"\n{line}\n")).open(&[storage(file)])
+}
+
+#[test]
+fn the_snapshots_of_esx_hold_what_their_tables_name() {
+    let grains = [0, 1, 5, 4095, 4096, 9000];
+    let image = over("RW 9001 VMFSSPARSE \"a-delta.vmdk\"", cowd(9001, &grains)).unwrap();
+    let mut expected = vec![0xcc; 9001 * 512];
+    for grain in grains {
+        expected[grain as usize * 512..][..512].fill(grain as u8 | 1);
+    }
+    assert_eq!(difference(&flat(&image, &vec![0xcc; 9001 * 512]), &expected), None);
+
+    let (grains, zeroes) = ([0, 3, 4097], [1, 2]);
+    let bytes = space(40_000, &grains, &zeroes);
+    let image = over("RW 40000 SESPARSE \"a-sesparse.vmdk\"", bytes.clone()).unwrap();
+    let mut expected = vec![0xcc; 40_000 * 512];
+    for grain in grains {
+        expected[grain as usize * 4096..][..4096].fill(grain as u8 | 1);
+    }
+    expected[4096..3 * 4096].fill(0);
+    assert_eq!(difference(&flat(&image, &vec![0xcc; 40_000 * 512]), &expected), None);
+
+    // A journal that ESX would replay.
+    let mut dirty = bytes;
+    dirty[512 + 24] = 1;
+    let error = over("RW 40000 SESPARSE \"a\"", dirty).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    // Alone such an extent says nothing of what is below it.
+    let error = Plan::read(storage(cowd(100, &[1]))).err().unwrap();
+    assert!(error.message().contains("open the descriptor"), "{error}");
 }

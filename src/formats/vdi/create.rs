@@ -1,6 +1,8 @@
 //! New VDI images: a header, a map without a block, and nothing else until something is written.
 
-use super::{BLOCK, HEADER, MAX_SIZE, SECTOR, too_large};
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::{BLOCK, DYNAMIC, HEADER, MAX_SIZE, RawHeader, SECTOR, STATIC, too_large};
 use crate::error::Result;
 use crate::storage::Storage;
 
@@ -10,11 +12,9 @@ const SIGNATURE: u32 = 0xbeda_107f;
 const VERSION: u32 = 0x0001_0001;
 /// Bytes of the header that hold fields, counted from the field that says so.
 const FIELDS: u32 = 0x180;
-const DYNAMIC: u32 = 1;
-const STATIC: u32 = 2;
 
-/// Makes an image of `size` bytes in an empty file. Of a `fixed` one every block has its place at
-/// once, and reads as zeroes.
+/// Makes an image of `size` bytes in `storage`, whatever that holds. Of a `fixed` one every block has
+/// its place at once, and reads as zeroes.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) where the format ends below `size`.
@@ -25,7 +25,9 @@ pub fn create(storage: &dyn Storage, size: u64, fixed: bool) -> Result<()> {
     let blocks = BLOCK.count(size) as u32;
     let map = SECTOR.ceil(u64::from(blocks) * 4);
     let data = HEADER + map;
-    storage.write_all_at(0, &header(size, blocks, data as u32, fixed))?;
+    let end = if fixed { data + u64::from(blocks) * BLOCK.bytes() } else { data };
+    storage.renew(0..end)?;
+    storage.write_all_at(0, header(size, blocks, data as u32, fixed).as_bytes())?;
     // A piece at a time: the largest map takes 2 GiB.
     const PIECE: u32 = 1 << 18;
     for first in (0..blocks).step_by(PIECE as usize) {
@@ -34,32 +36,29 @@ pub fn create(storage: &dyn Storage, size: u64, fixed: bool) -> Result<()> {
         let bytes: Vec<u8> = numbers.flat_map(|n| entry(n).to_le_bytes()).collect();
         storage.write_all_at(HEADER + u64::from(first) * 4, &bytes)?;
     }
-    let end = if fixed { data + u64::from(blocks) * BLOCK.bytes() } else { data };
-    storage.set_len(end)?;
     storage.sync()
 }
 
-fn header(size: u64, blocks: u32, data: u32, fixed: bool) -> Vec<u8> {
-    let mut bytes = vec![0; HEADER as usize];
-    let mut put = |at: usize, what: &[u8]| bytes[at..at + what.len()].copy_from_slice(what);
-    put(0, BANNER);
-    let numbers = [
-        (0x40, SIGNATURE),
-        (0x44, VERSION),
-        (0x48, FIELDS),
-        (0x4c, if fixed { STATIC } else { DYNAMIC }),
-        (0x154, HEADER as u32),
-        (0x158, data),
-        (0x168, SECTOR.bytes() as u32),
-        (0x178, BLOCK.bytes() as u32),
-        (0x180, blocks),
-        (0x184, if fixed { blocks } else { 0 }),
-    ];
-    numbers.iter().for_each(|(at, number)| put(*at, &number.to_le_bytes()));
-    put(0x170, &size.to_le_bytes());
-    put(0x188, uuid::Uuid::new_v4().as_bytes());
-    put(0x198, uuid::Uuid::new_v4().as_bytes());
-    bytes
+fn header(size: u64, blocks: u32, data: u32, fixed: bool) -> RawHeader {
+    let mut text = [0; 64];
+    text[..BANNER.len()].copy_from_slice(BANNER);
+    RawHeader {
+        text,
+        signature: SIGNATURE.into(),
+        version: VERSION.into(),
+        header_size: FIELDS.into(),
+        image_type: if fixed { STATIC } else { DYNAMIC }.into(),
+        offset_bmap: (HEADER as u32).into(),
+        offset_data: data.into(),
+        sector_size: (SECTOR.bytes() as u32).into(),
+        disk_size: size.into(),
+        block_size: (BLOCK.bytes() as u32).into(),
+        blocks_in_image: blocks.into(),
+        blocks_allocated: if fixed { blocks } else { 0 }.into(),
+        uuid_image: uuid::Uuid::new_v4().into_bytes(),
+        uuid_last_snap: uuid::Uuid::new_v4().into_bytes(),
+        ..RawHeader::new_zeroed()
+    }
 }
 
 #[cfg(test)]

@@ -4,9 +4,13 @@
 //! VirtualBox's registry can resolve: it is refused by that UUID.
 
 use std::io::IoSliceMut;
+use std::mem::offset_of;
 use std::sync::Arc;
 
-use super::fields::{self, Fields};
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::fields;
 use super::pages::{Cursor, Pages};
 use super::{probe, runs};
 use crate::addr::{GuestOffset, Unit};
@@ -20,9 +24,52 @@ mod fill;
 pub use create::create;
 pub use fill::fill;
 
-/// Bytes of the header that hold fields.
-const HEADER: u64 = 512;
+/// The header as it stands in the file.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    text: [u8; 64],
+    signature: U32,
+    version: U32,
+    header_size: U32,
+    image_type: U32,
+    image_flags: U32,
+    description: [u8; 256],
+    offset_bmap: U32,
+    offset_data: U32,
+    cylinders: U32,
+    heads: U32,
+    sectors: U32,
+    sector_size: U32,
+    unused1: U32,
+    disk_size: U64,
+    block_size: U32,
+    block_extra: U32,
+    blocks_in_image: U32,
+    blocks_allocated: U32,
+    uuid_image: [u8; 16],
+    uuid_last_snap: [u8; 16],
+    uuid_link: [u8; 16],
+    uuid_parent: [u8; 16],
+    unused2: [u8; 56],
+}
+
+/// Bytes of the header.
+const HEADER: u64 = size_of::<RawHeader>() as u64;
+const _: () = assert!(HEADER == 512);
+
+/// The place of a header's field, for errors.
+macro_rules! at {
+    ($field:ident) => {
+        offset_of!(RawHeader, $field) as u64
+    };
+}
+
 const SECTOR: Unit = Unit::from_bits(9);
+/// A dynamic image, one with a place for every block, one on a parent.
+const DYNAMIC: u32 = 1;
+const STATIC: u32 = 2;
+const DIFFERENCING: u32 = 4;
 /// The usual block, and the only one that new images have.
 const BLOCK: Unit = Unit::from_bits(20);
 /// How many blocks the map may name.
@@ -55,8 +102,7 @@ impl Vdi {
     /// Reads and checks the header. The map is read as it is needed: where the file ends before it,
     /// its entries cannot be read, but all others can.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Vdi> {
-        let head = fields::read(&storage, 0, HEADER, "the VDI header")?;
-        let header = Header::parse(&head)?;
+        let header = Header::parse(&fields::read_structure(&*storage, 0, "the VDI header")?)?;
         let pages = Pages::new(Arc::clone(&storage), Pages::DEFAULT)?;
         Ok(Vdi { storage, pages, header })
     }
@@ -88,59 +134,69 @@ impl Vdi {
 }
 
 impl Header {
-    fn parse(head: &[u8]) -> Result<Header> {
-        let fields = Fields::new(head, 0);
+    fn parse(raw: &RawHeader) -> Result<Header> {
         let unsupported = |what: String, at: u64| {
             Err(Error::unsupported(format!("unsupported VDI image ({what})")).at_offset(at))
         };
-        if !probe::vdi(head) {
+        if !probe::vdi(raw.as_bytes()) {
             return Err(Error::corrupt(format!(
                 "Image not in VDI format (bad signature {:08x})",
-                fields.le32(0x40)?
+                raw.signature.get()
             ))
-            .at_offset(0x40));
+            .at_offset(at!(signature)));
         }
-        let recorded = fields.le64(0x170)?;
+        let recorded = raw.disk_size.get();
         if recorded > MAX_SIZE {
-            return Err(too_large(recorded).at_offset(0x170));
+            return Err(too_large(recorded).at_offset(at!(disk_size)));
         }
-        let version = fields.le32(0x44)?;
+        let version = raw.version.get();
         if version >> 16 != 1 {
             let (major, minor) = (version >> 16, version & 0xffff);
-            return unsupported(format!("version {major}.{minor}"), 0x44);
+            return unsupported(format!("version {major}.{minor}"), at!(version));
         }
-        let (map, data) = (u64::from(fields.le32(0x154)?), u64::from(fields.le32(0x158)?));
+        let (map, data) = (u64::from(raw.offset_bmap.get()), u64::from(raw.offset_data.get()));
         if !SECTOR.aligned(map) || map < HEADER {
-            return unsupported(format!("unaligned block map offset {map:#x}"), 0x154);
+            return unsupported(format!("unaligned block map offset {map:#x}"), at!(offset_bmap));
         }
         if !SECTOR.aligned(data) || data < HEADER {
-            return unsupported(format!("unaligned data offset {data:#x}"), 0x158);
+            return unsupported(format!("unaligned data offset {data:#x}"), at!(offset_data));
         }
-        let sector = fields.le32(0x168)?;
+        let sector = raw.sector_size.get();
         if u64::from(sector) != SECTOR.bytes() {
-            return unsupported(format!("sector size {sector} is not {}", SECTOR.bytes()), 0x168);
+            return unsupported(
+                format!("sector size {sector} is not {}", SECTOR.bytes()),
+                at!(sector_size),
+            );
         }
-        let bytes = fields.le32(0x178)?;
+        let bytes = raw.block_size.get();
         let block = Unit::from_bytes(bytes.into()).filter(|b| b.bytes() >= SECTOR.bytes());
         let Some(block) = block else {
-            return unsupported(format!("block size {bytes} is not {}", BLOCK.bytes()), 0x178);
+            return unsupported(
+                format!("block size {bytes} is not {}", BLOCK.bytes()),
+                at!(block_size),
+            );
         };
-        if fields.le32(0x17c)? != 0 {
-            return Err(Error::unsupported("VDI blocks with extra data").at_offset(0x17c));
+        if raw.block_extra != 0 {
+            return Err(
+                Error::unsupported("VDI blocks with extra data").at_offset(at!(block_extra))
+            );
         }
         // VirtualBox has made disks that end inside a sector; a guest sees whole ones.
         let size = SECTOR.ceil(recorded);
-        let blocks = fields.le32(0x180)?;
+        let blocks = raw.blocks_in_image.get();
         if block.count(size) > blocks.into() {
             let room = u64::from(blocks) * block.bytes();
             let what = format!("disk size {recorded}, image bitmap has room for {room}");
-            return unsupported(what, 0x180);
+            return unsupported(what, at!(blocks_in_image));
         }
-        check_kind(&fields)?;
+        check_kind(raw)?;
         if blocks > MAX_BLOCKS {
-            return unsupported(format!("too many blocks {blocks}, max is {MAX_BLOCKS}"), 0x180);
+            return unsupported(
+                format!("too many blocks {blocks}, max is {MAX_BLOCKS}"),
+                at!(blocks_in_image),
+            );
         }
-        Ok(Header { size, block, map, data, fixed: fields.le32(0x4c)? == 2 })
+        Ok(Header { size, block, map, data, fixed: raw.image_type == STATIC })
     }
 }
 
@@ -151,21 +207,22 @@ fn too_large(size: u64) -> Error {
     ))
 }
 
-fn check_kind(fields: &Fields<'_>) -> Result<()> {
-    let parent: [u8; 16] = fields.array(0x1b8)?;
-    let link: [u8; 16] = fields.array(0x1a8)?;
-    match fields.le32(0x4c)? {
-        1 | 2 if parent == [0; 16] && link == [0; 16] => Ok(()),
-        1 | 2 | 4 => {
+fn check_kind(raw: &RawHeader) -> Result<()> {
+    let (parent, link) = (raw.uuid_parent, raw.uuid_link);
+    match raw.image_type.get() {
+        DYNAMIC | STATIC if parent == [0; 16] && link == [0; 16] => Ok(()),
+        DYNAMIC | STATIC | DIFFERENCING => {
             let id = if parent == [0; 16] { link } else { parent };
             Err(Error::unsupported(format!(
                 "a differencing VDI image: its parent is known by UUID only ({}). Merge it with \
                  VirtualBox (clone the disk) and open the result",
                 uuid(&id)
             ))
-            .at_offset(0x1b8))
+            .at_offset(at!(uuid_parent)))
         }
-        kind => Err(Error::unsupported(format!("VDI image type {kind}")).at_offset(0x4c)),
+        kind => {
+            Err(Error::unsupported(format!("VDI image type {kind}")).at_offset(at!(image_type)))
+        }
     }
 }
 
@@ -222,6 +279,10 @@ impl Image for Vdi {
 mod tests {
     use super::*;
 
+    fn parse(head: &[u8]) -> Result<Header> {
+        Header::parse(fields::structure(head, 0)?)
+    }
+
     fn head() -> Vec<u8> {
         let mut head = vec![0; 512];
         let mut put = |at: usize, n: u32| head[at..at + 4].copy_from_slice(&n.to_le_bytes());
@@ -239,12 +300,12 @@ mod tests {
 
     #[test]
     fn a_header_is_checked_field_by_field() {
-        let parsed = Header::parse(&head()).unwrap();
+        let parsed = parse(&head()).unwrap();
         assert_eq!(parsed.size, 3_000_320);
         for (at, value) in [(0x4c, 3u32), (0x178, 3), (0x180, 2), (0x154, 7), (0x44, 0x20000)] {
             let mut bad = head();
             bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
-            assert_eq!(Header::parse(&bad).unwrap_err().offset(), Some(at as u64));
+            assert_eq!(parse(&bad).unwrap_err().offset(), Some(at as u64));
         }
     }
 
@@ -254,7 +315,7 @@ mod tests {
         diff[0x4c] = 4;
         diff[0x1b8..0x1c8]
             .copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]);
-        let error = Header::parse(&diff).unwrap_err();
+        let error = parse(&diff).unwrap_err();
         assert!(error.message().contains("04030201-0605-0807-090a-0b0c0d0e0f10"), "{error}");
     }
 }

@@ -3,7 +3,12 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::footer::{FOOTER, HEADER, MAX_GEOMETRY, MAX_SECTORS, SECTOR};
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::footer::{
+    COOKIE, FOOTER, HEADER, HEADER_COOKIE, MAX_GEOMETRY, MAX_SECTORS, RawFooter, RawGeometry,
+    RawHeader, SECTOR, checksum,
+};
 use crate::addr::Unit;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
@@ -30,7 +35,8 @@ pub struct CreateOptions {
     pub exact: bool,
 }
 
-/// Makes an image in an empty file.
+/// Makes an image in `storage`, whatever that holds. Its footer stands behind the disk, and where
+/// the length is fixed at the very end as well: there it is looked for.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] where the format ends below the size.
@@ -48,17 +54,19 @@ pub fn create(storage: &dyn Storage, options: CreateOptions) -> Result<()> {
     }
     let footer = footer(options, sectors, geometry);
     let size = sectors * SECTOR.bytes();
-    if options.fixed {
-        storage.set_len(size)?;
-        storage.write_all_at(size, &footer)?;
-        return storage.sync();
-    }
     let blocks = BLOCK.count(size);
     let table = SECTOR.ceil(blocks * 4);
-    storage.write_all_at(0, &footer)?;
-    storage.write_all_at(TABLE + table, &footer)?;
-    storage.write_all_at(FOOTER, &header(blocks as u32))?;
-    storage.write_all_at(TABLE, &vec![0xff; table as usize])?;
+    let end = if options.fixed { size } else { TABLE + table };
+    storage.renew(0..end + FOOTER)?;
+    storage.write_all_at(end, footer.as_bytes())?;
+    if storage.is_fixed() {
+        storage.write_all_at(storage.len()?.saturating_sub(FOOTER), footer.as_bytes())?;
+    }
+    if !options.fixed {
+        storage.write_all_at(0, footer.as_bytes())?;
+        storage.write_all_at(FOOTER, header(blocks as u32).as_bytes())?;
+        storage.write_all_at(TABLE, &vec![0xff; table as usize])?;
+    }
     storage.sync()
 }
 
@@ -104,47 +112,47 @@ impl Geometry {
     }
 }
 
-fn footer(options: CreateOptions, sectors: u64, geometry: Geometry) -> Vec<u8> {
+fn footer(options: CreateOptions, sectors: u64, geometry: Geometry) -> RawFooter {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
     let size = sectors * SECTOR.bytes();
-    let mut bytes = vec![0; FOOTER as usize];
-    let mut put = |at: usize, what: &[u8]| bytes[at..at + what.len()].copy_from_slice(what);
-    put(0, b"conectix");
-    put(8, &2u32.to_be_bytes());
-    put(12, &0x0001_0000u32.to_be_bytes());
-    put(16, &if options.fixed { NONE } else { FOOTER }.to_be_bytes());
-    put(24, &(now.saturating_sub(EPOCH) as u32).to_be_bytes());
-    // The creator's name says which size counts; see `footer::size`.
-    put(28, if options.exact { b"qem2" } else { b"qemu" });
-    put(32, &0x0005_0003u32.to_be_bytes());
-    put(36, b"Wi2k");
-    put(40, &size.to_be_bytes());
-    put(48, &size.to_be_bytes());
-    put(56, &(geometry.cylinders as u16).to_be_bytes());
-    put(58, &[geometry.heads as u8, geometry.track as u8]);
-    put(60, &if options.fixed { FIXED } else { DYNAMIC }.to_be_bytes());
-    put(68, uuid::Uuid::new_v4().as_bytes());
-    sealed(bytes, 64)
+    let mut raw = RawFooter {
+        cookie: COOKIE,
+        features: 2.into(),
+        file_format_version: 0x0001_0000.into(),
+        data_offset: if options.fixed { NONE } else { FOOTER }.into(),
+        time_stamp: (now.saturating_sub(EPOCH) as u32).into(),
+        // The creator's name says which size counts; see `footer::size`.
+        creator_application: if options.exact { *b"qem2" } else { *b"qemu" },
+        creator_version: 0x0005_0003.into(),
+        creator_host_os: *b"Wi2k",
+        original_size: size.into(),
+        current_size: size.into(),
+        disk_geometry: RawGeometry {
+            cylinder: (geometry.cylinders as u16).into(),
+            heads: geometry.heads as u8,
+            sectors_per_track: geometry.track as u8,
+        },
+        disk_type: if options.fixed { FIXED } else { DYNAMIC }.into(),
+        unique_id: uuid::Uuid::new_v4().into_bytes(),
+        ..RawFooter::new_zeroed()
+    };
+    raw.checksum = checksum(raw.as_bytes(), raw.checksum).into();
+    raw
 }
 
 /// The dynamic disk header for a disk of so many blocks.
-fn header(blocks: u32) -> Vec<u8> {
-    let mut bytes = vec![0; HEADER as usize];
-    let mut put = |at: usize, what: &[u8]| bytes[at..at + what.len()].copy_from_slice(what);
-    put(0, b"cxsparse");
-    put(8, &NONE.to_be_bytes());
-    put(16, &TABLE.to_be_bytes());
-    put(24, &0x0001_0000u32.to_be_bytes());
-    put(28, &blocks.to_be_bytes());
-    put(32, &(BLOCK.bytes() as u32).to_be_bytes());
-    sealed(bytes, 36)
-}
-
-/// The structure with its checksum, which stands at `at`.
-fn sealed(mut bytes: Vec<u8>, at: usize) -> Vec<u8> {
-    let sum: u32 = bytes.iter().map(|&b| u32::from(b)).sum();
-    bytes[at..at + 4].copy_from_slice(&(!sum).to_be_bytes());
-    bytes
+fn header(blocks: u32) -> RawHeader {
+    let mut raw = RawHeader {
+        cookie: HEADER_COOKIE,
+        data_offset: NONE.into(),
+        table_offset: TABLE.into(),
+        header_version: 0x0001_0000.into(),
+        max_table_entries: blocks.into(),
+        block_size: (BLOCK.bytes() as u32).into(),
+        ..RawHeader::new_zeroed()
+    };
+    raw.checksum = checksum(raw.as_bytes(), raw.checksum).into();
+    raw
 }
 
 #[cfg(test)]

@@ -1,17 +1,86 @@
 //! The fixed structures of a VHD: the footer, the dynamic disk header, and the names of a parent.
 //! All numbers are big-endian. "Virtual Hard Disk Image Format Specification", version 1.0.
 
+use std::mem::offset_of;
 use std::sync::Arc;
+
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::addr::Unit;
 use crate::error::{Error, Result};
-use crate::formats::fields::{self, Fields};
+use crate::formats::fields;
 use crate::storage::Storage;
 
+/// The footer as it stands in the file: "Hard Disk Footer Format".
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct RawFooter {
+    pub cookie: [u8; 8],
+    pub features: U32,
+    pub file_format_version: U32,
+    pub data_offset: U64,
+    pub time_stamp: U32,
+    pub creator_application: [u8; 4],
+    pub creator_version: U32,
+    pub creator_host_os: [u8; 4],
+    pub original_size: U64,
+    pub current_size: U64,
+    pub disk_geometry: RawGeometry,
+    pub disk_type: U32,
+    pub checksum: U32,
+    pub unique_id: [u8; 16],
+    pub saved_state: u8,
+    pub reserved: [u8; 427],
+}
+
+/// "Disk Geometry".
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct RawGeometry {
+    pub cylinder: U16,
+    pub heads: u8,
+    pub sectors_per_track: u8,
+}
+
+/// The header of a dynamic disk as it stands in the file: "Dynamic Disk Header Format".
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct RawHeader {
+    pub cookie: [u8; 8],
+    pub data_offset: U64,
+    pub table_offset: U64,
+    pub header_version: U32,
+    pub max_table_entries: U32,
+    pub block_size: U32,
+    pub checksum: U32,
+    pub parent_unique_id: [u8; 16],
+    pub parent_time_stamp: U32,
+    pub reserved: U32,
+    pub parent_unicode_name: [u8; 512],
+    pub parent_locators: [ParentLocator; 8],
+    pub reserved2: [u8; 256],
+}
+
+/// "Parent Locator Entry".
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct ParentLocator {
+    platform_code: [u8; 4],
+    platform_data_space: U32,
+    platform_data_length: U32,
+    reserved: U32,
+    platform_data_offset: U64,
+}
+
+pub(super) const COOKIE: [u8; 8] = *b"conectix";
+pub(super) const HEADER_COOKIE: [u8; 8] = *b"cxsparse";
 /// Bytes of the footer, and of its copy at the beginning of a dynamic disk.
-pub const FOOTER: u64 = 512;
+pub const FOOTER: u64 = size_of::<RawFooter>() as u64;
 /// Bytes of the dynamic disk header.
-pub const HEADER: u64 = 1024;
+pub const HEADER: u64 = size_of::<RawHeader>() as u64;
+const _: () = assert!(FOOTER == 512 && HEADER == 1024);
+
 /// The unit of the block allocation table and of the bitmaps.
 pub const SECTOR: Unit = Unit::from_bits(9);
 /// 2040 GiB in sectors: the largest disk that the format's users make.
@@ -62,62 +131,61 @@ pub struct Footer {
 impl Footer {
     /// Parses the footer that stood at file offset `base`.
     pub fn parse(bytes: &[u8], base: u64, by: SizeBy) -> Result<Footer> {
-        let fields = Fields::new(bytes, base);
-        if fields.bytes(0, 8)? != b"conectix" {
+        let raw: &RawFooter = fields::structure(bytes, base)?;
+        let at = |field: usize| base + field as u64;
+        if raw.cookie != COOKIE {
             return Err(Error::corrupt("not a VHD image: there is no footer").at_offset(base));
         }
-        check_sum(&fields, FOOTER as usize, 64, base)?;
-        if fields.be32(12)? >> 16 != 1 {
-            return Err(Error::unsupported(format!("VHD format version {:#x}", fields.be32(12)?))
-                .at_offset(base + 12));
+        if raw.checksum != checksum(raw.as_bytes(), raw.checksum) {
+            let offset = at(offset_of!(RawFooter, checksum));
+            return Err(Error::corrupt("Incorrect header checksum").at_offset(offset));
         }
-        let kind = match fields.be32(60)? {
+        let version = raw.file_format_version.get();
+        if version >> 16 != 1 {
+            return Err(Error::unsupported(format!("VHD format version {version:#x}"))
+                .at_offset(at(offset_of!(RawFooter, file_format_version))));
+        }
+        let kind = match raw.disk_type.get() {
             2 => Kind::Fixed,
             3 => Kind::Dynamic,
             4 => Kind::Differencing,
             other => {
-                return Err(
-                    Error::unsupported(format!("VHD disk type {other}")).at_offset(base + 60)
-                );
+                return Err(Error::unsupported(format!("VHD disk type {other}"))
+                    .at_offset(at(offset_of!(RawFooter, disk_type))));
             }
         };
-        let size = size(&fields, by)?;
-        Ok(Footer { kind, size, header: fields.be64(16)?, id: fields.array(68)? })
+        let size = size(raw, by)?;
+        Ok(Footer { kind, size, header: raw.data_offset.get(), id: raw.unique_id })
     }
 }
 
 /// The guest's size in bytes. Virtual PC and older QEMU show a guest the geometry, and the size
-/// they record is larger; Hyper-V and all later programs mean the size they record. The largest
-/// geometry stands for any larger disk.
-fn size(fields: &Fields<'_>, by: SizeBy) -> Result<u64> {
-    let [_, _, heads, sectors] = fields.array(56)?;
-    let geometry = u64::from(fields.be16(56)?) * u64::from(heads) * u64::from(sectors);
-    let creator: [u8; 4] = fields.array(28)?;
-    let recorded = match &creator {
-        _ if by == SizeBy::Recorded || geometry == MAX_GEOMETRY => true,
-        _ if by == SizeBy::Geometry => false,
-        b"win " | b"qem2" | b"d2v " | b"tap\0" | b"CTXS" => true,
-        [b'w', b'a', 0, 0] => true,
-        _ => false,
+/// they record is larger; all others, also those that nobody has heard of, mean the size that they
+/// record. The largest geometry stands for any larger disk.
+fn size(raw: &RawFooter, by: SizeBy) -> Result<u64> {
+    let RawGeometry { cylinder, heads, sectors_per_track } = raw.disk_geometry;
+    let geometry = u64::from(cylinder.get()) * u64::from(heads) * u64::from(sectors_per_track);
+    let by_geometry = match by {
+        _ if geometry == MAX_GEOMETRY => false,
+        SizeBy::Creator => matches!(&raw.creator_application, b"vpc " | b"qemu"),
+        SizeBy::Geometry => true,
+        SizeBy::Recorded => false,
     };
-    let total = if recorded { SECTOR.index(fields.be64(48)?) } else { geometry };
+    let total = if by_geometry { geometry } else { SECTOR.index(raw.current_size.get()) };
     if total > MAX_SECTORS {
         return Err(Error::corrupt(format!(
             "a VHD disk of {total} sectors: the format ends at {MAX_SECTORS}"
         ))
-        .at_offset(48));
+        .at_offset(offset_of!(RawFooter, current_size) as u64));
     }
     Ok(total * SECTOR.bytes())
 }
 
-/// The checksum is the complement of the sum of all bytes but its own four.
-fn check_sum(fields: &Fields<'_>, len: usize, at: usize, base: u64) -> Result<()> {
-    let sum: u32 = fields.bytes(0, len)?.iter().map(|&b| u32::from(b)).sum();
-    let own: u32 = fields.bytes(at, 4)?.iter().map(|&b| u32::from(b)).sum();
-    if !(sum - own) == fields.be32(at)? {
-        return Ok(());
-    }
-    Err(Error::corrupt("the VHD header's checksum is wrong").at_offset(base + at as u64))
+/// The checksum of a structure that holds `own` for one: the complement of the sum of all its bytes
+/// but those four.
+pub(super) fn checksum(bytes: &[u8], own: U32) -> u32 {
+    let sum = |bytes: &[u8]| bytes.iter().map(|&b| u32::from(b)).sum::<u32>();
+    !(sum(bytes) - sum(own.as_bytes()))
 }
 
 /// The dynamic disk header.
@@ -143,22 +211,25 @@ impl Header {
         let base = footer.header;
         // A file may end within it, as long as what is left out is zero.
         let have = storage.len()?.saturating_sub(base).min(HEADER);
-        let mut bytes = fields::read(storage, base, have, "the dynamic disk header")?;
-        bytes.resize(HEADER as usize, 0);
-        let fields = Fields::new(&bytes, base);
-        if fields.bytes(0, 8)? != b"cxsparse" {
+        let mut raw = RawHeader::new_zeroed();
+        let front = fields::read(storage, base, have, "the dynamic disk header")?;
+        raw.as_mut_bytes()[..front.len()].copy_from_slice(&front);
+        let at = |field: usize| base + field as u64;
+        if raw.cookie != HEADER_COOKIE {
             return Err(Error::corrupt("there is no dynamic disk header here").at_offset(base));
         }
-        let bytes = fields.be32(32)?;
+        let bytes = raw.block_size.get();
         let block = Unit::from_bytes(bytes.into())
             .filter(|block| block.bytes() >= SECTOR.bytes())
             .ok_or_else(|| {
-                Error::corrupt(format!("Invalid block size {bytes}")).at_offset(base + 32)
+                Error::corrupt(format!("Invalid block size {bytes}"))
+                    .at_offset(at(offset_of!(RawHeader, block_size)))
             })?;
-        let entries = fields.be32(28)?;
+        let entries = raw.max_table_entries.get();
+        let at_entries = at(offset_of!(RawHeader, max_table_entries));
         if entries > MAX_ENTRIES {
             return Err(Error::corrupt(format!("Max Table Entries too large ({entries})"))
-                .at_offset(base + 28));
+                .at_offset(at_entries));
         }
         if block.count(footer.size) > entries.into() {
             return Err(Error::corrupt(format!(
@@ -166,14 +237,17 @@ impl Header {
                 block.bytes(),
                 footer.size
             ))
-            .at_offset(base + 28));
+            .at_offset(at_entries));
         }
-        check_sum(&fields, HEADER as usize, 36, base)?;
-        let table = fields.be64(16)?;
+        if raw.checksum != checksum(raw.as_bytes(), raw.checksum) {
+            let message = "the checksum of the dynamic disk header is wrong";
+            return Err(Error::corrupt(message).at_offset(at(offset_of!(RawHeader, checksum))));
+        }
+        let table = raw.table_offset.get();
         let needed = block.count(footer.size) * 4;
         fields::within(table, needed, storage.len()?, "the block allocation table")?;
         let parent = match footer.kind {
-            Kind::Differencing => Some(parent(storage, &fields, base)?),
+            Kind::Differencing => Some(parent(storage, &raw, base)?),
             _ => None,
         };
         Ok(Header {
@@ -181,28 +255,29 @@ impl Header {
             entries,
             block,
             bitmap: SECTOR.ceil(SECTOR.index(block.bytes()).div_ceil(8)),
-            parent_id: fields.array(40)?,
+            parent_id: raw.parent_unique_id,
             parent,
         })
     }
 }
 
 /// The best of the parent's names: relative to this file, absolute, the bare file name.
-fn parent(storage: &Arc<dyn Storage>, header: &Fields<'_>, base: u64) -> Result<String> {
+fn parent(storage: &Arc<dyn Storage>, header: &RawHeader, base: u64) -> Result<String> {
+    let locators = base + offset_of!(RawHeader, parent_locators) as u64;
     let (mut relative, mut absolute, mut url) = (None, None, None);
-    for locator in (576..768).step_by(24) {
-        let place = match header.bytes(locator, 4)? {
+    for (number, locator) in (0u64..).zip(&header.parent_locators) {
+        let place = match &locator.platform_code {
             b"W2ru" => &mut relative,
             b"W2ku" => &mut absolute,
             b"MacX" => &mut url,
             _ => continue,
         };
-        let len = header.be32(locator + 8)?;
-        let at = header.be64(locator + 16)?;
+        let len = locator.platform_data_length.get();
         if len > MAX_NAME {
             return Err(Error::corrupt(format!("a parent's name of {len} bytes"))
-                .at_offset(base + locator as u64));
+                .at_offset(locators + number * size_of::<ParentLocator>() as u64));
         }
+        let at = locator.platform_data_offset.get();
         *place = Some(fields::read(storage, at, len.into(), "the parent's name")?);
     }
     let wide = |name: Vec<u8>| fields::native_path(&fields::utf16(&name, u16::from_le_bytes));
@@ -213,11 +288,12 @@ fn parent(storage: &Arc<dyn Storage>, header: &Fields<'_>, base: u64) -> Result<
         let text = text.trim_end_matches('\0');
         text.strip_prefix("file://localhost").unwrap_or(text).to_owned()
     } else {
-        fields::native_path(&fields::utf16(header.bytes(64, 512)?, u16::from_be_bytes))
+        fields::native_path(&fields::utf16(&header.parent_unicode_name, u16::from_be_bytes))
     };
     if name.is_empty() {
-        return Err(Error::corrupt("a differencing VHD that does not name its parent")
-            .at_offset(base + 576));
+        return Err(
+            Error::corrupt("a differencing VHD that does not name its parent").at_offset(locators)
+        );
     }
     Ok(name)
 }
@@ -250,6 +326,9 @@ mod tests {
         assert_eq!(size(b"win ", [0, 10, 4, 17], 1 << 20).unwrap(), 2048);
         assert_eq!(size(b"wa\0\0", [0, 10, 4, 17], 1 << 20).unwrap(), 2048);
         assert_eq!(size(b"vpc ", [255, 255, 16, 255], 1 << 40).unwrap(), 1 << 31);
+        for other in [b"vbox", b"vs  ", b"rufs", b"mkos", b"tap\0", b"\0\0\0\0", b"wa  "] {
+            assert_eq!(size(other, [0, 10, 4, 17], 1 << 20).unwrap(), 2048, "{other:?}");
+        }
         assert!(size(b"win ", [0; 4], 1 << 50).is_err());
         let forced = |creator, by| {
             Footer::parse(&footer(creator, [0, 10, 4, 17], 1 << 20), 0, by).map(|f| f.size / 512)

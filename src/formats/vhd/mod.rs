@@ -13,7 +13,7 @@ use super::pages::{BitOrder, Cursor, Pages};
 use super::{fields, runs};
 use crate::addr::{GuestOffset, Unit};
 use crate::error::{Error, Result};
-use crate::image::{Backing, Extent, Image, Mapping};
+use crate::image::{Backing, Capabilities, Extent, Fingerprint, Image, Mapping};
 use crate::storage::Storage;
 
 mod create;
@@ -43,12 +43,12 @@ impl Vhd {
         let footer = find_footer(&storage, size)?;
         let file = storage.len()?;
         let header = match footer.kind {
-            Kind::Fixed if footer.size > file - FOOTER => {
+            Kind::Fixed if footer.size > file.saturating_sub(FOOTER - 1) => {
                 return Err(Error::corrupt(format!(
                     "a fixed disk of {} bytes in a file of {file} bytes",
                     footer.size
                 ))
-                .at_offset(file - FOOTER));
+                .at_offset(file.saturating_sub(FOOTER)));
             }
             Kind::Fixed => None,
             Kind::Dynamic | Kind::Differencing => Some(Header::read(&storage, &footer)?),
@@ -91,10 +91,15 @@ impl Vhd {
 ///
 /// The end decides: no guest can write there, while the first sector of a fixed disk is the
 /// guest's, who could put the header of a differencing disk there and name any file as its parent.
+///
+/// Virtual PC before 2004 made footers of 511 bytes: such a file ends one byte before its last
+/// sector does.
 fn find_footer(storage: &Arc<dyn Storage>, size: SizeBy) -> Result<Footer> {
     let file = storage.len()?;
-    let at = file.saturating_sub(FOOTER);
-    let tail = fields::read(storage, at, FOOTER, "the VHD footer")?;
+    let len = if SECTOR.within(file) == FOOTER - 1 { FOOTER - 1 } else { FOOTER };
+    let at = file.saturating_sub(len);
+    let mut tail = fields::read(storage, at, len, "the VHD footer")?;
+    tail.resize(FOOTER as usize, 0);
     let last = Footer::parse(&tail, at, size);
     if last.is_ok() {
         return last;
@@ -128,20 +133,6 @@ impl Image for Vhd {
         Some(Backing { name, format: Some("vpc".to_owned()) })
     }
 
-    /// The disk's UUID. It stays the same when the disk is written.
-    fn fingerprint(&self) -> Option<String> {
-        Some(uuid(&self.footer.id))
-    }
-
-    fn parent_fingerprints(&self) -> Vec<String> {
-        let header = self.header.as_ref().filter(|header| header.parent.is_some());
-        header
-            .filter(|header| header.parent_id != [0; 16])
-            .map(|h| uuid(&h.parent_id))
-            .into_iter()
-            .collect()
-    }
-
     fn read_only(&self) -> bool {
         true
     }
@@ -163,5 +154,25 @@ impl Image for Vhd {
 
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { fingerprint: Some(self), ..Capabilities::default() }
+    }
+}
+
+impl Fingerprint for Vhd {
+    /// The disk's UUID. It stays the same when the disk is written.
+    fn fingerprint(&self) -> Option<String> {
+        Some(uuid(&self.footer.id))
+    }
+
+    fn parent_fingerprints(&self) -> Vec<String> {
+        let header = self.header.as_ref().filter(|header| header.parent.is_some());
+        header
+            .filter(|header| header.parent_id != [0; 16])
+            .map(|h| uuid(&h.parent_id))
+            .into_iter()
+            .collect()
     }
 }

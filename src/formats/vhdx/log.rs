@@ -4,16 +4,60 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::guid::Guid;
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::guid::{Guid, RawGuid};
 use super::header::{Header, check_sum};
 use super::overlay::{Overlay, UPDATE};
 use crate::error::{Error, Result};
-use crate::formats::fields::{self, Fields};
+use crate::formats::fields;
 use crate::storage::Storage;
 
+/// What an entry begins with: section 2.3.1.1.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawEntry {
+    signature: [u8; 4],
+    checksum: U32,
+    entry_length: U32,
+    tail: U32,
+    sequence_number: U64,
+    descriptor_count: U32,
+    reserved: U32,
+    log_guid: RawGuid,
+    flushed_file_offset: U64,
+    last_file_offset: U64,
+}
+
+/// A zero descriptor or a data descriptor: sections 2.3.1.2 and 2.3.1.3.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawDescriptor {
+    signature: [u8; 4],
+    /// The last bytes of the data; nothing in a zero descriptor.
+    trailing_bytes: [u8; 4],
+    /// The first bytes of the data, or the length of the zeroes.
+    leading_bytes: [u8; 8],
+    file_offset: U64,
+    sequence_number: U64,
+}
+
+/// The rest of the data of one descriptor: section 2.3.1.4.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawDataSector {
+    signature: [u8; 4],
+    sequence_high: U32,
+    data: [u8; 4084],
+    sequence_low: U32,
+}
+
 const SECTOR: u64 = UPDATE;
-const ENTRY_HEADER: u64 = 64;
-const DESCRIPTOR: u64 = 32;
+const ENTRY_HEADER: u64 = size_of::<RawEntry>() as u64;
+const DESCRIPTOR: u64 = size_of::<RawDescriptor>() as u64;
+const _: () = assert!(ENTRY_HEADER == 64 && DESCRIPTOR == 32);
+const _: () = assert!(size_of::<RawDataSector>() as u64 == SECTOR);
 /// A log this long is damage: Hyper-V and QEMU make logs of 1 MiB. Bounds what is kept in memory.
 const MAX_LOG: u64 = 64 << 20;
 /// How many times over the log's bytes are checked: bounds the time for entries made to overlap.
@@ -193,18 +237,18 @@ impl Log {
 
     fn parse(&mut self, at: u64) -> Result<Option<Entry>> {
         let head = self.ring(at, ENTRY_HEADER);
-        let fields = Fields::new(&head, self.base + at);
+        let raw: &RawEntry = fields::structure(&head, self.base + at)?;
         let entry = Entry {
             at,
-            len: fields.le32(8)?.into(),
-            tail: fields.le32(12)?.into(),
-            sequence: fields.le64(16)?,
-            descriptors: fields.le32(24)?.into(),
-            flushed: fields.le64(48)?,
-            last: fields.le64(56)?,
+            len: raw.entry_length.get().into(),
+            tail: raw.tail.get().into(),
+            sequence: raw.sequence_number.get(),
+            descriptors: raw.descriptor_count.get().into(),
+            flushed: raw.flushed_file_offset.get(),
+            last: raw.last_file_offset.get(),
         };
-        let plausible = fields.bytes(0, 4)? == b"loge"
-            && Guid::from_bytes(fields.array(32)?) == self.id
+        let plausible = raw.signature == *b"loge"
+            && Guid::from(raw.log_guid) == self.id
             && entry.sequence != 0
             && entry.len != 0
             && entry.len.is_multiple_of(SECTOR)
@@ -225,7 +269,7 @@ impl Log {
 
     /// The entry's descriptors, each checked against the entry's sequence number.
     fn updates(&self, entry: &Entry, whole: &[u8]) -> Result<Vec<Update>> {
-        let fields = Fields::new(whole, self.base + entry.at);
+        let base = self.base + entry.at;
         let bad = |at: u64| {
             Error::corrupt("a descriptor of the log is damaged")
                 .at_offset(self.base + entry.at + at)
@@ -234,32 +278,29 @@ impl Log {
         let mut data = entry.data();
         for n in 0..entry.descriptors {
             let at = ENTRY_HEADER + n * DESCRIPTOR;
-            let d = at as usize;
-            let target = fields.le64(d + 16)?;
-            if fields.le64(d + 24)? != entry.sequence || target % SECTOR != 0 {
+            let raw: &RawDescriptor = fields::structure_at(whole, at as usize, base)?;
+            let target = raw.file_offset.get();
+            if raw.sequence_number != entry.sequence || !target.is_multiple_of(SECTOR) {
                 return Err(bad(at));
             }
-            match fields.bytes(d, 4)? {
+            match &raw.signature {
                 b"zero" => {
-                    let len = fields.le64(d + 8)?;
-                    if len % SECTOR != 0 {
+                    let len = u64::from_le_bytes(raw.leading_bytes);
+                    if !len.is_multiple_of(SECTOR) {
                         return Err(bad(at));
                     }
                     updates.push(Update::Zero { target, len });
                 }
                 b"desc" => {
-                    let sector = fields.bytes(data as usize, SECTOR as usize)?;
-                    let sector = Fields::new(sector, self.base + entry.at + data);
-                    let high = u64::from(sector.le32(4)?) << 32;
-                    if sector.bytes(0, 4)? != b"data"
-                        || high | u64::from(sector.le32(4092)?) != entry.sequence
+                    let sector: &RawDataSector = fields::structure_at(whole, data as usize, base)?;
+                    let (high, low) = (sector.sequence_high.get(), sector.sequence_low.get());
+                    if sector.signature != *b"data"
+                        || u64::from(high) << 32 | u64::from(low) != entry.sequence
                     {
                         return Err(bad(data));
                     }
-                    let mut bytes = fields.bytes(d + 8, 8)?.to_vec();
-                    bytes.extend_from_slice(sector.bytes(8, 4084)?);
-                    bytes.extend_from_slice(fields.bytes(d + 4, 4)?);
-                    updates.push(Update::Data { target, bytes: bytes.into() });
+                    let parts = [&raw.leading_bytes[..], &sector.data, &raw.trailing_bytes];
+                    updates.push(Update::Data { target, bytes: parts.concat().into() });
                     data += SECTOR;
                 }
                 _ => return Err(bad(at)),

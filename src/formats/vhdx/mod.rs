@@ -13,17 +13,37 @@ use super::pages::{BitOrder, Cursor, Pages};
 use super::{fields, runs};
 use crate::addr::{GuestOffset, Unit};
 use crate::error::{Error, Result};
-use crate::image::{Backing, Extent, Image, Mapping};
+use crate::image::{Backing, Capabilities, Extent, Fingerprint, Image, Mapping};
 use crate::storage::Storage;
 
+mod create;
+mod fill;
 mod guid;
 mod header;
 mod log;
 mod metadata;
 mod overlay;
 
+pub use create::{CreateOptions, create};
+pub use fill::fill;
+
 /// Bits, and so sectors, of one sector bitmap block.
 const CHUNK_SECTORS: u64 = 1 << 23;
+
+/// Payload blocks for each sector bitmap block.
+fn ratio(sector: Unit, block: Unit) -> u64 {
+    CHUNK_SECTORS * sector.bytes() / block.bytes()
+}
+
+/// Entries of the table of a disk of so many blocks that is not differencing.
+fn entries(blocks: u64, ratio: u64) -> u64 {
+    blocks + blocks.saturating_sub(1) / ratio
+}
+
+/// Where the entry of a block stands in the table.
+fn slot(block: u64, ratio: u64) -> u64 {
+    block + block / ratio
+}
 
 /// One VHDX file, open for reading.
 pub struct Vhdx {
@@ -44,11 +64,11 @@ impl Vhdx {
         let storage = log::replay(storage, &header)?;
         let regions = Regions::read(&storage)?;
         let metadata = Metadata::read(&storage, regions.metadata)?;
-        let ratio = CHUNK_SECTORS * metadata.sector.bytes() / metadata.block.bytes();
+        let ratio = ratio(metadata.sector, metadata.block);
         let blocks = metadata.block.count(metadata.size);
         let entries = match &metadata.parent {
             Some(_) => blocks.div_ceil(ratio) * (ratio + 1),
-            None => blocks + blocks.saturating_sub(1) / ratio,
+            None => entries(blocks, ratio),
         };
         let (bat, len) = regions.bat;
         fields::within(0, entries * 8, len, "the table of all blocks")
@@ -61,7 +81,7 @@ impl Vhdx {
         let Metadata { size, block, .. } = self.metadata;
         let (index, within) = (block.index(at), block.within(at));
         let len = (block.bytes() - within).min(size - at);
-        let place = self.bat + (index + index / self.ratio) * 8;
+        let place = self.bat + slot(index, self.ratio) * 8;
         let entry = u64::from_le_bytes(bat.array(place)?);
         match (entry & 7, &self.metadata.parent) {
             (0, _) => Ok((Mapping::Unallocated, len)),
@@ -69,7 +89,7 @@ impl Vhdx {
             // all of them allow.
             (1 | 2 | 3 | 5, _) => Ok((Mapping::Zero { host: None }, len)),
             (6, _) => Ok((runs::data(self.host(entry, place, within, len)?), len)),
-            (7, Some(_)) => self.partial(bat, at, (place, entry)),
+            (7, Some(_)) => self.partial(bat, at, place, entry),
             (state, _) => Err(Error::corrupt(format!(
                 "a block in state {state}, which this disk cannot have"
             ))
@@ -77,12 +97,14 @@ impl Vhdx {
         }
     }
 
-    /// A block of which this file holds some sectors and the parent the others.
+    /// A block of which this file holds some sectors and the parent the others; `entry` stands at
+    /// `place`.
     fn partial(
         &self,
         bat: &mut Cursor<'_>,
         at: u64,
-        (place, entry): (u64, u64),
+        place: u64,
+        entry: u64,
     ) -> Result<runs::Piece> {
         let Metadata { size, block, sector, .. } = self.metadata;
         let within = block.within(at);
@@ -147,15 +169,6 @@ impl Image for Vhdx {
         Some(Backing { name, format: Some("vhdx".to_owned()) })
     }
 
-    /// The data write GUID, which every writer changes.
-    fn fingerprint(&self) -> Option<String> {
-        Some(self.id.to_string())
-    }
-
-    fn parent_fingerprints(&self) -> Vec<String> {
-        self.metadata.parent.as_ref().map_or_else(Vec::new, |parent| parent.linkages.clone())
-    }
-
     fn read_only(&self) -> bool {
         true
     }
@@ -172,5 +185,20 @@ impl Image for Vhdx {
 
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { fingerprint: Some(self), ..Capabilities::default() }
+    }
+}
+
+impl Fingerprint for Vhdx {
+    /// The data write GUID, which every writer changes.
+    fn fingerprint(&self) -> Option<String> {
+        Some(self.id.to_string())
+    }
+
+    fn parent_fingerprints(&self) -> Vec<String> {
+        self.metadata.parent.as_ref().map_or_else(Vec::new, |parent| parent.linkages.clone())
     }
 }

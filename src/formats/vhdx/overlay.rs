@@ -148,6 +148,10 @@ impl Storage for Overlay {
         Err(read_only())
     }
 
+    fn is_fixed(&self) -> bool {
+        true
+    }
+
     fn write_at(&self, _: u64, _: &[IoSlice<'_>]) -> Result<()> {
         Err(read_only())
     }

@@ -4,7 +4,9 @@
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use super::sparse::SECTOR;
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::sparse::{self, RawHeader, SECTOR};
 use crate::addr::Unit;
 use crate::error::{Error, Result};
 use crate::storage::Storage;
@@ -91,8 +93,24 @@ pub struct CreateOptions {
     pub tools: String,
 }
 
-/// Makes an image whose description is called `name` and stands in the empty `storage`; `open`
-/// makes the files beside it that it needs, and opens them.
+/// Refuses a name of an image that no description can hold: it has no way to write a quote or the
+/// end of a line inside a name.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported).
+pub fn check_name(name: &str) -> Result<()> {
+    if !name.contains(['"', '\n', '\r']) {
+        return Ok(());
+    }
+    let name = name.escape_debug();
+    Err(Error::unsupported(format!(
+        "a VMDK image cannot be called '{name}': its description has no way to write quotes and line \
+         ends in a name"
+    )))
+}
+
+/// Makes an image whose description is called `name` and stands in `storage`, whatever that holds;
+/// `open` makes the files beside it that it needs, and opens them.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for disks past 64 TiB, and for what
@@ -104,6 +122,7 @@ pub fn create(
     open: &mut dyn FnMut(&str) -> Result<Arc<dyn Storage>>,
 ) -> Result<()> {
     let CreateOptions { size, subformat, .. } = *options;
+    check_name(name)?;
     if size > MAX_SIZE {
         return Err(Error::unsupported("The image size is too large for file format 'vmdk'"));
     }
@@ -112,6 +131,13 @@ pub fn create(
     }
     if subformat.is_flat() && options.zeroed_grain {
         return Err(Error::unsupported("Flat image can't enable zeroed grain"));
+    }
+    if !subformat.is_one_file() {
+        if storage.is_fixed() {
+            // The description is all that its file holds.
+            return Err(Error::unsupported("a VMDK of several files cannot begin on a device"));
+        }
+        storage.renew(0..0)?;
     }
     let mut lines = String::new();
     for (number, len) in pieces(options).enumerate() {
@@ -125,13 +151,13 @@ pub fn create(
             false => writeln!(lines, "RW {sectors} SPARSE \"{file}\""),
         };
         if subformat.is_one_file() {
-            sparse(storage, len, options)?;
+            sparse_extent(storage, len, options)?;
             continue;
         }
         let extent = open(&file)?;
         match subformat.is_flat() {
             true => flat(&*extent, len)?,
-            false => sparse(&*extent, len, options)?,
+            false => sparse_extent(&*extent, len, options)?,
         }
         extent.sync()?;
     }
@@ -160,27 +186,29 @@ fn extent_name(name: &str, subformat: Subformat, number: usize) -> String {
         Some((stem, end)) => (stem, ".", end),
         None => (name, "", ""),
     };
+    // Otherwise what stands before a colon would be taken for a protocol.
+    let here = if name.contains(':') { "./" } else { "" };
     match subformat {
-        Subformat::TwoGbMaxExtentFlat => format!("{stem}-f{number:03}{dot}{end}"),
-        Subformat::TwoGbMaxExtentSparse => format!("{stem}-s{number:03}{dot}{end}"),
-        _ => format!("{stem}-flat{dot}{end}"),
+        Subformat::TwoGbMaxExtentFlat => format!("{here}{stem}-f{number:03}{dot}{end}"),
+        Subformat::TwoGbMaxExtentSparse => format!("{here}{stem}-s{number:03}{dot}{end}"),
+        _ => format!("{here}{stem}-flat{dot}{end}"),
     }
 }
 
 fn flat(storage: &dyn Storage, len: u64) -> Result<()> {
-    storage.set_len(len)?;
+    storage.renew(0..len)?;
     // A written first block lets programs find out the host's alignment.
     storage.write_all_at(0, &vec![0; len.min(4096) as usize])
 }
 
 /// An empty sparse extent: header, two directories, and the tables that they name.
-fn sparse(storage: &dyn Storage, len: u64, options: &CreateOptions) -> Result<()> {
+fn sparse_extent(storage: &dyn Storage, len: u64, options: &CreateOptions) -> Result<()> {
     let tables = GRAIN.count(len).div_ceil(ENTRIES);
     let directory = SECTOR.count(tables * 4);
     let redundant = DESCRIPTOR.0 + DESCRIPTOR.1;
     let first = redundant + directory + tables * TABLE;
     let grains = GRAIN.ceil((first + directory + tables * TABLE) * SECTOR.bytes());
-    storage.set_len(grains)?;
+    storage.renew(0..grains)?;
     for at in [redundant, first] {
         // Tables are named by the sectors behind the directory, in their order.
         let sectors = (0..tables).map(|n| (at + directory + n * TABLE) as u32);
@@ -193,26 +221,24 @@ fn sparse(storage: &dyn Storage, len: u64, options: &CreateOptions) -> Result<()
         (false, true) => (2, 3),
         (false, false) => (1, 3),
     };
-    flags |= if options.zeroed_grain { super::sparse::FLAG_ZERO_GRAIN } else { 0 };
-    let mut head = vec![0; SECTOR.bytes() as usize];
-    let mut put = |at: usize, what: &[u8]| head[at..at + what.len()].copy_from_slice(what);
-    put(0, b"KDMV");
-    put(4, &version.to_le_bytes());
-    put(8, &flags.to_le_bytes());
-    put(44, &(ENTRIES as u32).to_le_bytes());
-    let numbers = [
-        (12, SECTOR.count(len)),
-        (20, SECTOR.index(GRAIN.bytes())),
-        (28, DESCRIPTOR.0),
-        (36, DESCRIPTOR.1),
-        (48, redundant),
-        (56, first),
-        (64, SECTOR.index(grains)),
-    ];
-    numbers.iter().for_each(|(at, number)| put(*at, &number.to_le_bytes()));
-    put(73, b"\n \r\n");
-    put(77, &u16::from(streamed).to_le_bytes());
-    storage.write_all_at(0, &head)
+    flags |= if options.zeroed_grain { sparse::FLAG_ZERO_GRAIN } else { 0 };
+    let header = RawHeader {
+        magic: sparse::MAGIC,
+        version: version.into(),
+        flags: flags.into(),
+        capacity: SECTOR.count(len).into(),
+        grain_size: SECTOR.index(GRAIN.bytes()).into(),
+        descriptor_offset: DESCRIPTOR.0.into(),
+        descriptor_size: DESCRIPTOR.1.into(),
+        num_gtes_per_gt: (ENTRIES as u32).into(),
+        rgd_offset: redundant.into(),
+        gd_offset: first.into(),
+        overhead: SECTOR.index(grains).into(),
+        line_ends: *b"\n \r\n",
+        compress_algorithm: u16::from(streamed).into(),
+        ..RawHeader::new_zeroed()
+    };
+    storage.write_all_at(0, header.as_bytes())
 }
 
 fn description(options: &CreateOptions, lines: &str) -> String {
@@ -263,9 +289,9 @@ mod tests {
     fn a_new_image_opens_and_is_empty() {
         use Subformat::{MonolithicSparse, StreamOptimized, TwoGbMaxExtentSparse};
         for (subformat, names) in [
-            (MonolithicSparse, vec![]),
-            (StreamOptimized, vec![]),
-            (TwoGbMaxExtentSparse, vec!["d-s001.vmdk", "d-s002.vmdk", "d-s003.vmdk"]),
+            (MonolithicSparse, &[][..]),
+            (StreamOptimized, &[]),
+            (TwoGbMaxExtentSparse, &["d-s001.vmdk", "d-s002.vmdk", "d-s003.vmdk"]),
         ] {
             let own: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
             let (mut files, mut seen) = (Vec::new(), Vec::new());
@@ -277,10 +303,8 @@ mod tests {
             })
             .unwrap();
             let plan = Plan::read(own).unwrap();
-            assert_eq!(
-                (plan.files(), &seen),
-                (&seen[..], &names.iter().map(|n| (*n).to_owned()).collect())
-            );
+            let listed: Vec<_> = plan.files().iter().map(|name| name.text.clone()).collect();
+            assert!(listed == seen && seen == names, "{seen:?}");
             let image = plan.open(&files).unwrap();
             assert_eq!(image.size(), 5 << 30);
             let first = image.map(GuestOffset(0), 5 << 30).unwrap();

@@ -1,5 +1,5 @@
-//! Filling a new VMDK of one sparse file: grains at its end, plain or compressed behind a marker, as
-//! both directories' tables then say.
+//! Writing a sparse extent of a VMDK: grains at its end, plain or compressed behind a marker, as the
+//! tables of its directories then say.
 
 use std::io::Write as _;
 use std::sync::Arc;
@@ -10,46 +10,28 @@ use flate2::write::ZlibEncoder;
 use super::sparse::{Header, SECTOR};
 use crate::addr::Unit;
 use crate::error::{Error, Result};
-use crate::formats::fields::{self, Fields};
-use crate::formats::fill::{Filling, Places};
+use crate::formats::fields;
+use crate::formats::fill::Places;
 use crate::storage::Storage;
 
-/// The image in `storage`, which has no grain, to be filled.
-pub fn fill(storage: Arc<dyn Storage>) -> Result<Filling> {
-    let header = Header::read(&storage)?;
-    let head = fields::read(&storage, 0, SECTOR.bytes(), "the VMDK header")?;
-    let place = Fields::new(&head, 0).le64(48)?;
-    let redundant = SECTOR.start(place).filter(|at| *at != 0 && header.capacity != 0);
-    let redundant = redundant.ok_or_else(|| Error::invalid("not a VMDK of one sparse file"))?;
-    let size = header.capacity;
-    let end = storage.len()?;
-    let grains = Grains { storage: Arc::clone(&storage), header, redundant, end };
-    Ok(Filling::new(storage, size, Box::new(grains)))
-}
-
-struct Grains {
+/// Where the grains of one extent go.
+pub(super) struct Grains {
     storage: Arc<dyn Storage>,
     header: Header,
-    /// Where the second directory stands.
-    redundant: u64,
     /// Where the next grain will.
     end: u64,
 }
 
 impl Grains {
-    /// Writes down that a grain stands at the end of the file.
-    fn enter(&self, index: u64) -> Result<()> {
-        let sector = u32::try_from(SECTOR.index(self.end))
-            .map_err(|_| Error::unsupported("the file outgrows the format"))?;
-        let entries = u64::from(self.header.entries);
-        for directory in [self.header.directory, self.redundant] {
-            let mut table = [0; 4];
-            self.storage.read_exact_at(directory + index / entries * 4, &mut table)?;
-            let table = u64::from(u32::from_le_bytes(table)) * SECTOR.bytes();
-            let entry = table + index % entries * 4;
-            self.storage.write_all_at(entry, &sector.to_le_bytes())?;
-        }
-        Ok(())
+    /// Behind what stands in `storage`, up to `end`.
+    pub(super) fn new(storage: Arc<dyn Storage>, header: Header, end: u64) -> Grains {
+        let unit = if header.compressed() { SECTOR } else { header.grain };
+        Grains { storage, header, end: unit.ceil(end) }
+    }
+
+    fn sector(&self, host: u64) -> Result<u32> {
+        u32::try_from(SECTOR.index(host))
+            .map_err(|_| Error::unsupported("the file outgrows the format"))
     }
 }
 
@@ -58,15 +40,37 @@ impl Places for Grains {
         self.header.grain
     }
 
-    fn place(&mut self, index: u64) -> Result<u64> {
+    fn place(&mut self) -> Result<u64> {
         if self.header.compressed() {
             return Err(Error::unsupported("this image takes whole grains, compressed"));
         }
         let host = self.end;
-        self.storage.set_len(host + self.header.grain.bytes())?;
-        self.enter(index)?;
+        self.sector(host)?;
+        self.storage.renew(host..host + self.header.grain.bytes())?;
         self.end += self.header.grain.bytes();
         Ok(host)
+    }
+
+    /// Writes down in each directory's tables where a grain stands.
+    fn enter(&mut self, index: u64, host: u64) -> Result<()> {
+        let sector = self.sector(host)?;
+        let entries = u64::from(self.header.entries);
+        // The one that readers use is the last: it names no grain that the other does not.
+        let both = [self.header.redundant, Some(self.header.directory)];
+        for directory in both.into_iter().flatten() {
+            let place = directory + index / entries * 4;
+            let mut table = [0; 4];
+            self.storage.read_exact_at(place, &mut table)?;
+            let table = u64::from(u32::from_le_bytes(table)) * SECTOR.bytes();
+            if table == 0 {
+                let message = "the image lacks a grain table, which would have to be made";
+                return Err(Error::unsupported(message).at_offset(place));
+            }
+            let entry = table + index % entries * 4;
+            fields::within(entry, 4, self.storage.len()?, "a grain table")?;
+            self.storage.write_all_at(entry, &sector.to_le_bytes())?;
+        }
+        Ok(())
     }
 
     fn place_compressed(&mut self, index: u64, bytes: &[u8]) -> Result<()> {
@@ -84,8 +88,9 @@ impl Places for Grains {
         let len = (packed.len() - 12) as u32;
         packed[8..12].copy_from_slice(&len.to_le_bytes());
         packed.resize(SECTOR.ceil(packed.len() as u64) as usize, 0);
-        self.storage.write_all_at(self.end, &packed)?;
-        self.enter(index)?;
+        let host = self.end;
+        self.storage.write_all_at(host, &packed)?;
+        self.enter(index, host)?;
         self.end += packed.len() as u64;
         Ok(())
     }

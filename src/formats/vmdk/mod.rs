@@ -7,23 +7,25 @@
 use std::io::IoSliceMut;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use self::descriptor::Descriptor;
 use self::descriptor::Kind;
+pub use self::descriptor::{Descriptor, Name};
 use self::sparse::{Header, Sparse};
 use super::{fields, probe, runs};
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::block;
 use crate::error::{Error, Result};
-use crate::image::{Backing, Extent, Image, Mapping};
+use crate::image::{Backing, Capabilities, Extent, Fingerprint, Image, Mapping, Placed};
 use crate::storage::Storage;
 
 mod create;
 mod descriptor;
+mod esx;
 mod fill;
 mod sparse;
+mod write;
 
-pub use create::{CreateOptions, Subformat, create};
-pub use fill::fill;
+pub use create::{CreateOptions, Subformat, check_name, create};
+pub use write::Written;
 
 /// What lies between two files in the order of host offsets, at least.
 const GAP: Unit = Unit::from_bits(16);
@@ -64,8 +66,8 @@ pub struct ExtentInfo {
     pub len: u64,
     /// Which of the descriptor's files holds it; `None` for the image's own, or for zeroes.
     pub file: Option<usize>,
-    /// The bytes stand in the file as they are.
-    pub flat: bool,
+    /// Its type, as the descriptor has it; empty for the image's own.
+    pub kind: &'static str,
     /// Bytes of a grain of a sparse one.
     pub grain: Option<u64>,
     /// Its grains are compressed.
@@ -81,6 +83,8 @@ struct Part {
     base: u64,
     /// Which of the descriptor's files it stands in.
     file: Option<usize>,
+    /// Its type, as the descriptor has it.
+    kind: &'static str,
 }
 
 enum Bytes {
@@ -97,7 +101,14 @@ impl Plan {
         if !probe::vmdk(&head) {
             return Err(Error::corrupt("not a VMDK image").at_offset(0));
         }
-        if !head.starts_with(b"KDMV") && !head.starts_with(b"COWD") {
+        if head.starts_with(b"COWD") {
+            return Err(Error::unsupported(
+                "a part of a snapshot of ESX, which says nothing of what it stands on: open the \
+                 descriptor beside it",
+            )
+            .at_offset(0));
+        }
+        if !head.starts_with(b"KDMV") {
             let descriptor = Descriptor::read(&storage, 0, len)?;
             return Ok(Plan { storage, descriptor, own: None });
         }
@@ -113,7 +124,7 @@ impl Plan {
 
     /// The names of the files that hold the extents, relative to the image's directory unless
     /// absolute. Empty when the image is a single file.
-    pub fn files(&self) -> &[String] {
+    pub fn files(&self) -> &[Name] {
         if self.own.is_some() { &[] } else { &self.descriptor.files }
     }
 
@@ -130,7 +141,7 @@ impl Plan {
         if let Some(header) = self.own {
             let len = header.capacity;
             let bytes = Bytes::Sparse(Box::new(Sparse::open(self.storage, header, PAGES)?));
-            let parts = vec![Part { start: 0, len, bytes, base: 0, file: None }];
+            let parts = vec![Part { start: 0, len, bytes, base: 0, file: None, kind: "" }];
             return Ok(Vmdk::new(parts, len, self.descriptor));
         }
         let pages = PAGES / self.descriptor.extents.len().max(1);
@@ -140,7 +151,8 @@ impl Plan {
             let bytes = open_extent(line.kind, line.len, files, pages)?;
             let file = line.kind.file();
             let base = file.and_then(|file| bases.get(file)).copied().unwrap_or(0);
-            parts.push(Part { start: size, len: line.len, bytes, base, file });
+            let (start, len, kind) = (size, line.len, line.name);
+            parts.push(Part { start, len, bytes, base, file, kind });
             size = size
                 .checked_add(line.len)
                 .filter(|&size| i64::try_from(size).is_ok())
@@ -215,7 +227,7 @@ impl Vmdk {
             ExtentInfo {
                 len: part.len,
                 file: part.file,
-                flat: matches!(part.bytes, Bytes::Flat { .. }),
+                kind: part.kind,
                 grain: sparse.map(|header| header.grain.bytes()),
                 compressed: sparse.is_some_and(Header::compressed),
             }
@@ -259,25 +271,9 @@ impl Image for Vmdk {
         grains.all(|grain| grain == Some(first)).then_some(first)
     }
 
-    fn place(&self, host: HostOffset) -> Option<(&str, HostOffset)> {
-        let part = self.parts.iter().rfind(|part| part.file.is_some() && part.base <= host.0)?;
-        let name = self.descriptor.files.get(part.file?)?;
-        Some((name, HostOffset(host.0 - part.base)))
-    }
-
     fn backing(&self) -> Option<Backing> {
         let name = self.descriptor.parent.clone()?;
         Some(Backing { name, format: Some("vmdk".to_owned()) })
-    }
-
-    /// The content id, which every writer changes.
-    fn fingerprint(&self) -> Option<String> {
-        self.descriptor.cid.map(cid)
-    }
-
-    fn parent_fingerprints(&self) -> Vec<String> {
-        let parent = self.descriptor.parent.as_ref().and(self.descriptor.parent_cid);
-        parent.filter(|&id| id != u32::MAX).map(cid).into_iter().collect()
     }
 
     fn read_only(&self) -> bool {
@@ -333,5 +329,28 @@ impl Image for Vmdk {
 
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { fingerprint: Some(self), placed: Some(self), ..Capabilities::default() }
+    }
+}
+
+impl Fingerprint for Vmdk {
+    /// The content id, which every writer changes.
+    fn fingerprint(&self) -> Option<String> {
+        self.descriptor.cid.map(cid)
+    }
+
+    fn parent_fingerprints(&self) -> Vec<String> {
+        self.descriptor.parent_fingerprints()
+    }
+}
+
+impl Placed for Vmdk {
+    fn place(&self, host: HostOffset) -> Option<(&str, HostOffset)> {
+        let part = self.parts.iter().rfind(|part| part.file.is_some() && part.base <= host.0)?;
+        let name = self.descriptor.files.get(part.file?)?;
+        Some((&name.text, HostOffset(host.0 - part.base)))
     }
 }

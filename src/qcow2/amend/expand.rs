@@ -1,11 +1,11 @@
 //! Zero clusters become what version 2 can say: nothing where no layer stands below, else data.
 
-use super::super::entry::{COPIED, Entry, Kind, OFFSET};
-use super::super::image::{Image, lock};
-use super::super::snapshot::Snapshot;
 use super::{AmendPart, AmendProgress, Watch};
 use crate::addr::HostOffset;
 use crate::error::{Error, Result};
+use crate::qcow2::image::{Image, lock};
+use crate::qcow2::snapshot::Snapshot;
+use crate::qcow2::tables::entry::{COPIED, Entry, Kind, OFFSET};
 
 impl Image {
     /// Rewrites all zero clusters of the disk and its snapshots. No subclusters.
@@ -75,7 +75,7 @@ impl Image {
         refcounts.add(cluster.index(run.host.0), times - 1)?;
         drop(refcounts);
         self.storage.write_zeroes(run.host.0, cluster.bytes())?;
-        self.relieve()?;
+        self.write_back_if_crowded()?;
         Ok(run.host)
     }
 }

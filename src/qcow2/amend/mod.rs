@@ -9,13 +9,13 @@ mod width;
 
 use nix::libc::ENOTSUP;
 
-use super::extension::{self, feature_names};
-use super::header::{Compression, LAZY_REFCOUNTS, autoclear, incompatible};
-use super::image::{Image, lock};
-use super::read::Inflated;
-use super::snapshot::Table;
 use crate::error::{Error, Result};
 use crate::image::Backing;
+use crate::qcow2::data::read::Inflated;
+use crate::qcow2::header::extension::{self, feature_names};
+use crate::qcow2::header::{Compression, LAZY_REFCOUNTS, autoclear, incompatible};
+use crate::qcow2::image::{Image, lock};
+use crate::qcow2::snapshot::{OldTable, Table};
 
 /// What is to be changed; `None` leaves it as it is.
 #[derive(Debug, Clone, Default)]
@@ -104,7 +104,7 @@ impl Image {
                  compat=1.1 or greater)",
             ));
         }
-        self.settle_changes()?;
+        self.write_back_all()?;
         if version > header.version {
             self.upgrade(watch)?;
         }
@@ -162,7 +162,7 @@ impl Image {
         done(0);
         let table = Table::read(&*self.storage, &self.header())?;
         if table.snapshots.iter().any(|s| s.is_incomplete()) {
-            let old = (self.header().snapshots_offset, table.len);
+            let old = OldTable { offset: self.header().snapshots_offset, len: table.len };
             self.replace_snapshots(&table.snapshots, old)?;
         }
         done(1);

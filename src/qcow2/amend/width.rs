@@ -8,13 +8,13 @@ use std::collections::btree_map::Entry;
 
 use nix::libc::{EFBIG, EINVAL};
 
-use super::super::header::MAX_REFCOUNT_TABLE;
-use super::super::image::{Image, lock};
-use super::super::refcount::{Refcounts, Run};
-use super::super::refcount_bits::{max_refcount, set_in};
 use super::{AmendPart, AmendProgress, Watch};
 use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::header::MAX_REFCOUNT_TABLE;
+use crate::qcow2::image::{Image, lock};
+use crate::qcow2::refcount::bits::{max_refcount, set_in};
+use crate::qcow2::refcount::{Refcounts, Run};
 
 /// Clusters for the new structures, counted by the old ones.
 #[derive(Default)]
@@ -35,7 +35,7 @@ impl Image {
     /// Makes all refcounts `bits` wide. Nothing else is changed in memory.
     pub(super) fn change_refcount_width(&mut self, bits: u32, watch: Watch<'_>) -> Result<()> {
         let order = bits.trailing_zeros();
-        self.settle_changes()?;
+        self.write_back_all()?;
         let mut site = Site::default();
         let (table, walks) = match self.prepare_site(&mut site, order, watch) {
             Ok(prepared) => prepared,
@@ -60,14 +60,14 @@ impl Image {
         })?;
         let capacity = lock(&self.refcounts).capacity();
         let mut new = Refcounts::open(self.storage.clone(), &self.header(), capacity)?;
-        new.territory = self.territory.clone();
+        new.metadata_map = self.metadata_map.clone();
         *lock(&self.refcounts) = new;
         for offset in old_blocks.into_values() {
             lock(&self.refcounts).release(HostOffset(offset), 1)?;
         }
         let clusters = u64::from(old.refcount_table_clusters);
         lock(&self.refcounts).release(HostOffset(old.refcount_table_offset), clusters)?;
-        self.survey()?;
+        self.map_metadata()?;
         self.write_back()
     }
 

@@ -4,12 +4,11 @@
 
 use std::ops::Range;
 
-use byteorder::{BigEndian, ByteOrder};
-
 use super::directory::{Entry, MAX_TABLES};
 use crate::addr::Unit;
 use crate::error::{Error, Result};
-use crate::qcow2::entry::OFFSET;
+use crate::qcow2::tables::entry::OFFSET;
+use crate::qcow2::tables::words::decode;
 use crate::storage::Storage;
 
 /// A table entry without a cluster: all bits of the part are set.
@@ -58,8 +57,7 @@ impl Bits {
         let mut bits = Bits::new(granularity, cluster, size)?;
         let mut table = vec![0; len as usize];
         storage.read_exact_at(at, &mut table)?;
-        for (part, raw) in bits.parts.iter_mut().zip(table.chunks_exact(8)) {
-            let raw = BigEndian::read_u64(raw);
+        for (part, raw) in bits.parts.iter_mut().zip(decode(&table)) {
             let offset = raw & OFFSET;
             let known = raw & !(OFFSET | ALL_ONES) == 0 && (offset == 0 || raw & ALL_ONES == 0);
             if !known || !cluster.aligned(offset) {

@@ -2,10 +2,13 @@
 //!
 //! It knows no bit of any bitmap. Specification: qcow2, "Bitmaps extension", "Bitmap directory".
 
-use byteorder::{BigEndian, ByteOrder};
+use std::mem::offset_of;
+
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::{Error, Result};
-use crate::qcow2::extension::BITMAPS;
+use crate::qcow2::header::extension::BITMAPS;
 use crate::qcow2::header::{Header, autoclear};
 use crate::storage::Storage;
 
@@ -25,10 +28,51 @@ pub(super) const MAX_NAME: usize = 1023;
 const MAX_DIRECTORY: u64 = 64 << 20;
 /// The most entries of all bitmaps' tables together: what they take in memory is bounded.
 pub(super) const MAX_TABLES: u64 = 4 << 20;
+
+/// An entry as it stands in the file, before its extra data and name.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(in crate::qcow2) struct Fixed {
+    pub bitmap_table_offset: U64,
+    pub bitmap_table_size: U32,
+    flags: U32,
+    bitmap_type: u8,
+    granularity_bits: u8,
+    name_size: U16,
+    extra_data_size: U32,
+}
+
+/// The header extension.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Extension {
+    nb_bitmaps: U32,
+    reserved: U32,
+    bitmap_directory_size: U64,
+    bitmap_directory_offset: U64,
+}
+
 /// Bytes of an entry before extra data and name.
-const FIXED: usize = 24;
-/// Bytes of the header extension.
-const EXTENSION: usize = 24;
+const FIXED: usize = size_of::<Fixed>();
+const _: () = assert!(FIXED == 24 && size_of::<Extension>() == 24);
+
+impl Fixed {
+    /// The fixed part of the entry at the beginning of `bytes`, and the bytes of the whole entry without
+    /// padding; `None` where not even that is there.
+    pub fn read(bytes: &[u8]) -> Option<(&Fixed, usize)> {
+        let (fixed, _) = Fixed::ref_from_prefix(bytes).ok()?;
+        let len = FIXED.saturating_add(fixed.extra()).saturating_add(fixed.name());
+        Some((fixed, len))
+    }
+
+    fn extra(&self) -> usize {
+        self.extra_data_size.get() as usize
+    }
+
+    fn name(&self) -> usize {
+        self.name_size.get().into()
+    }
+}
 
 /// One bitmap, as the directory has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,15 +100,20 @@ impl Entry {
 
     /// Where in the file its flags stand.
     pub fn flags_place(&self) -> u64 {
-        self.place + 12
+        self.place + offset_of!(Fixed, flags) as u64
     }
 }
 
 /// Where the directory stands, and its length in bytes; `None` where no bitmap is valid.
 pub(in crate::qcow2) fn place(header: &Header) -> Option<(u64, u64)> {
     let valid = header.version >= 3 && header.autoclear & autoclear::BITMAPS != 0;
-    let data = header.extension(BITMAPS).filter(|data| valid && data.len() >= EXTENSION)?;
-    Some((BigEndian::read_u64(&data[16..]), BigEndian::read_u64(&data[8..])))
+    recorded(header).filter(|_| valid)
+}
+
+/// The same, whether or not it is valid; `None` where none is recorded.
+pub(in crate::qcow2) fn recorded(header: &Header) -> Option<(u64, u64)> {
+    let (found, _) = Extension::ref_from_prefix(header.extension(BITMAPS)?).ok()?;
+    Some((found.bitmap_directory_offset.get(), found.bitmap_directory_size.get()))
 }
 
 /// Reads the directory. Bitmaps that other programs may have made stale are not in it.
@@ -83,26 +132,25 @@ pub(in crate::qcow2) fn read(storage: &dyn Storage, header: &Header) -> Result<V
     let (mut at, mut tables) = (0, 0);
     while at < bytes.len() {
         let place = offset + at as u64;
-        let Some(fixed) = bytes.get(at..at + FIXED) else {
+        let here = bytes.get(at..).unwrap_or_default();
+        let found = Fixed::read(here);
+        let Some((fixed, len, names)) =
+            found.and_then(|(fixed, len)| Some((fixed, len, here.get(FIXED..len)?)))
+        else {
             return bad("a bitmap directory entry is cut short", place);
         };
-        let extra = BigEndian::read_u32(&fixed[20..]) as usize;
-        let name = usize::from(BigEndian::read_u16(&fixed[18..]));
-        let rest = at + FIXED..(at + FIXED).saturating_add(extra).saturating_add(name);
-        let Some(rest) = bytes.get(rest) else {
-            return bad("a bitmap directory entry is cut short", place);
-        };
+        let (extra, name) = (fixed.extra(), fixed.name());
         if name == 0 || name > MAX_NAME || entries.len() >= MAX_BITMAPS {
             return bad("a bitmap directory entry is not valid", place);
         }
         let entry = Entry {
-            table_offset: BigEndian::read_u64(fixed),
-            table_size: BigEndian::read_u32(&fixed[8..]),
-            flags: BigEndian::read_u32(&fixed[12..]),
-            kind: fixed[16],
-            granularity_bits: fixed[17],
-            extra: rest[..extra].to_vec(),
-            name: rest[extra..].to_vec(),
+            table_offset: fixed.bitmap_table_offset.get(),
+            table_size: fixed.bitmap_table_size.get(),
+            flags: fixed.flags.get(),
+            kind: fixed.bitmap_type,
+            granularity_bits: fixed.granularity_bits,
+            extra: names[..extra].to_vec(),
+            name: names[extra..].to_vec(),
             place,
         };
         let unknown = entry.flags & !(IN_USE | AUTO | EXTRA_COMPATIBLE) != 0
@@ -118,23 +166,25 @@ pub(in crate::qcow2) fn read(storage: &dyn Storage, header: &Header) -> Result<V
             return bad("the bitmaps' tables are too large", place);
         }
         entries.push(entry);
-        at = (at + FIXED + extra + name).next_multiple_of(8);
+        at = (at + len).next_multiple_of(8);
     }
     Ok(entries)
 }
 
 /// The directory's bytes.
-pub(in crate::qcow2) fn encode(entries: &[Entry]) -> Vec<u8> {
+pub(in crate::qcow2) fn encode<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Vec<u8> {
     let mut out = Vec::new();
     for entry in entries {
-        let mut fixed = [0; FIXED];
-        BigEndian::write_u64(&mut fixed, entry.table_offset);
-        BigEndian::write_u32(&mut fixed[8..], entry.table_size);
-        BigEndian::write_u32(&mut fixed[12..], entry.flags);
-        (fixed[16], fixed[17]) = (entry.kind, entry.granularity_bits);
-        BigEndian::write_u16(&mut fixed[18..], entry.name.len() as u16);
-        BigEndian::write_u32(&mut fixed[20..], entry.extra.len() as u32);
-        for bytes in [&fixed[..], &entry.extra, &entry.name] {
+        let fixed = Fixed {
+            bitmap_table_offset: entry.table_offset.into(),
+            bitmap_table_size: entry.table_size.into(),
+            flags: entry.flags.into(),
+            bitmap_type: entry.kind,
+            granularity_bits: entry.granularity_bits,
+            name_size: (entry.name.len() as u16).into(),
+            extra_data_size: (entry.extra.len() as u32).into(),
+        };
+        for bytes in [fixed.as_bytes(), &entry.extra, &entry.name] {
             out.extend_from_slice(bytes);
         }
         out.resize(out.len().next_multiple_of(8), 0);
@@ -144,9 +194,11 @@ pub(in crate::qcow2) fn encode(entries: &[Entry]) -> Vec<u8> {
 
 /// The header extension for a directory of `count` bitmaps.
 pub(in crate::qcow2) fn extension(count: usize, offset: u64, len: u64) -> Vec<u8> {
-    let mut data = vec![0; EXTENSION];
-    BigEndian::write_u32(&mut data, count as u32);
-    BigEndian::write_u64(&mut data[8..], len);
-    BigEndian::write_u64(&mut data[16..], offset);
-    data
+    let extension = Extension {
+        nb_bitmaps: (count as u32).into(),
+        reserved: 0.into(),
+        bitmap_directory_size: len.into(),
+        bitmap_directory_offset: offset.into(),
+    };
+    extension.as_bytes().to_vec()
 }

@@ -7,6 +7,8 @@
 //! "Bitmaps".
 
 pub(in crate::qcow2) mod bits;
+mod carry;
+mod change;
 pub(in crate::qcow2) mod directory;
 
 use std::ops::Range;
@@ -14,13 +16,14 @@ use std::sync::atomic::Ordering;
 
 use nix::libc::{EINVAL, ENOENT};
 
-use super::extension::BITMAPS;
-use super::header::{Header, autoclear};
-use super::image::{Image, lock};
 use crate::addr::{HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Image as _;
+use crate::qcow2::header::extension::BITMAPS;
+use crate::qcow2::header::{Header, autoclear};
+use crate::qcow2::image::{Image, lock};
+use crate::qcow2::tables::words::{decode, encode};
 use bits::{Bits, Part, table_entry};
+pub use change::BitmapChanges;
 use directory::{AUTO, Entry, IN_USE};
 
 /// What is known of a bitmap without its bits.
@@ -45,7 +48,7 @@ pub(super) struct Tracker {
 }
 
 /// A bitmap with its bits.
-struct Bitmap {
+pub(super) struct Bitmap {
     entry: Entry,
     /// `None`: as the file has them.
     bits: Option<Bits>,
@@ -73,17 +76,11 @@ impl Image {
     pub fn bitmap_ranges(&self, name: &str) -> Result<Vec<Range<u64>>> {
         let entries = directory::read(&*self.storage, &self.header())?;
         let entry = consistent(&entries[find(&entries, name)?])?;
-        let bits = Bits::read(&*self.storage, entry, self.shape.cluster, self.size())?;
-        bits.ranges(&*self.storage)
+        self.bits_of(entry)?.ranges(&*self.storage)
     }
 
-    /// Adds a bitmap with no bit set. `granularity` is in bytes; without one it is the cluster, at
-    /// least 4 KiB and at most 64 KiB. Where `auto`, it records writes from now on.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Exists`]; [`ErrorKind::Invalid`] for what is out of bounds.
-    pub fn add_bitmap(&mut self, name: &str, granularity: Option<u64>, auto: bool) -> Result<()> {
-        let mut bitmaps = self.begin_bitmaps()?;
+    /// Whether the image can have a bitmap of that name besides `others`.
+    fn check_new_bitmap(&self, name: &str, others: usize) -> Result<()> {
         if self.shape.version < 3 {
             let message = "bitmaps need version 3: amend the image first";
             return Err(Error::unsupported(message));
@@ -91,76 +88,16 @@ impl Image {
         if name.is_empty() || name.len() > directory::MAX_NAME {
             return Err(Error::invalid("Bitmap name is too long").with_os_error(EINVAL));
         }
-        if bitmaps.iter().any(|b| b.entry.is_named(name)) {
-            return Err(Error::new(ErrorKind::Exists, format!("Bitmap already exists: {name}")));
-        }
-        if bitmaps.len() >= directory::MAX_BITMAPS {
+        if others >= directory::MAX_BITMAPS {
             return Err(Error::invalid("Maximum number of persistent bitmaps is already reached"));
         }
-        let wanted = granularity.unwrap_or(self.shape.cluster.bytes().clamp(4096, 65536));
-        let unit = Unit::from_bytes(wanted).filter(|unit| (9..=31).contains(&unit.bits()));
-        let unit = unit.ok_or_else(|| {
-            Error::invalid("a bitmap's granularity is a power of two between 512 bytes and 2 GiB")
-        })?;
-        let bits = Bits::new(unit, self.shape.cluster, self.size())?;
-        let entry = Entry {
-            table_offset: 0,
-            table_size: 0,
-            flags: if auto { AUTO } else { 0 },
-            kind: directory::DIRTY_TRACKING,
-            granularity_bits: unit.bits() as u8,
-            extra: Vec::new(),
-            name: name.as_bytes().to_vec(),
-            place: 0,
-        };
-        bitmaps.push(Bitmap { entry, bits: Some(bits) });
-        self.store_bitmaps(bitmaps)
-    }
-
-    /// Removes a bitmap, an inconsistent one too.
-    pub fn remove_bitmap(&mut self, name: &str) -> Result<()> {
-        let mut bitmaps = self.begin_bitmaps()?;
-        let at = position(&bitmaps, name)?;
-        bitmaps.remove(at);
-        self.store_bitmaps(bitmaps)
-    }
-
-    /// Clears all bits of a bitmap.
-    pub fn clear_bitmap(&mut self, name: &str) -> Result<()> {
-        let mut bitmaps = self.begin_bitmaps()?;
-        let at = position(&bitmaps, name)?;
-        let granularity = Unit::from_bits(consistent(&bitmaps[at].entry)?.granularity_bits.into());
-        bitmaps[at].bits = Some(Bits::new(granularity, self.shape.cluster, self.size())?);
-        self.store_bitmaps(bitmaps)
-    }
-
-    /// Makes a bitmap record writes from now on, or stop.
-    pub fn enable_bitmap(&mut self, name: &str, auto: bool) -> Result<()> {
-        let mut bitmaps = self.begin_bitmaps()?;
-        let at = position(&bitmaps, name)?;
-        consistent(&bitmaps[at].entry)?;
-        let entry = &mut bitmaps[at].entry;
-        entry.flags = entry.flags & !AUTO | if auto { AUTO } else { 0 };
-        self.store_bitmaps(bitmaps)
-    }
-
-    /// Sets the bits of `ranges`, which another bitmap calls dirty, in this one.
-    pub fn merge_bitmap(&mut self, name: &str, ranges: &[Range<u64>]) -> Result<()> {
-        let mut bitmaps = self.begin_bitmaps()?;
-        let at = position(&bitmaps, name)?;
-        let entry = consistent(&bitmaps[at].entry)?;
-        let mut bits = Bits::read(&*self.storage, entry, self.shape.cluster, self.size())?;
-        for range in ranges {
-            bits.set(&*self.storage, range.clone())?;
-        }
-        bitmaps[at].bits = Some(bits);
-        self.store_bitmaps(bitmaps)
+        Ok(())
     }
 
     /// Brings everything to the file; returns all bitmaps.
     fn begin_bitmaps(&self) -> Result<Vec<Bitmap>> {
         self.check_writable()?;
-        self.settle_changes()?;
+        self.write_back_all()?;
         self.store_tracked()?;
         let entries = directory::read(&*self.storage, &self.header())?;
         Ok(entries.into_iter().map(|entry| Bitmap { entry, bits: None }).collect())
@@ -169,11 +106,10 @@ impl Image {
     /// Begins to keep the "auto" bitmaps right; their bits are read when they change.
     pub(super) fn track_bitmaps(&self) -> Result<()> {
         let entries = directory::read(&*self.storage, &self.header())?;
-        let (cluster, size) = (self.shape.cluster, self.size());
         let tracked = entries.into_iter().filter(|e| e.is(AUTO) && !e.is(IN_USE));
         let bitmaps: Result<Vec<Bitmap>> = tracked
             .map(|entry| {
-                let bits = Some(Bits::read(&*self.storage, &entry, cluster, size)?);
+                let bits = Some(self.bits_of(&entry)?);
                 Ok(Bitmap { entry, bits })
             })
             .collect();
@@ -185,7 +121,7 @@ impl Image {
 
     /// To be called before the guest's bytes in a range change.
     pub(super) fn track(&self, at: u64, len: u64) -> Result<()> {
-        if !self.tracking.load(Ordering::Acquire) {
+        if self.unrecorded || !self.tracking.load(Ordering::Acquire) {
             return Ok(());
         }
         let mut tracker = lock(&self.tracker);
@@ -222,86 +158,131 @@ impl Image {
                 *same = known;
             }
         }
-        self.store_bitmaps(all)
+        self.store_bitmaps(all, |_| ())
     }
 
-    /// Makes all bitmaps what they should be over a disk of `size` bytes; to be called before the
-    /// size is changed. Returns what to store afterwards.
-    pub(super) fn resize_bitmaps(&self, size: u64) -> Result<PendingBitmaps> {
+    /// Whether all bitmaps can go over to a disk of `size` bytes.
+    pub(super) fn check_resizable_bitmaps(&self, size: u64) -> Result<()> {
+        let entries = directory::read(&*self.storage, &self.header())?;
+        let tracker = lock(&self.tracker);
+        for entry in &entries {
+            // Those that this image keeps right are in use by itself.
+            let kept = tracker.marked && tracker.bitmaps.iter().any(|b| b.entry.name == entry.name);
+            let entry = if kept { entry } else { consistent(entry)? };
+            Bits::new(Unit::from_bits(entry.granularity_bits.into()), self.shape.cluster, size)?;
+        }
+        Ok(())
+    }
+
+    /// All bitmaps over a disk of `size` bytes, to be stored with the new size; `None` without any.
+    pub(super) fn resized_bitmaps(&self, size: u64) -> Result<Option<Vec<Bitmap>>> {
         if directory::place(&self.header()).is_none() {
-            return Ok(PendingBitmaps(None));
+            return Ok(None);
         }
         let mut bitmaps = self.begin_bitmaps()?;
-        let cluster = self.shape.cluster;
         for Bitmap { entry, bits } in &mut bitmaps {
-            let old = Bits::read(&*self.storage, consistent(entry)?, cluster, self.size())?;
+            let old = self.bits_of(consistent(entry)?)?;
             *bits = Some(old.resized(&*self.storage, size)?);
         }
-        // A crash between here and the new tables leaves bitmaps that say so.
-        for Bitmap { entry, .. } in &bitmaps {
-            let flags = (entry.flags | IN_USE).to_be_bytes();
-            self.metadata(|| self.storage.write_all_at(entry.flags_place(), &flags))?;
-        }
-        self.barrier()?;
-        Ok(PendingBitmaps(Some(bitmaps)))
+        Ok(Some(bitmaps))
     }
 
-    /// Stores what [`resize_bitmaps`](Image::resize_bitmaps) made.
-    pub(super) fn finish_resize(&self, pending: PendingBitmaps) -> Result<()> {
-        pending.0.map_or(Ok(()), |bitmaps| self.store_bitmaps(bitmaps))
+    /// A bitmap's bits as the file has them: over a disk as long as the header says.
+    fn bits_of(&self, entry: &Entry) -> Result<Bits> {
+        Bits::read(&*self.storage, entry, self.shape.cluster, self.header().size)
     }
 
     /// Writes a new directory with these bitmaps, and tables for those whose bits are given; frees
-    /// what the old ones held alone; goes on tracking.
-    fn store_bitmaps(&self, mut bitmaps: Vec<Bitmap>) -> Result<()> {
+    /// what the old ones held alone; goes on tracking. What `change` does to the header is published
+    /// with them.
+    pub(super) fn store_bitmaps(
+        &self,
+        mut bitmaps: Vec<Bitmap>,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<()> {
         let header = self.header();
         let old = directory::read(&*self.storage, &header)?;
-        for Bitmap { entry, bits } in &mut bitmaps {
-            // All of them move, as QEMU does it: what was written together stands together.
-            let bits = match bits.take() {
-                Some(bits) => bits,
-                None if entry.is(IN_USE) => continue,
-                None => match Bits::read(&*self.storage, entry, self.shape.cluster, self.size()) {
-                    Ok(bits) => bits,
-                    // What cannot be read stays where it is.
-                    Err(_) => continue,
-                },
-            };
-            let table = self.write_bits(&bits)?;
-            let bytes: Vec<u8> = table.iter().flat_map(|raw| raw.to_be_bytes()).collect();
-            entry.table_offset = self.write_new(&bytes)?.0;
-            entry.table_size = table.len() as u32;
-            entry.flags &= !IN_USE;
-        }
+        let mut written = Vec::new();
+        let place = self.write_bitmaps(&mut bitmaps, &mut written);
+        let (place, len) =
+            place.and_then(|place| self.write_back().map(|()| place)).inspect_err(|_| {
+                // Nothing in the file refers to any of it: on a full host others need it.
+                for (offset, len) in &written {
+                    let _ = self.release_bytes(offset.0, *len);
+                }
+            })?;
         let entries: Vec<Entry> = bitmaps.into_iter().map(|b| b.entry).collect();
-        let bytes = directory::encode(&entries);
-        let place = self.write_new(&bytes)?;
-        self.write_back()?;
         self.update_header(|h| {
             let some = !entries.is_empty();
-            let data = directory::extension(entries.len(), place.0, bytes.len() as u64);
+            let data = directory::extension(entries.len(), place.0, len);
             h.set_extension(BITMAPS, some.then_some(data));
             h.autoclear =
                 h.autoclear & !autoclear::BITMAPS | if some { autoclear::BITMAPS } else { 0 };
+            change(h);
         })?;
         self.free_bitmaps(&header, &old, &entries)?;
         self.write_back()?;
         self.track_bitmaps()
     }
 
+    /// Writes the bitmaps whose bits can be read beside the old ones, and a directory of all; returns
+    /// where that is, and its length. Each place that is taken, with its length, goes to `written`.
+    fn write_bitmaps(
+        &self,
+        bitmaps: &mut [Bitmap],
+        written: &mut Vec<(HostOffset, u64)>,
+    ) -> Result<(HostOffset, u64)> {
+        for Bitmap { entry, bits } in &mut *bitmaps {
+            // All of them move, as QEMU does it: what was written together stands together.
+            let bits = match bits.take() {
+                Some(bits) => bits,
+                None if entry.is(IN_USE) => continue,
+                None => match self.bits_of(entry) {
+                    Ok(bits) => bits,
+                    // What cannot be read stays where it is.
+                    Err(_) => continue,
+                },
+            };
+            let table = self.write_bits(&bits, written)?;
+            let bytes = encode(&table);
+            entry.table_offset = self.write_noted(&bytes, written)?.0;
+            entry.table_size = table.len() as u32;
+            entry.flags &= !IN_USE;
+        }
+        let bytes = directory::encode(bitmaps.iter().map(|b| &b.entry));
+        Ok((self.write_noted(&bytes, written)?, bytes.len() as u64))
+    }
+
+    /// As [`write_new`](Image::write_new); the place is noted.
+    fn write_noted(
+        &self,
+        bytes: &[u8],
+        written: &mut Vec<(HostOffset, u64)>,
+    ) -> Result<HostOffset> {
+        let place = self.write_new(bytes)?;
+        written.push((place, bytes.len() as u64));
+        Ok(place)
+    }
+
     /// Writes the bits that are in memory; returns the bitmap's table. No part stays where it was:
     /// what the old table refers to is freed with it.
-    fn write_bits(&self, bits: &Bits) -> Result<Vec<u64>> {
+    fn write_bits(&self, bits: &Bits, written: &mut Vec<(HostOffset, u64)>) -> Result<Vec<u64>> {
         let mut table = Vec::with_capacity(bits.parts.len());
         for part in &bits.parts {
             table.push(match part {
-                Part::Changed(bytes) if bytes.iter().any(|b| *b != 0) => self.write_new(bytes)?.0,
+                Part::Changed(bytes) if bytes.iter().any(|b| *b != 0) => {
+                    self.write_noted(bytes, written)?.0
+                }
                 Part::Stored(offset) => {
                     let mut bytes = vec![0; self.shape.cluster.bytes() as usize];
                     let have = self.storage.len()?.saturating_sub(*offset);
                     let have = have.min(bytes.len() as u64) as usize;
                     self.storage.read_exact_at(*offset, &mut bytes[..have])?;
-                    if bytes.iter().all(|b| *b == 0) { 0 } else { self.write_new(&bytes)?.0 }
+                    if bytes.iter().all(|b| *b == 0) {
+                        0
+                    } else {
+                        self.write_noted(&bytes, written)?.0
+                    }
                 }
                 other => table_entry(other),
             });
@@ -321,9 +302,8 @@ impl Image {
             }
             let mut table = vec![0; len as usize];
             self.storage.read_exact_at(entry.table_offset, &mut table)?;
-            for raw in table.chunks_exact(8) {
-                let raw = <byteorder::BigEndian as byteorder::ByteOrder>::read_u64(raw);
-                let offset = raw & super::entry::OFFSET;
+            for raw in decode(&table) {
+                let offset = raw & crate::qcow2::tables::entry::OFFSET;
                 if offset != 0 && cluster.aligned(offset) {
                     lock(&self.refcounts).release(HostOffset(offset), 1)?;
                 }
@@ -337,15 +317,8 @@ impl Image {
     }
 }
 
-/// Bitmaps on their way to another disk size.
-pub(super) struct PendingBitmaps(Option<Vec<Bitmap>>);
-
 fn find(entries: &[Entry], name: &str) -> Result<usize> {
     entries.iter().position(|e| e.is_named(name)).ok_or_else(|| missing(name))
-}
-
-fn position(bitmaps: &[Bitmap], name: &str) -> Result<usize> {
-    bitmaps.iter().position(|b| b.entry.is_named(name)).ok_or_else(|| missing(name))
 }
 
 fn missing(name: &str) -> Error {

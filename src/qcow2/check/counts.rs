@@ -49,7 +49,7 @@ impl Counts {
 
     fn turn_to(&mut self, number: u64) -> &mut Page {
         if self.current.as_ref().is_none_or(|(current, _)| *current != number) {
-            self.settle();
+            self.put_back();
             let page = self.pages.remove(&number);
             self.current = Some((number, page.unwrap_or_else(|| vec![0; PAGE as usize].into())));
         }
@@ -58,7 +58,7 @@ impl Counts {
     }
 
     /// Puts the page at hand back: the other calls look in the map, and at it last.
-    fn settle(&mut self) {
+    fn put_back(&mut self) {
         self.pages.extend(self.current.take());
     }
 
@@ -73,7 +73,7 @@ impl Counts {
 
     /// The counts, to be read from now on.
     pub fn finish(mut self) -> Counted {
-        self.settle();
+        self.put_back();
         Counted { pages: self.pages }
     }
 }

@@ -7,18 +7,19 @@
 //! count says. What that cannot mend, [`salvage`] writes anew.
 
 pub(super) mod counts;
+mod label;
 mod rebuild;
 mod repair;
 mod salvage;
 mod snapshots;
 mod walk;
 
-use super::header::incompatible;
-use super::image::{Image, lock};
-use super::refcount::Refcounts;
-use super::snapshot::Table;
 use crate::error::Result;
 pub use crate::image::{Check, Repair};
+use crate::qcow2::header::incompatible;
+use crate::qcow2::image::{Image, lock};
+use crate::qcow2::refcount::Refcounts;
+use crate::qcow2::snapshot::Table;
 use counts::Counted;
 
 /// What a walk says of the refcounts' own structures.
@@ -66,7 +67,7 @@ impl Image {
             check.corruption(format!("offset={offset:#x}: a table and something else overlap"));
         }
         check.image_end_offset = counts.end() << self.shape.cluster.bits();
-        if !self.compare_and_mend(&mut check, (repair, structure), &counts, &snapshots)? {
+        if !self.compare_and_mend(&mut check, repair, structure, &counts, &snapshots)? {
             return Ok(check);
         }
         repair::Flags { image: self, check: &mut check, repair, stored: repair::Stored::default() }
@@ -82,7 +83,8 @@ impl Image {
     fn compare_and_mend(
         &self,
         check: &mut Check,
-        (repair, structure): (Repair, Structure),
+        repair: Repair,
+        structure: Structure,
         counts: &Counted,
         snapshots: &Table,
     ) -> Result<bool> {
@@ -131,8 +133,8 @@ impl Image {
         let leaks = Repair::Leaks;
         repair::Compare { image: self, check: &mut freed, repair: leaks, counts: &counts }.run()?;
         self.write_back()?;
-        // Where tables overlap, what the survey found is not all there is; the next check says so.
-        let _ = self.survey();
+        // Where tables overlap, what the map of metadata has is not all there is; the next check says so.
+        let _ = self.map_metadata();
         again.messages.append(&mut freed.messages);
         Ok(again)
     }
@@ -144,12 +146,14 @@ impl Image {
         if repair == Repair::All && self.is_tangled()? {
             self.salvage(&mut salvaged)?;
         }
+        self.check_label(&mut salvaged, repair)?;
         let mut check = self.check_with(repair, true)?;
+        check.corruptions += salvaged.corruptions;
+        check.messages = [salvaged.messages, check.messages].concat();
         if repair == Repair::None {
             return Ok(check);
         }
         check.corruptions_fixed += salvaged.corruptions_fixed;
-        check.messages = [salvaged.messages, check.messages].concat();
         if check.corruptions_fixed > 0 || check.leaks_fixed > 0 {
             let again = self.check_with(Repair::None, true)?;
             let (corruptions_fixed, leaks_fixed) = (check.corruptions_fixed, check.leaks_fixed);
@@ -157,6 +161,7 @@ impl Image {
             messages.extend(again.messages.iter().cloned());
             messages.truncate(Check::MAX_MESSAGES);
             check = Check { corruptions_fixed, leaks_fixed, messages, ..again };
+            check.corruptions += salvaged.corruptions;
         }
         if check.corruptions == 0 && check.errors == 0 {
             self.mark_right()?;

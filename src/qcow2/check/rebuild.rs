@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use byteorder::{BigEndian, ByteOrder};
 use nix::libc::EFBIG;
 
 use super::counts::Counted;
@@ -15,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE};
 use crate::qcow2::image::{Image, lock};
 use crate::qcow2::refcount::Refcounts;
-use crate::qcow2::refcount_bits::{max_refcount, set_in};
+use crate::qcow2::refcount::bits::{max_refcount, set_in};
+use crate::qcow2::tables::words::words_mut;
 
 /// Clusters for the new structures.
 struct Site<'a> {
@@ -120,7 +120,7 @@ impl Image {
         })?;
         let capacity = lock(&self.refcounts).capacity();
         let mut new = Refcounts::open(self.storage.clone(), &self.header(), capacity)?;
-        new.territory = self.territory.clone();
+        new.metadata_map = self.metadata_map.clone();
         *lock(&self.refcounts) = new;
         Ok(())
     }
@@ -152,8 +152,8 @@ impl Image {
             }
             let offset = place << cluster.bits();
             self.storage.write_all_at(offset, &bytes)?;
-            if let Some(entry) = table.get_mut(*index as usize * 8..*index as usize * 8 + 8) {
-                BigEndian::write_u64(entry, offset);
+            if let Some(entry) = words_mut(&mut table).get_mut(*index as usize) {
+                entry.set(offset);
             }
         }
         let offset = site.table.0 << cluster.bits();

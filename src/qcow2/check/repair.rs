@@ -2,13 +2,12 @@
 
 use std::collections::HashSet;
 
-use byteorder::{BigEndian, ByteOrder};
-
 use super::counts::Counted;
 use super::{Check, Repair};
 use crate::error::Result;
-use crate::qcow2::entry::{COPIED, Entry, OFFSET};
 use crate::qcow2::image::{Image, lock, write};
+use crate::qcow2::tables::entry::{COPIED, Entry, OFFSET};
+use crate::qcow2::tables::words::words_mut;
 
 /// Compares every refcount with the count.
 pub(super) struct Compare<'a> {
@@ -58,17 +57,17 @@ impl Compare<'_> {
                     let cluster = first + number as u64;
                     differences.push(Difference { cluster, stored: *stored, count: *count });
                     if differences.len() >= SORTED {
-                        self.settle(&mut differences, &mut found)?;
+                        self.report(&mut differences, &mut found)?;
                     }
                 }
             }
         }
         self.unused(&mut differences, &mut found)?;
-        self.settle(&mut differences, &mut found)?;
+        self.report(&mut differences, &mut found)?;
         Ok(found)
     }
 
-    fn settle(&mut self, differences: &mut Vec<Difference>, found: &mut Found) -> Result<()> {
+    fn report(&mut self, differences: &mut Vec<Difference>, found: &mut Found) -> Result<()> {
         differences.sort_by_key(|d| d.cluster);
         found.differences += differences.len() as u64;
         found.end = differences.last().map_or(0, |d| d.cluster.saturating_add(1)).max(found.end);
@@ -120,7 +119,7 @@ impl Compare<'_> {
                     }
                 }
                 if differences.len() >= SORTED {
-                    self.settle(differences, found)?;
+                    self.report(differences, found)?;
                 }
             }
         }
@@ -209,15 +208,15 @@ impl Flags<'_> {
             return Ok(());
         }
         let (mut l1_changed, mut seen) = (false, HashSet::new());
-        for (index, raw) in l1.chunks_exact_mut(8).enumerate() {
-            let entry = BigEndian::read_u64(raw);
+        for (index, raw) in words_mut(&mut l1).iter_mut().enumerate() {
+            let entry = raw.get();
             let l2 = entry & OFFSET;
             if l2 == 0 || !header.cluster.aligned(l2) {
                 continue;
             }
             let what = format!("L2 cluster: l1_index={index} l1_entry");
             if let Some(mended) = self.flag(entry, l2, &what) {
-                BigEndian::write_u64(raw, mended);
+                raw.set(mended);
                 l1_changed = true;
             }
             // However many entries point at it, it is read once.

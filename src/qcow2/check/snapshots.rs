@@ -6,7 +6,7 @@ use super::{Check, Repair};
 use crate::error::{Error, Result};
 use crate::qcow2::header::MAX_SNAPSHOTS;
 use crate::qcow2::image::Image;
-use crate::qcow2::snapshot::Table;
+use crate::qcow2::snapshot::{OldTable, Table};
 
 impl Image {
     /// Reads the snapshot table; notes what is wrong with it. With [`Repair::All`], what is over the
@@ -62,7 +62,7 @@ impl Image {
             return Ok(());
         }
         self.write_back()?;
-        let old = (header.snapshots_offset, table.len);
+        let old = OldTable { offset: header.snapshots_offset, len: table.len };
         self.replace_snapshots(&table.snapshots, old)?;
         check.corruptions = check.corruptions.saturating_sub(wanting);
         check.corruptions_fixed += wanting;

@@ -5,18 +5,19 @@
 
 use std::collections::HashMap;
 
-use byteorder::{BigEndian, ByteOrder};
 use nix::libc::{EFBIG, EINVAL};
 
 use super::counts::{Counted, Counts};
 use super::{Check, Repair};
 use crate::error::{Error, Result};
-use crate::qcow2::entry::{COPIED, Entry, OFFSET, Shape};
-use crate::qcow2::extension;
+use crate::qcow2::bitmap::directory;
+use crate::qcow2::data::crypt;
 use crate::qcow2::header::{Header, MAX_L1};
 use crate::qcow2::image::{Image, lock, write};
-use crate::qcow2::refcount_bits::max_refcount;
+use crate::qcow2::refcount::bits::max_refcount;
 use crate::qcow2::snapshot::Table;
+use crate::qcow2::tables::entry::{COPIED, Entry, OFFSET, Shape};
+use crate::qcow2::tables::words::decode;
 
 /// Bits of an L1 entry that must be 0.
 pub(super) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -290,7 +291,7 @@ impl<'a> Walk<'a> {
             self.check.say(format!("ERROR the L1 table at {offset:#x} cannot be read"));
             return Ok(());
         };
-        for (index, entry) in table.chunks_exact(8).map(BigEndian::read_u64).enumerate() {
+        for (index, entry) in decode(&table).into_iter().enumerate() {
             if entry & L1_RESERVED != 0 {
                 self.check.corruption(format!("found L1 entry with reserved bits set: {entry:x}"));
             }
@@ -478,38 +479,32 @@ impl<'a> Walk<'a> {
     }
 
     fn crypto_header(&mut self, header: &Header) {
-        if let Some(data) = header.extension(extension::CRYPTO_HEADER).filter(|d| d.len() >= 16) {
-            let len = header.cluster.ceil(BigEndian::read_u64(&data[8..]));
-            self.own(BigEndian::read_u64(data), len);
-            self.count(BigEndian::read_u64(data), len);
+        if let Some((offset, len)) = crypt::area_place(header) {
+            let len = header.cluster.ceil(len);
+            self.own(offset, len);
+            self.count(offset, len);
         }
     }
 
     /// Counts the bitmap directory, the bitmaps' tables and their clusters (qcow2, "Bitmaps").
     fn bitmaps(&mut self, header: &Header) -> Result<()> {
-        let Some(data) = header.extension(extension::BITMAPS).filter(|d| d.len() >= 24) else {
-            return Ok(());
-        };
-        let (size, offset) = (BigEndian::read_u64(&data[8..]), BigEndian::read_u64(&data[16..]));
+        let Some((offset, size)) = directory::recorded(header) else { return Ok(()) };
         self.own(offset, size);
         self.count(offset, size);
         if size > MAX_BITMAP_DIRECTORY {
             self.check.corruption(format!("the bitmap directory has {size} bytes"));
             return Ok(());
         }
-        let Ok(directory) = self.read(offset, size) else {
+        let Ok(bytes) = self.read(offset, size) else {
             self.check.errors += 1;
             self.check.say("ERROR the bitmap directory cannot be read".to_owned());
             return Ok(());
         };
         let mut at = 0;
-        while let Some(fixed) = directory.get(at..at + 24) {
-            let table = BigEndian::read_u64(fixed);
-            let entries = u64::from(BigEndian::read_u32(&fixed[8..]));
-            let name = usize::from(BigEndian::read_u16(&fixed[18..]));
-            let extra = BigEndian::read_u32(&fixed[20..]) as usize;
-            self.bitmap(table, entries);
-            at = (at + 24).saturating_add(name + extra).next_multiple_of(8);
+        while let Some((entry, len)) = bytes.get(at..).and_then(directory::Fixed::read) {
+            let entries = u64::from(entry.bitmap_table_size.get());
+            self.bitmap(entry.bitmap_table_offset.get(), entries);
+            at = at.saturating_add(len).next_multiple_of(8);
         }
         Ok(())
     }
@@ -527,7 +522,7 @@ impl<'a> Walk<'a> {
             self.check.say(format!("ERROR the bitmap table at {table:#x} cannot be read"));
             return;
         };
-        for entry in bytes.chunks_exact(8).map(BigEndian::read_u64) {
+        for entry in decode(&bytes) {
             if entry & OFFSET != 0 {
                 self.own(entry & OFFSET, self.header.cluster.bytes());
                 self.count(entry & OFFSET, self.header.cluster.bytes());

@@ -9,7 +9,7 @@ use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::header::MAX_REFCOUNT_TABLE;
 use crate::qcow2::image::{read, write};
-use crate::qcow2::refcount_bits::get_in;
+use crate::qcow2::refcount::bits::get_in;
 use crate::qcow2::step;
 
 /// A run of clusters that the allocator gave out, each with refcount 1.
@@ -22,8 +22,8 @@ pub(in crate::qcow2) struct Run {
 }
 
 impl Refcounts {
-    fn check_home(&self) -> Result<()> {
-        if self.homeless {
+    fn check_placed(&self) -> Result<()> {
+        if self.unplaced {
             let message = "the refcount table could not be moved; reopen the disk";
             return Err(Error::new(ErrorKind::Poisoned, message));
         }
@@ -32,7 +32,7 @@ impl Refcounts {
 
     /// Allocates 1 to `want` clusters in one run, from the first free one on.
     pub fn allocate_run(&mut self, want: u64) -> Result<Run> {
-        self.check_home()?;
+        self.check_placed()?;
         let start = self.first_free(self.next_free)?;
         self.next_free = start;
         if self.block_of(start).is_none() {
@@ -48,7 +48,7 @@ impl Refcounts {
 
     /// Allocates exactly `clusters` clusters in one run.
     pub fn allocate(&mut self, clusters: u64) -> Result<Run> {
-        self.check_home()?;
+        self.check_placed()?;
         self.storage.about_to(step::CLUSTER_ALLOC);
         let mut start = self.first_free(self.next_free)?;
         self.next_free = start;
@@ -112,7 +112,7 @@ impl Refcounts {
     /// Clusters of refcount 0 that hold metadata are not free: the refcounts are wrong.
     fn check_free(&self, start: u64, clusters: u64) -> Result<()> {
         let bits = self.cluster.bits();
-        read(&self.territory).check(self.cluster, HostOffset(start << bits), clusters << bits)
+        read(&self.metadata_map).check(self.cluster, HostOffset(start << bits), clusters << bits)
     }
 
     /// Puts `blocks` new refcount blocks at cluster `start`, and the run behind them.
@@ -152,7 +152,7 @@ impl Refcounts {
     fn install_block(&mut self, cluster: u64, index: u64) {
         let offset = cluster << self.cluster.bits();
         self.table[index as usize] = offset;
-        write(&self.territory).add(self.cluster, offset, self.cluster.bytes());
+        write(&self.metadata_map).add(self.cluster, offset, self.cluster.bytes());
         self.dirty_table.insert(index as usize);
     }
 
@@ -171,9 +171,9 @@ impl Refcounts {
         let clusters = entries / per_cluster;
         // Without a place, what stands in its new part has nowhere to be written.
         let run = self.allocate(clusters);
-        self.homeless = run.is_err();
+        self.unplaced = run.is_err();
         let run = run?;
-        write(&self.territory).add(self.cluster, run.host.0, clusters << self.cluster.bits());
+        write(&self.metadata_map).add(self.cluster, run.host.0, clusters << self.cluster.bits());
         self.outgrown.push(self.place);
         self.place = TablePlace { offset: run.host.0, clusters: clusters as u32 };
         Ok(())

@@ -4,20 +4,23 @@
 //! file, and the write-back puts it there in order. Specification: qcow2, "Host cluster management".
 
 mod allocate;
+pub(in crate::qcow2) mod bits;
+pub(in crate::qcow2) mod metadata_map;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
-use byteorder::{BigEndian, ByteOrder};
+use crossbeam_utils::sync::ShardedLock;
 
 use crate::addr::{HostOffset, Unit};
 use crate::error::{Error, Result};
-use crate::qcow2::cache::{Cache, Dirty, SLICE};
 use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE};
-use crate::qcow2::image::write;
-use crate::qcow2::refcount_bits::{get_in, get_run, max_refcount, set_in};
+use crate::qcow2::image::{read, write};
+use crate::qcow2::refcount::bits::{get_in, get_run, max_refcount, set_in};
+use crate::qcow2::refcount::metadata_map::MetadataMap;
 use crate::qcow2::step;
-use crate::qcow2::territory::Territory;
+use crate::qcow2::tables::cache::{Cache, Dirty, SLICE};
+use crate::qcow2::tables::words::{encode, words};
 use crate::storage::Storage;
 
 pub(super) use allocate::Run;
@@ -38,9 +41,9 @@ pub(super) struct Refcounts {
     outgrown: Vec<TablePlace>,
     cache: Cache,
     /// The table has grown in memory, and no place was found for it.
-    homeless: bool,
+    unplaced: bool,
     /// Where metadata stands: never given out, whatever its refcount says.
-    pub territory: Arc<RwLock<Territory>>,
+    pub metadata_map: Arc<ShardedLock<MetadataMap>>,
     /// No cluster below this one is free.
     next_free: u64,
     /// No cluster from this one on was ever written: they read as zeroes.
@@ -84,8 +87,7 @@ impl Refcounts {
         let mut raw = vec![0; bytes as usize / 8 * 8];
         storage.about_to(step::REFTABLE_LOAD);
         storage.read_exact_at(place.offset, &mut raw).map_err(|e| e.at_offset(place.offset))?;
-        refcounts.table =
-            raw.chunks_exact(8).map(|e| BigEndian::read_u64(e) & BLOCK_OFFSET).collect();
+        refcounts.table = words(&raw).iter().map(|entry| entry.get() & BLOCK_OFFSET).collect();
         refcounts.untouched = header.cluster.count(len);
         Ok(refcounts)
     }
@@ -104,8 +106,8 @@ impl Refcounts {
             dirty_table: BTreeSet::new(),
             outgrown: Vec::new(),
             cache: Cache::new(capacity),
-            homeless: false,
-            territory: Arc::default(),
+            unplaced: false,
+            metadata_map: Arc::default(),
             next_free: 0,
             untouched: 0,
             packed: None,
@@ -189,8 +191,12 @@ impl Refcounts {
         set_in(bytes, order, (cluster - first) as usize, value);
         if value == 0 {
             self.next_free = self.next_free.min(cluster);
-            // What is free is nobody's place, for metadata neither.
-            write(&self.territory).remove(self.cluster, cluster << self.cluster.bits(), 1);
+            // What is free is nobody's place, for metadata neither. It seldom was: most of what becomes
+            // free held data, and to look is cheaper than to keep all others out.
+            let offset = cluster << self.cluster.bits();
+            if read(&self.metadata_map).holds(self.cluster, offset, 1) {
+                write(&self.metadata_map).remove(self.cluster, offset, 1);
+            }
             // What is free is no place to go on packing.
             self.packed = self.packed.filter(|at| self.cluster.index(*at) != cluster);
         }
@@ -237,8 +243,7 @@ impl Refcounts {
             let entries = indices.into_iter().filter(|i| *i < room).map(entry).collect();
             return DirtyRefcounts { blocks, entries, moved: None };
         }
-        let mut bytes = vec![0; self.table.len() * 8];
-        BigEndian::write_u64_into(&self.table, &mut bytes);
+        let bytes = encode(&self.table);
         let moved = MovedTable { place: self.place, bytes, outgrown: self.outgrown.len() };
         DirtyRefcounts { blocks, entries: Vec::new(), moved: Some(moved) }
     }
@@ -311,7 +316,7 @@ impl Refcounts {
             self.table[index] = 0;
             self.dirty_table.insert(index);
             self.cache.forget(offset..offset + self.cluster.bytes());
-            write(&self.territory).remove(self.cluster, offset, self.cluster.bytes());
+            write(&self.metadata_map).remove(self.cluster, offset, self.cluster.bytes());
             if !within {
                 elsewhere.push(HostOffset(offset));
             }

@@ -9,17 +9,19 @@
 //!
 //! All of this needs the image for itself, hence `&mut`. Specification: qcow2, "Snapshots".
 
+pub(in crate::qcow2) mod references;
+
 pub(super) mod table;
 
 use std::sync::Arc;
 
 use nix::libc::{EBUSY, EFBIG, ENOENT, ENOTSUP};
 
-use super::header::{Header, MAX_SNAPSHOTS, incompatible};
-use super::image::{Image, OpenOptions, lock, write};
-use super::references::l1_bytes;
 use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::header::{Header, MAX_SNAPSHOTS, incompatible};
+use crate::qcow2::image::{Image, OpenOptions, lock, write};
+use crate::qcow2::tables::words;
 use crate::storage::Storage;
 
 pub use table::Snapshot;
@@ -118,8 +120,9 @@ impl Image {
         Table::encode(&snapshots)?;
         snapshots.pop();
         // As QEMU does: what is reserved for a snapshot that is then refused is a leak.
-        let copy: Vec<u64> = l1.iter().map(|entry| entry & !super::entry::COPIED).collect();
-        snapshot.l1_offset = self.write_new(&l1_bytes(&copy))?.0;
+        let copy: Vec<u64> =
+            l1.iter().map(|entry| entry & !crate::qcow2::tables::entry::COPIED).collect();
+        snapshot.l1_offset = self.write_new(&words::encode(&copy))?.0;
         let more = self.references(&l1)?;
         self.can_add(&more)?;
         snapshots.push(snapshot);
@@ -130,7 +133,7 @@ impl Image {
             self.add_references(&more)?;
             self.write_back()?;
             if self.flag_tables(&mut l1, |_| Ok(false))? {
-                let bytes = l1_bytes(&l1);
+                let bytes = words::encode(&l1);
                 self.metadata(|| self.storage.write_all_at(header.l1_offset, &bytes))?;
             }
         }
@@ -166,7 +169,7 @@ impl Image {
         self.write_back()?;
         self.flag_tables(&mut l1, |_| Ok(false))?;
         l1.resize(l1.len().max(needed), 0);
-        let place = self.write_new(&l1_bytes(&l1))?;
+        let place = self.write_new(&words::encode(&l1))?;
         self.write_back()?;
         self.update_header(|h| {
             h.l1_offset = place.0;
@@ -214,7 +217,7 @@ impl Image {
         if shares {
             let mut l1 = self.active_l1(&header)?;
             if self.flag_tables(&mut l1, |cluster| self.is_exclusive(cluster))? {
-                let bytes = l1_bytes(&l1);
+                let bytes = words::encode(&l1);
                 self.metadata(|| self.storage.write_all_at(header.l1_offset, &bytes))?;
             }
             self.barrier()?;
@@ -224,8 +227,8 @@ impl Image {
         self.reload_tables()
     }
 
-    fn release_old_table(&self, old: (u64, u64)) -> Result<Vec<(HostOffset, u64)>> {
-        let freed = self.release_bytes(old.0, old.1)?;
+    fn release_old_table(&self, old: OldTable) -> Result<Vec<(HostOffset, u64)>> {
+        let freed = self.release_bytes(old.offset, old.len)?;
         self.write_back()?;
         Ok(freed)
     }
@@ -247,7 +250,7 @@ impl Image {
 
     /// Writes the table anew, with these snapshots and all extra data, and frees the `old` one: its
     /// offset and length in bytes.
-    pub(super) fn replace_snapshots(&self, list: &[Snapshot], old: (u64, u64)) -> Result<()> {
+    pub(super) fn replace_snapshots(&self, list: &[Snapshot], old: OldTable) -> Result<()> {
         let table = self.write_new(&Table::encode(list)?)?;
         self.publish(list.len(), table, old, |_| ())
     }
@@ -260,7 +263,7 @@ impl Image {
             let message = "an image with an external data file holds no internal snapshots";
             return Err(Error::unsupported(message).with_os_error(ENOTSUP));
         }
-        self.settle_changes()?;
+        self.write_back_all()?;
         let header = self.header();
         let table = Table::read(&*self.storage, &header)?;
         Ok((header, table.snapshots))
@@ -268,7 +271,7 @@ impl Image {
 
     /// Writes back all that was changed, and makes free what was freed: the file says all there is
     /// to know.
-    pub(super) fn settle_changes(&self) -> Result<()> {
+    pub(super) fn write_back_all(&self) -> Result<()> {
         self.write_back()?;
         self.release_freed()?;
         self.write_back()
@@ -281,7 +284,10 @@ impl Image {
         }
         let cluster = self.shape.cluster;
         let run = lock(&self.refcounts).allocate(cluster.count(bytes.len() as u64))?;
-        self.storage.write_all_at(run.host.0, bytes)?;
+        self.storage.write_all_at(run.host.0, bytes).inspect_err(|_| {
+            // Nobody knows it.
+            let _ = lock(&self.refcounts).release(run.host, run.clusters);
+        })?;
         Ok(run.host)
     }
 
@@ -291,7 +297,7 @@ impl Image {
         &self,
         count: usize,
         table: HostOffset,
-        old: (u64, u64),
+        old: OldTable,
         change: impl FnOnce(&mut Header),
     ) -> Result<()> {
         self.write_back()?;
@@ -300,16 +306,16 @@ impl Image {
             change(h);
         })?;
         self.reload_tables()?;
-        let freed = self.release_bytes(old.0, old.1)?;
+        let freed = self.release_bytes(old.offset, old.len)?;
         self.write_back()?;
         self.punch_freed(&freed);
         Ok(())
     }
 
-    /// Where the snapshot table stands, and its length in bytes.
-    fn old_table(&self, header: &Header) -> Result<(u64, u64)> {
+    /// Where the snapshot table stands now.
+    fn old_table(&self, header: &Header) -> Result<OldTable> {
         let len = Table::read(&*self.storage, header)?.len;
-        Ok((header.snapshots_offset, len))
+        Ok(OldTable { offset: header.snapshots_offset, len })
     }
 
     /// Releases the clusters of `len` bytes at `host`, which nothing refers to any more.
@@ -334,8 +340,15 @@ impl Image {
         lock(&self.inflated).clear();
         let header = self.header();
         self.metadata(|| write(&self.tables).reload(&*self.storage, &header))?;
-        self.survey()
+        self.map_metadata()
     }
+}
+
+/// The place of a snapshot table that another takes the place of, in bytes of the file.
+#[derive(Clone, Copy)]
+pub(super) struct OldTable {
+    pub offset: u64,
+    pub len: u64,
 }
 
 fn leaked(what: &str, error: Error) -> Error {

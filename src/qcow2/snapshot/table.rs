@@ -4,9 +4,11 @@
 //! refcount. Specification: qcow2, "Snapshots".
 
 use std::borrow::Cow;
+use std::mem::offset_of;
 
-use byteorder::{BigEndian, ByteOrder};
 use nix::libc::EFBIG;
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::{Error, Result};
 use crate::qcow2::header::{Header, MAX_SNAPSHOTS};
@@ -16,10 +18,37 @@ use crate::storage::Storage;
 const MAX_TABLE: u64 = 64 << 20;
 /// The most extra data that an entry may have, in bytes.
 const MAX_EXTRA: u32 = 1024;
+
+/// An entry as it stands in the file, before its extra data, id and name.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Fixed {
+    l1_table_offset: U64,
+    l1_size: U32,
+    id_str_size: U16,
+    name_size: U16,
+    date_sec: U32,
+    date_nsec: U32,
+    vm_clock_nsec: U64,
+    vm_state_size: U32,
+    extra_data_size: U32,
+}
+
+/// The extra data that this engine knows.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Extra {
+    vm_state_size: U64,
+    disk_size: U64,
+    icount: U64,
+}
+
 /// Bytes of an entry before its extra data.
-const FIXED: usize = 40;
-/// The extra data that this engine knows: the wide VM state size, the disk size, the icount.
-const KNOWN: usize = 24;
+const FIXED: usize = size_of::<Fixed>();
+/// Bytes of the extra data that this engine knows.
+const KNOWN: usize = size_of::<Extra>();
+const _: () = assert!(FIXED == 40 && KNOWN == 24);
+
 /// The extra data that version 3 demands: all but the icount.
 const V3_EXTRA: u32 = 16;
 /// What stands for "no icount".
@@ -76,20 +105,24 @@ impl Snapshot {
 
     /// The entry with all extra data, padded to 8 bytes.
     fn encode(&self) -> Vec<u8> {
-        let mut out = vec![0; FIXED + KNOWN];
-        BigEndian::write_u64(&mut out, self.l1_offset);
-        BigEndian::write_u32(&mut out[8..], self.l1_size);
-        BigEndian::write_u16(&mut out[12..], self.id.len() as u16);
-        BigEndian::write_u16(&mut out[14..], self.name.len() as u16);
-        BigEndian::write_u32(&mut out[16..], self.seconds);
-        BigEndian::write_u32(&mut out[20..], self.nanoseconds);
-        BigEndian::write_u64(&mut out[24..], self.vm_clock);
-        BigEndian::write_u32(&mut out[32..], u32::try_from(self.vm_state_size).unwrap_or(0));
-        BigEndian::write_u32(&mut out[36..], (KNOWN + self.unknown.len()) as u32);
-        BigEndian::write_u64(&mut out[FIXED..], self.vm_state_size);
-        BigEndian::write_u64(&mut out[FIXED + 8..], self.disk_size.unwrap_or(0));
-        BigEndian::write_u64(&mut out[FIXED + 16..], self.icount.unwrap_or(NO_ICOUNT));
-        for bytes in [&self.unknown, &self.id, &self.name] {
+        let fixed = Fixed {
+            l1_table_offset: self.l1_offset.into(),
+            l1_size: self.l1_size.into(),
+            id_str_size: (self.id.len() as u16).into(),
+            name_size: (self.name.len() as u16).into(),
+            date_sec: self.seconds.into(),
+            date_nsec: self.nanoseconds.into(),
+            vm_clock_nsec: self.vm_clock.into(),
+            vm_state_size: u32::try_from(self.vm_state_size).unwrap_or(0).into(),
+            extra_data_size: ((KNOWN + self.unknown.len()) as u32).into(),
+        };
+        let extra = Extra {
+            vm_state_size: self.vm_state_size.into(),
+            disk_size: self.disk_size.unwrap_or(0).into(),
+            icount: self.icount.unwrap_or(NO_ICOUNT).into(),
+        };
+        let mut out = Vec::new();
+        for bytes in [fixed.as_bytes(), extra.as_bytes(), &self.unknown, &self.id, &self.name] {
             out.extend_from_slice(bytes);
         }
         out.resize(out.len().next_multiple_of(8), 0);
@@ -213,8 +246,9 @@ fn read_entry(storage: &dyn Storage, offset: u64, index: u32, mend: bool) -> Res
     if offset > i64::MAX as u64 {
         return Err(Error::corrupt("Snapshot table offset invalid").at_offset(offset));
     }
-    let fixed = read(offset, FIXED)?;
-    let extra_len = BigEndian::read_u32(&fixed[36..]);
+    let mut fixed = Fixed::new_zeroed();
+    fixed.as_mut_bytes().copy_from_slice(&read(offset, FIXED)?);
+    let extra_len = fixed.extra_data_size.get();
     if extra_len > MAX_EXTRA && !mend {
         return Err(too_big(&format!(
             "Too much extra metadata in snapshot table entry {index}\nYou can force-remove this \
@@ -222,22 +256,27 @@ fn read_entry(storage: &dyn Storage, offset: u64, index: u32, mend: bool) -> Res
         )));
     }
     let extra = read(offset + FIXED as u64, extra_len.min(MAX_EXTRA) as usize)?;
-    let id_len = usize::from(BigEndian::read_u16(&fixed[12..]));
-    let name_len = usize::from(BigEndian::read_u16(&fixed[14..]));
+    let (id_len, name_len) =
+        (usize::from(fixed.id_str_size.get()), usize::from(fixed.name_size.get()));
     let mut id = read(offset + FIXED as u64 + u64::from(extra_len), id_len + name_len)?;
     let name = id.split_off(id_len);
-    let known = |at: usize| extra.get(at..at + 8).map(BigEndian::read_u64);
+    let mut known = Extra::new_zeroed();
+    let len = extra.len().min(KNOWN);
+    known.as_mut_bytes()[..len].copy_from_slice(&extra[..len]);
+    // Older programs write shorter extra data.
+    let there = |field: usize, value: U64| (extra.len() >= field + 8).then_some(value.get());
+    let vm_state_size = there(offset_of!(Extra, vm_state_size), known.vm_state_size);
     Ok(Snapshot {
-        l1_offset: BigEndian::read_u64(&fixed),
-        l1_size: BigEndian::read_u32(&fixed[8..]),
+        l1_offset: fixed.l1_table_offset.get(),
+        l1_size: fixed.l1_size.get(),
         id,
         name,
-        seconds: BigEndian::read_u32(&fixed[16..]),
-        nanoseconds: BigEndian::read_u32(&fixed[20..]),
-        vm_clock: BigEndian::read_u64(&fixed[24..]),
-        vm_state_size: known(0).unwrap_or_else(|| BigEndian::read_u32(&fixed[32..]).into()),
-        disk_size: known(8),
-        icount: known(16).filter(|count| *count != NO_ICOUNT),
+        seconds: fixed.date_sec.get(),
+        nanoseconds: fixed.date_nsec.get(),
+        vm_clock: fixed.vm_clock_nsec.get(),
+        vm_state_size: vm_state_size.unwrap_or_else(|| fixed.vm_state_size.get().into()),
+        disk_size: there(offset_of!(Extra, disk_size), known.disk_size),
+        icount: there(offset_of!(Extra, icount), known.icount).filter(|n| *n != NO_ICOUNT),
         extra_len,
         unknown: extra.get(KNOWN..).unwrap_or_default().to_vec(),
     })
@@ -292,8 +331,8 @@ mod tests {
     #[test]
     fn a_short_entry_takes_its_disk_size_from_the_image() {
         let mut bytes = vec![0; FIXED];
-        BigEndian::write_u32(&mut bytes[32..], 77);
-        BigEndian::write_u16(&mut bytes[12..], 1);
+        let fixed = Fixed::mut_from_bytes(&mut bytes).unwrap();
+        (fixed.vm_state_size, fixed.id_str_size) = (77.into(), 1.into());
         bytes.push(b'1');
         let (storage, header) = stored(&bytes, 1);
         let found = &Table::read(&storage, &header).unwrap().snapshots[0];
@@ -305,7 +344,8 @@ mod tests {
     fn too_much_extra_data_is_refused_and_can_be_left_out() {
         let mut bytes = Table::encode(&[sample("1", &[9; 1000])]).unwrap();
         let mut more = sample("2", &[]).encode();
-        BigEndian::write_u32(&mut more[36..], 65536);
+        let (fixed, _) = Fixed::mut_from_prefix(&mut more).unwrap();
+        fixed.extra_data_size = 65536.into();
         more.splice(FIXED + KNOWN..FIXED + KNOWN, vec![3; 65536 - KNOWN]);
         bytes.extend_from_slice(&more);
         let (storage, header) = stored(&bytes, 2);

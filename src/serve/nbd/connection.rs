@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::handshake::Terms;
 use super::reply::Failure;
-use super::{Gone, request};
+use super::{Contexts, Export, Gone, request};
 use crate::block::BlockDevice;
 use crate::nbd::stream::Stream;
 use crate::nbd::wire::{self, REQUEST_LEN, Request, command};
@@ -39,6 +39,7 @@ const TRUST: u32 = 32;
 pub struct Connection<'a> {
     pub(super) stream: &'a Stream,
     pub(super) device: &'a dyn BlockDevice,
+    pub(super) contexts: &'a Contexts,
     pub(super) terms: Terms,
     stopping: &'a AtomicBool,
     reader: Mutex<Reader<'a>>,
@@ -90,14 +91,15 @@ impl<'a> Connection<'a> {
     /// A connection that ends soon when `stopping` is set and the socket is shut down for reading.
     pub fn new(
         stream: &'a Stream,
-        device: &'a dyn BlockDevice,
+        export: &'a Export,
         terms: Terms,
         stopping: &'a AtomicBool,
     ) -> Connection<'a> {
         let from = BufReader::with_capacity(32 << 10, stream);
         Connection {
             stream,
-            device,
+            device: &*export.device,
+            contexts: &export.contexts,
             terms,
             stopping,
             reader: Mutex::new(Reader { from, over: false }),

@@ -8,7 +8,6 @@ use std::sync::atomic::Ordering;
 
 use super::Gone;
 use super::connection::{Connection, PIECE, Taken};
-use super::handshake::ALLOCATION_ID;
 use super::reply::{self, Failure, Part};
 use crate::block::BlockStatus;
 use crate::nbd::wire::{self, Request, command, error};
@@ -183,24 +182,19 @@ impl Connection<'_> {
         found.iter().map(|e| (e.offset, e.len as usize, e.status)).collect()
     }
 
-    /// Answers where there is data, in the context `base:allocation`.
+    /// Answers in each context that was chosen.
     fn block_status(&self, request: &Request) -> Result<(), Gone> {
         let limit = if request.flags & wire::REQ_ONE != 0 { 1 } else { MAX_STRETCHES };
-        let found = match self.device.extents(request.offset, u64::from(request.len), limit) {
-            Ok(found) => found,
-            Err(e) => return self.answer(request, Err(e.into())),
-        };
-        let stretches: Vec<(u32, u32)> = found
-            .iter()
-            .map(|extent| {
-                let flags = match extent.status {
-                    BlockStatus::Data => 0,
-                    BlockStatus::Zero => wire::STATE_HOLE | wire::STATE_ZERO,
-                };
-                // They lie in the range that was asked for, which has less than 4 GiB.
-                (extent.len as u32, flags)
-            })
-            .collect();
-        self.part(request, Part::Status(ALLOCATION_ID, &stretches), true)
+        let mut ids = self.terms.contexts.ids().peekable();
+        while let Some(id) = ids.next() {
+            let range = (request.offset, request.len);
+            match self.contexts.stretches(id, self.device, range, limit) {
+                Ok(found) => {
+                    self.part(request, Part::Status(id, &found), ids.peek().is_none())?;
+                }
+                Err(e) => return self.answer(request, Err(e.into())),
+            }
+        }
+        Ok(())
     }
 }

@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 
+use super::contexts::{Chosen, means};
 use super::{Export, Gone};
 use crate::nbd::wire::{self, Fields, flag, option, reply};
 
@@ -17,18 +18,13 @@ pub(super) const MAX_BLOCK: u32 = 32 << 20;
 const MAX_PREFERRED: u32 = 1 << 20;
 /// The least, which file systems use.
 const MIN_PREFERRED: u32 = 4096;
-/// The context that says where there is data.
-const ALLOCATION: &[u8] = b"base:allocation";
-/// Its number here.
-pub(super) const ALLOCATION_ID: u32 = 1;
-
 /// What was agreed on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Terms {
     /// Replies have parts.
     pub structured: bool,
-    /// The context `base:allocation` was chosen.
-    pub allocation: bool,
+    /// The metadata contexts that were chosen.
+    pub contexts: Chosen,
 }
 
 /// Haggles on a fresh connection. `None` where the client leaves in good order.
@@ -189,11 +185,11 @@ impl<S: Read + Write> Session<'_, S> {
         Ok(if number == option::GO { Next::Requests } else { Next::Option })
     }
 
-    /// Lists metadata contexts, or chooses among them: there is one.
+    /// Lists metadata contexts, or chooses among them.
     fn contexts(&mut self, number: u32, data: &[u8]) -> Result<Next, Gone> {
         let choosing = number == option::SET_META_CONTEXT;
         if choosing {
-            self.terms.allocation = false;
+            self.terms.contexts = Chosen::default();
         }
         if !self.terms.structured {
             let text = "metadata contexts need structured replies, which come first";
@@ -205,16 +201,16 @@ impl<S: Read + Write> Session<'_, S> {
         if !self.is_ours(name) {
             return self.unknown(number);
         }
-        let found = match choosing {
-            true => queries.contains(&ALLOCATION),
-            // Who asks for nothing, or for a name space, is told all that is in it.
-            false => {
-                queries.is_empty() || queries.iter().any(|q| *q == ALLOCATION || *q == b"base:")
+        for (id, context) in self.export.contexts.all() {
+            // Who lists and asks for nothing is told of all.
+            let asked = queries.iter().any(|query| means(query, &context, !choosing));
+            if !asked && (choosing || !queries.is_empty()) {
+                continue;
             }
-        };
-        if found {
-            self.terms.allocation |= choosing;
-            let context = [&ALLOCATION_ID.to_be_bytes()[..], ALLOCATION].concat();
+            if choosing {
+                self.terms.contexts.add(id);
+            }
+            let context = [&id.to_be_bytes()[..], context.as_bytes()].concat();
             self.reply(number, reply::META_CONTEXT, &context)?;
         }
         self.reply(number, reply::ACK, &[])

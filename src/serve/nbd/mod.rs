@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::nbd::stream::Stream;
 
 mod connection;
+mod contexts;
 mod execute;
 mod handshake;
 mod reply;
@@ -30,6 +31,7 @@ mod request;
 mod tests;
 
 use connection::Connection;
+pub use contexts::{Bitmap, Contexts, MAX_BITMAPS};
 
 /// Clients at a time.
 const MAX_CONNECTIONS: usize = 32;
@@ -60,6 +62,8 @@ pub struct Export {
     pub name: String,
     /// Words for people.
     pub description: String,
+    /// What more is told of the disk.
+    pub contexts: Contexts,
 }
 
 /// A running server; it ends when this is [stopped](Server::stop) or dropped.
@@ -194,7 +198,7 @@ impl Shared {
         let hasty = Hasty { stream, until: Instant::now() + HANDSHAKE };
         let Some(terms) = handshake::negotiate(hasty, &self.export)? else { return Ok(()) };
         stream.set_patience(None)?;
-        Connection::new(stream, &*self.export.device, terms, &self.stopping).serve();
+        Connection::new(stream, &self.export, terms, &self.stopping).serve();
         Ok(())
     }
 }

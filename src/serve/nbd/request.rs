@@ -19,7 +19,7 @@ pub fn check(request: &Request, terms: Terms, device: &dyn BlockDevice) -> Resul
         command::TRIM => (0, true, true),
         command::CACHE => (0, true, false),
         command::WRITE_ZEROES => (wire::NO_HOLE, true, true),
-        command::BLOCK_STATUS if terms.allocation => (wire::REQ_ONE, true, false),
+        command::BLOCK_STATUS if !terms.contexts.is_empty() => (wire::REQ_ONE, true, false),
         command::BLOCK_STATUS => {
             return Err(Failure::new(error::INVAL, "no metadata context was agreed on"));
         }

@@ -9,11 +9,14 @@ use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 use std::sync::Arc;
 
-use vdisk::block::BlockDevice;
-use vdisk::chain::live::Live;
-use vdisk::chain::merge::{Progress, Wishes};
-use vdisk::chain::plan::Keeping;
-use vdisk::chain::{self, Chain, OpenOptions};
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::change;
+use vdisk::internals::change::DeleteWishes;
+use vdisk::internals::change::live::Live;
+use vdisk::internals::change::merge::{Progress, Wishes};
+use vdisk::internals::change::plan::Keeping;
+use vdisk::internals::open::OpenOptions;
 
 use super::tracer::Event;
 use crate::model::pattern;
@@ -47,6 +50,8 @@ pub fn command(change: &str) -> Vec<String> {
 /// The user of the disk.
 struct Guest {
     disk: Arc<Chain>,
+    /// Bytes of the disk that it uses.
+    size: u64,
     done: usize,
     /// Whether all that it did succeeded: else nothing more is called durable.
     sound: bool,
@@ -54,7 +59,7 @@ struct Guest {
 
 impl Guest {
     fn write(&mut self) {
-        let (at, bytes) = write(self.done, self.disk.size());
+        let (at, bytes) = write(self.done, self.size);
         self.done += 1;
         self.sound &= self.disk.write_at(at, &[IoSlice::new(&bytes)]).is_ok();
     }
@@ -75,13 +80,16 @@ fn change(live: &Live, words: &[&str], told: &mut Progress<'_>) -> vdisk::Result
     match words {
         ["create", name] => live.snapshot(name, "", None).map(drop),
         ["merge", name, ..] => {
-            let wishes = Wishes { keeping, in_batches, in_use: true };
-            live.merge(name, wishes, (None, None), told)
+            let wishes = Wishes { keeping, in_batches, in_use: true, ..Wishes::default() };
+            live.merge(name, wishes, None, None, told)
         }
-        ["delete", name, ..] => live.delete(name, (false, keeping), None, told),
+        ["delete", name, ..] => {
+            live.delete(name, DeleteWishes { keeping, ..Default::default() }, None, told)
+        }
         ["undo"] => live.undo(None, None, told),
-        ["forget"] => live.forget(None, told),
+        ["forget"] => live.forget(false, None, told),
         ["rename", old, new] => live.rename(old, new),
+        ["resize", size] => live.resize(size.parse().unwrap()),
         _ => panic!("{words:?}"),
     }
 }
@@ -92,9 +100,9 @@ fn a_holder_that_the_sweep_starts() {
     let Ok(what) = std::env::var(CHANGE) else { return };
     let words: Vec<&str> = what.split(' ').collect();
     let path = std::env::current_dir().unwrap().join(DISK);
-    let opened = chain::open(&path, &OpenOptions::writable());
+    let opened = change::open(&path, &OpenOptions::writable());
     let Ok(disk) = opened.map(Arc::new) else { std::process::exit(1) };
-    let mut guest = Guest { disk: disk.clone(), done: 0, sound: true };
+    let mut guest = Guest { disk: disk.clone(), size: disk.size(), done: 0, sound: true };
     (0..BEFORE).for_each(|_| guest.write());
     guest.flush();
     let live = Live::new(disk.clone(), &path).unwrap();
@@ -129,14 +137,15 @@ pub fn durable(log: &[Event]) -> usize {
 
 /// All bytes of the held disk in `dir`.
 pub fn read(dir: &Path) -> vdisk::Result<Vec<u8>> {
-    let disk = chain::open(&dir.join(DISK), &OpenOptions::default())?;
+    let disk = change::open(&dir.join(DISK), &OpenOptions::default())?;
     let mut bytes = vec![0; disk.size() as usize];
     disk.read_at(0, &mut [IoSliceMut::new(&mut bytes)])?;
     Ok(bytes)
 }
 
 /// Whether `seen` is what the disk, which held `before`, may show when so many writes were durable:
-/// each byte is that, or of a later write.
+/// each byte is that, or of a later write. A disk that was shorter than its base may have grown: the
+/// base does not show then.
 pub fn may_show(before: &[u8], durable: usize, seen: &[u8]) -> Result<(), String> {
     let all = BEFORE + MEANWHILE + AFTER;
     let size = before.len() as u64;
@@ -153,7 +162,12 @@ pub fn may_show(before: &[u8], durable: usize, seen: &[u8]) -> Result<(), String
         }
     }
     match right.iter().position(|right| !right) {
-        _ if seen.len() != before.len() => Err(format!("{} bytes long", seen.len())),
+        _ if seen.len() != before.len() && seen.len() as u64 != super::scene::SIZE => {
+            Err(format!("{} bytes long", seen.len()))
+        }
+        _ if seen.iter().skip(before.len()).any(|byte| *byte != 0) => {
+            Err("the base shows past the old end".to_owned())
+        }
         None => Ok(()),
         Some(at) => Err(format!(
             "byte {at} is {:#x}, not {:#x}, with {durable} durable writes",

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
+use super::scene;
 use super::tracer::{Event, FileId};
 use crate::dice::Dice;
 use crate::recorder::put;
@@ -47,6 +48,7 @@ impl Directory {
                 Some(there) => fs::hard_link(dir.join(there), dir.join(name)).unwrap(),
                 None => {
                     fs::write(dir.join(name), &self.files[id]).unwrap();
+                    scene::make_private(&dir.join(name));
                     first.insert(*id, name);
                 }
             }

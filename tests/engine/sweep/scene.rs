@@ -1,41 +1,40 @@
-//! A directory with a base, clones of it and snapshots on two branches; what it shows to a user,
-//! and the commands that change it.
+//! A directory with a base, clones of it and snapshots on two branches, and what it shows to a user.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{IoSlice, IoSliceMut};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use vdisk::addr::Unit;
-use vdisk::block::BlockDevice;
-use vdisk::chain::{self, Base, Chain, OpenOptions, snapshot, tree::Family};
-use vdisk::qcow2::{self, CreateOptions};
-use vdisk::storage::{FileOptions, FileStorage};
+use vdisk::internals::addr::Unit;
+use vdisk::internals::block::BlockDevice;
+use vdisk::internals::chain::Chain;
+use vdisk::internals::change::plan::Keeping;
+use vdisk::internals::change::{self, Base, snapshot};
+use vdisk::internals::family::tree::Family;
+use vdisk::internals::image::Role;
+use vdisk::internals::open;
+use vdisk::internals::open::OpenOptions;
+use vdisk::internals::qcow2::{self, CreateOptions};
+use vdisk::internals::storage::{FileOptions, FileStorage};
 
 use crate::dice::Dice;
 
 /// Bytes of each disk.
-const SIZE: u64 = 160 << 10;
+pub const SIZE: u64 = 160 << 10;
 const CLUSTER: u64 = 4 << 10;
-/// The base of `alone.qcow2`: a commit writes it in place, so nobody is to look at it but through
-/// that disk.
-const BELOW: &str = "below.qcow2";
+/// How the names begin of bases that a commit writes in place, so that nobody is to look at them but
+/// through their disk.
+const BELOW: &str = "below";
 
-/// A command that changes the directory.
-pub struct Operation {
-    /// Commands that are done with before it.
-    pub first: Vec<Vec<String>>,
-    pub args: Vec<String>,
-    /// Whether it is one step, so that nothing between the old state and the new one is allowed.
-    /// Otherwise each disk and each snapshot is as before or as after.
-    pub atomic: bool,
-    /// Whether it holds a disk and writes to it, as [`holder`](super::holder) does.
-    pub held: bool,
-}
+/// The bitmap of `disk.qcow2`, which goes with its head.
+const BITMAP: &str = "b";
 
-/// What a user sees: a digest of each disk's contents, and of each of its snapshots as
-/// `DISK@SNAPSHOT`.
+/// What a user sees: a digest of each disk's contents, of each of its snapshots as `DISK@SNAPSHOT`, and
+/// of each of its head's bitmaps as `DISK#BITMAP`; and as `DISK!` and `DISK@SNAPSHOT!`, which of them are
+/// said to be stood on.
 pub type State = BTreeMap<String, u64>;
 
 fn write(disk: &Chain, dice: &mut Dice, times: u64) {
@@ -55,7 +54,7 @@ fn write(disk: &Chain, dice: &mut Dice, times: u64) {
 }
 
 fn write_to(path: &Path, dice: &mut Dice) {
-    let disk = chain::open(path, &OpenOptions::writable()).unwrap();
+    let disk = change::open(path, &OpenOptions::writable()).unwrap();
     write(&disk, dice, 6);
     disk.flush().unwrap();
 }
@@ -69,16 +68,22 @@ pub fn build(dir: &Path, dice: &mut Dice) {
         cluster: Unit::from_bits(CLUSTER.trailing_zeros()),
         ..CreateOptions::new(SIZE)
     };
-    chain::create(&base, &options).unwrap();
+    open::create(&base, &options).unwrap();
     write_to(&base, dice);
-    chain::create(&dir.join(BELOW), &options).unwrap();
-    write_to(&dir.join(BELOW), dice);
-    Base::seal(&dir.join(BELOW)).unwrap().clone_to(&dir.join("alone.qcow2")).unwrap();
+    let below = dir.join("below.qcow2");
+    open::create(&below, &options).unwrap();
+    write_to(&below, dice);
+    Base::seal(&below).unwrap().clone_to(&dir.join("alone.qcow2")).unwrap();
     write_to(&dir.join("alone.qcow2"), dice);
     let sealed = Base::seal(&base).unwrap();
     sealed.clone_to(&disk).unwrap();
     sealed.clone_to(&other).unwrap();
     drop(sealed);
+    let file = FileStorage::open(&disk, FileOptions { access: None, write: true }).unwrap();
+    let writable = qcow2::OpenOptions { read_only: false, ..qcow2::OpenOptions::default() };
+    let mut image = qcow2::Image::open(std::sync::Arc::new(file), writable).unwrap();
+    image.add_bitmap(BITMAP, Some(4096), true).unwrap();
+    drop(image);
     write_to(&other, dice);
     write_to(&disk, dice);
     snapshot::create(&disk, "a", "").unwrap();
@@ -91,73 +96,65 @@ pub fn build(dir: &Path, dice: &mut Dice) {
     write_to(&disk, dice);
 }
 
-/// The commands of a sweep.
-pub fn operations() -> Vec<Operation> {
-    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
-    let one =
-        |line: &str| Operation { first: Vec::new(), args: words(line), atomic: true, held: false };
-    let many = |line: &str| Operation { atomic: false, ..one(line) };
-    let after = |first: &str, line: &str| Operation { first: vec![words(first)], ..one(line) };
-    vec![
-        one("snapshot create disk.qcow2 e --description words"),
-        one("snapshot revert disk.qcow2 b --yes"),
-        one("snapshot revert disk.qcow2 d --keep e"),
-        one("snapshot delete disk.qcow2 c --yes"),
-        one("snapshot delete disk.qcow2 d --yes"),
-        one("snapshot delete disk.qcow2 b --tree --yes"),
-        one("snapshot delete disk.qcow2 c --forget --yes"),
-        one("snapshot merge disk.qcow2 a --in-batches"),
-        one("snapshot merge disk.qcow2 b --in-batches"),
-        one("snapshot merge disk.qcow2 c --in-batches"),
-        after("snapshot delete disk.qcow2 c --yes", "snapshot undo disk.qcow2 --yes"),
-        after("snapshot delete disk.qcow2 c --yes", "snapshot undo disk.qcow2 --keep e"),
-        after("snapshot delete disk.qcow2 c --yes", "snapshot delete disk.qcow2 b --yes"),
-        after("snapshot delete disk.qcow2 c --yes", "snapshot forget disk.qcow2"),
-        after("snapshot delete disk.qcow2 b --tree --yes", "snapshot undo disk.qcow2 --yes"),
-        after("snapshot delete disk.qcow2 b --tree --yes", "snapshot forget disk.qcow2"),
-        after("snapshot revert disk.qcow2 a --yes", "snapshot undo disk.qcow2 --yes"),
-        after("snapshot revert disk.qcow2 b --yes", "snapshot merge disk.qcow2 b"),
-        one("snapshot merge disk.qcow2 a"),
-        one("snapshot merge disk.qcow2 b"),
-        one("snapshot merge disk.qcow2 c"),
-        one("snapshot rename disk.qcow2 b e"),
-        many("clone other.qcow2 new1.qcow2 new2.qcow2"),
-        one("clone --full disk.qcow2 copy.qcow2"),
-        one("rebase other.qcow2 --flatten"),
-        one("commit alone.qcow2"),
-        one("resize disk.qcow2 +64K"),
-        one("convert disk.qcow2 new.qcow2 --compress"),
-        one("create new.qcow2 1M"),
-    ]
-}
-
-/// Changes of the tree of a disk in use, as [`holder`](super::holder) does them.
-pub fn live_operations() -> Vec<Operation> {
-    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
-    let after = |first: Vec<Vec<String>>, change: &str| {
-        let args = super::holder::command(change);
-        Operation { first, args, atomic: true, held: true }
+/// Fills an empty directory: `long.qcow2`, all of it data, and on it shorter disks. `short.qcow2`
+/// ends within a cluster; `below.qcow2` is shorter than `over.qcow2`, which stands on it.
+pub fn build_shorter(dir: &Path, dice: &mut Dice) {
+    let long = dir.join("long.qcow2");
+    let cluster = Unit::from_bits(CLUSTER.trailing_zeros());
+    open::create(&long, &CreateOptions { cluster, ..CreateOptions::new(SIZE) }).unwrap();
+    let disk = change::open(&long, &OpenOptions::writable()).unwrap();
+    disk.write_at(0, &[IoSlice::new(&[0x5a; SIZE as usize])]).unwrap();
+    drop(disk);
+    let mut shorter = |base: &Path, name: &str, size: u64| {
+        let path = dir.join(name);
+        Base::seal(base).unwrap().clone_to(&path).unwrap();
+        let disk = change::open(&path, &OpenOptions::writable()).unwrap();
+        disk.resize(size).unwrap();
+        for _ in 0..3 {
+            let (offset, fill) = (dice.below(size / 512 - 6) * 512, dice.next() as u8);
+            disk.write_at(offset, &[IoSlice::new(&[fill; 3000])]).unwrap();
+        }
+        path
     };
-    let one = |change: &str| after(Vec::new(), change);
-    let deleted = || vec![words("snapshot delete disk.qcow2 d --yes")];
-    vec![
-        one("create e"),
-        one("merge a"),
-        one("merge b"),
-        one("merge c"),
-        one("merge a batches"),
-        one("merge b batches"),
-        one("merge c batches"),
-        one("delete d"),
-        one("delete d kept"),
-        one("rename b e"),
-        after(deleted(), "undo"),
-        after(deleted(), "forget"),
-        after(vec![words("snapshot delete disk.qcow2 c --yes")], "forget"),
-    ]
+    shorter(&long, "short.qcow2", (50 << 10) + 512);
+    let below = shorter(&long, "below.qcow2", 50 << 10);
+    shorter(&below, "over.qcow2", SIZE);
 }
 
-/// The disks of a directory: every name but those of frozen layers and drafts, and [`BELOW`].
+/// As [`build`]; and of `disk.qcow2` something is kept aside whose time is over: its head, and the
+/// snapshot c.
+pub fn build_expired(dir: &Path, dice: &mut Dice) {
+    build(dir, dice);
+    let age = Duration::from_millis(1);
+    let plan = snapshot::plan_delete(&dir.join("disk.qcow2"), "c", false, Keeping(age)).unwrap();
+    plan.execute(&mut |_, _| true).unwrap();
+    std::thread::sleep(2 * age);
+}
+
+/// Fills an empty directory: `one.qcow2`, whose snapshot a says that a clone stands on it, and
+/// `three.qcow2`, which is a base, so that its user may know that the clones of both are gone.
+pub fn build_marked(dir: &Path, dice: &mut Dice) {
+    let cluster = Unit::from_bits(CLUSTER.trailing_zeros());
+    let mut cloned = |name: &str, has_snapshot: bool| {
+        let disk = dir.join(name);
+        open::create(&disk, &CreateOptions { cluster, ..CreateOptions::new(SIZE) }).unwrap();
+        write_to(&disk, dice);
+        let mut base = disk.clone();
+        if has_snapshot {
+            snapshot::create(&disk, "a", "").unwrap();
+            write_to(&disk, dice);
+            base = Family::of(&disk).unwrap().snapshot("a").unwrap().path.clone();
+        }
+        let clone = dir.join("clone.qcow2");
+        Base::seal(&base).unwrap().clone_to(&clone).unwrap();
+        // As a user does it who knows nothing of marks.
+        fs::remove_file(&clone).unwrap();
+    };
+    cloned("one.qcow2", true);
+    cloned("three.qcow2", false);
+}
+
+/// The disks of a directory: every name but those of frozen layers and drafts, and such as [`BELOW`].
 pub fn disks(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
     let mut disks: Vec<_> = entries.filter(|p| is_disk(p)).collect();
@@ -165,19 +162,26 @@ pub fn disks(dir: &Path) -> Vec<PathBuf> {
     disks
 }
 
-fn is_disk(path: &Path) -> bool {
+/// Whether the name is that of a disk's head.
+pub fn is_disk(path: &Path) -> bool {
     let name = path.file_name().unwrap().to_str().unwrap();
-    !name.starts_with('.') && !name.contains('@') && name != BELOW
+    !name.starts_with('.') && !name.contains('@') && !name.starts_with(BELOW)
 }
 
 /// The digest of what the disk at `path` shows, opened for reading.
 pub fn look(path: &Path) -> vdisk::Result<u64> {
-    Ok(digest(&chain::open(path, &OpenOptions::default())?))
+    Ok(digest(&change::open(path, &OpenOptions::default())?))
+}
+
+/// What the disk shows.
+pub fn bytes(disk: &Chain) -> Vec<u8> {
+    let mut bytes = vec![0; disk.size() as usize];
+    disk.read_at(0, &mut [IoSliceMut::new(&mut bytes)]).unwrap();
+    bytes
 }
 
 fn digest(disk: &Chain) -> u64 {
-    let mut bytes = vec![0; disk.size() as usize];
-    disk.read_at(0, &mut [IoSliceMut::new(&mut bytes)]).unwrap();
+    let bytes = bytes(disk);
     let mut hasher = DefaultHasher::new();
     bytes.hash(&mut hasher);
     hasher.finish()
@@ -193,8 +197,20 @@ pub fn observe(dir: &Path) -> vdisk::Result<State> {
             let snapshot = &member.label.name;
             let disk = snapshot::open_at(&path, snapshot, &OpenOptions::default())?;
             state.insert(format!("{name}@{snapshot}"), digest(&disk));
+            if member.label.is_marked() {
+                state.insert(format!("{name}@{snapshot}!"), 0);
+            }
         }
-        state.insert(name, look(&path)?);
+        if family.as_ref().is_some_and(|f| f.head.label.role == Role::Base) {
+            state.insert(format!("{name}!"), 0);
+        }
+        let disk = change::open(&path, &OpenOptions::default())?;
+        for bitmap in disk.head().image.bitmaps()? {
+            let mut hasher = DefaultHasher::new();
+            (bitmap.granularity, bitmap.records, bitmap.written).hash(&mut hasher);
+            state.insert(format!("{name}#{}", bitmap.name), hasher.finish());
+        }
+        state.insert(name, digest(&disk));
     }
     Ok(state)
 }
@@ -202,12 +218,56 @@ pub fn observe(dir: &Path) -> vdisk::Result<State> {
 /// Opens every disk for writing, which finishes or takes back what was interrupted.
 pub fn heal(dir: &Path) -> vdisk::Result<()> {
     for path in disks(dir) {
-        match chain::open(&path, &OpenOptions::writable()) {
+        match change::open(&path, &OpenOptions::writable()) {
             Err(e) if e.kind() == vdisk::ErrorKind::Sealed => {}
             other => drop(other?),
         }
     }
     Ok(())
+}
+
+/// Who owns the disk that snapshots are taken of, and its layers; nobody else may use them.
+const OWNER: u32 = 1000;
+
+fn is_private(path: &Path) -> bool {
+    let name = path.file_name().unwrap().to_str().unwrap();
+    name.trim_start_matches('.').starts_with("disk")
+}
+
+/// Makes one of those files what it is to stay.
+pub fn make_private(path: &Path) {
+    if is_private(path) {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+        // Who is not root is the owner of all.
+        let _ = chown(path, Some(OWNER), Some(OWNER));
+    }
+}
+
+/// Whether those files are still nobody else's, whatever stopped the command.
+pub fn private(dir: &Path) -> Result<(), String> {
+    let root = nix::unistd::geteuid().is_root();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let meta = fs::metadata(&path).unwrap();
+        let wide = meta.mode() & 0o777 != 0o600 || root && meta.uid() != OWNER;
+        if is_private(&path) && wide {
+            let (mode, owner) = (meta.mode(), meta.uid());
+            return Err(format!("{} has the mode {mode:o} and the owner {owner}", path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// How many files the directory holds.
+pub fn files(dir: &Path) -> usize {
+    fs::read_dir(dir).unwrap().count()
+}
+
+/// The word with what stands in a file's name instead of its `*`.
+pub fn expand(dir: &Path, word: &str) -> String {
+    let Some((front, back)) = word.split_once('*') else { return word.to_owned() };
+    let names = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    names.into_iter().find(|n| n.starts_with(front) && n.ends_with(back)).unwrap()
 }
 
 /// Whether every file of the directory is free of corruptions; leaks are allowed.

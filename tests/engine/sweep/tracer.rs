@@ -9,6 +9,7 @@ use std::io::Write as _;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc::{self, c_long, user_regs_struct};
@@ -17,8 +18,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use vdisk::internals::storage::{Access, FileOptions, FileStorage};
+
 use super::holder::SAID;
+use crate::model::pattern;
 use crate::processes::spawn;
+
+/// Bytes that the command finds in its standard input.
+const STDIN: u64 = 9000;
 
 /// A file, however many names it has. Unlike an inode's number it is not used again.
 pub type FileId = usize;
@@ -94,6 +101,8 @@ pub struct Run {
     pub log: Vec<Event>,
     /// The changes that it tried, those that failed included.
     pub tried: usize,
+    /// Files whose names it gave to others while anybody could have begun to write them.
+    pub unguarded: Vec<String>,
     /// What it wrote to its standard error.
     pub stderr: String,
 }
@@ -224,7 +233,8 @@ pub fn run(program: &Path, args: &[String], files: Files, fate: Fate) -> Run {
         | Options::PTRACE_O_EXITKILL;
     ptrace::seize(pid, options).unwrap();
     ptrace::interrupt(pid).unwrap();
-    let run = Run { status: None, log: Vec::new(), tried: 0, stderr: String::new() };
+    let (log, unguarded, stderr) = (Vec::new(), Vec::new(), String::new());
+    let run = Run { status: None, log, tried: 0, unguarded, stderr };
     let mut tracer = Tracer { files, fate, inside: HashMap::new(), begun: false, run };
     let mut go = child.stdin.take();
     loop {
@@ -232,7 +242,9 @@ pub fn run(program: &Path, args: &[String], files: Files, fate: Fate) -> Run {
         let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
         let status = waitpid(None, Some(flags)).unwrap();
         if let Some(mut go) = go.take() {
+            // The shell takes the first line, and the command has the rest.
             go.write_all(b"go\n").unwrap();
+            go.write_all(&pattern(0, STDIN, 7)).unwrap();
         }
         match status {
             WaitStatus::Exited(p, code) if p == pid => {
@@ -285,6 +297,9 @@ impl Tracer {
         }
         let call = if self.begun { self.decode(thread, &regs) } else { None };
         let mut fails = None;
+        if let Some(Call::Rename { to, .. }) = &call {
+            self.look_for_guard(to.clone());
+        }
         if let Some(call) = &call {
             let number = self.run.tried;
             fails = match self.fate {
@@ -300,6 +315,16 @@ impl Tracer {
         }
         self.inside.insert(thread, Inside { call, fails });
         false
+    }
+
+    /// Notes whether another program could open the file `name`, which is about to lose its name, for
+    /// writing: what it wrote would be gone.
+    fn look_for_guard(&mut self, name: String) {
+        let options = FileOptions { access: Some(Access::Write), write: false };
+        let path = self.files.dir.join(&name);
+        if path.exists() && FileStorage::open_within(&path, options, Duration::ZERO).is_ok() {
+            self.run.unguarded.push(name);
+        }
     }
 
     fn exit(&mut self, thread: Pid, inside: Inside, regs: user_regs_struct) {

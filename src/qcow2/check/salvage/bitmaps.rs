@@ -1,15 +1,14 @@
 //! Bitmaps that stand on other tables get a place of their own; those that cannot be read go.
 
-use byteorder::{BigEndian, ByteOrder};
-
 use super::Salvage;
 use crate::error::Result;
 use crate::qcow2::bitmap::bits::Bits;
 use crate::qcow2::bitmap::directory::{self, Entry, IN_USE};
-use crate::qcow2::entry::OFFSET;
-use crate::qcow2::extension::BITMAPS;
+use crate::qcow2::header::extension::BITMAPS;
 use crate::qcow2::header::{Header, autoclear};
 use crate::qcow2::image::Image;
+use crate::qcow2::tables::entry::OFFSET;
+use crate::qcow2::tables::words::words_mut;
 
 /// The bitmaps that are kept.
 pub(super) struct Bitmaps {
@@ -69,8 +68,8 @@ impl Salvage<'_> {
         }
         let mut moves = len > 0 && !self.ground.claim(at, len);
         let mut table = self.ground.read(at, len)?;
-        for raw in table.chunks_exact_mut(8) {
-            let value = BigEndian::read_u64(raw);
+        for word in words_mut(&mut table) {
+            let value = word.get();
             let host = value & OFFSET;
             if value & !(OFFSET | 1) != 0 || host != 0 && (value & 1 != 0 || !cluster.aligned(host))
             {
@@ -83,7 +82,7 @@ impl Salvage<'_> {
                 continue;
             }
             let bytes = self.ground.read(host, cluster.bytes())?;
-            BigEndian::write_u64(raw, self.ground.place(&bytes)?);
+            word.set(self.ground.place(&bytes)?);
             moves = true;
         }
         if moves {

@@ -7,7 +7,7 @@ use super::ground::Ground;
 use crate::error::Result;
 use crate::qcow2::check::Check;
 use crate::qcow2::check::walk::L2_RESERVED;
-use crate::qcow2::entry::{COPIED, Entry, OFFSET, Shape};
+use crate::qcow2::tables::entry::{COPIED, Entry, OFFSET, Shape};
 
 /// The bits of an extended entry's bitmap that say which subclusters are data.
 const ALLOCATED: u64 = 0xffff_ffff;

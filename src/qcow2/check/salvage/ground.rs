@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use crate::addr::{GuestOffset, HostOffset, Unit};
 use crate::error::{Error, Result};
 use crate::qcow2::check::counts::Counts;
-use crate::qcow2::crypt;
+use crate::qcow2::data::crypt;
 use crate::qcow2::image::Image;
 
 /// Copies may always take this much, in bytes, however small the file.

@@ -16,18 +16,16 @@ mod ground;
 
 use std::collections::BTreeMap;
 
-use byteorder::{BigEndian, ByteOrder};
-
 use super::{Check, Repair, walk};
 use crate::error::Result;
-use crate::qcow2::crypt;
-use crate::qcow2::entry::{COPIED, OFFSET};
-use crate::qcow2::extension::CRYPTO_HEADER;
+use crate::qcow2::data::crypt;
+use crate::qcow2::header::extension::CRYPTO_HEADER;
 use crate::qcow2::header::{Header, MAX_L1, incompatible};
 use crate::qcow2::image::{Image, write};
-use crate::qcow2::refcount_bits::max_refcount;
-use crate::qcow2::references::l1_bytes;
+use crate::qcow2::refcount::bits::max_refcount;
 use crate::qcow2::snapshot::Table;
+use crate::qcow2::tables::entry::{COPIED, OFFSET};
+use crate::qcow2::tables::words::{decode, encode};
 use entries::{Entries, User};
 use ground::Ground;
 
@@ -70,7 +68,7 @@ impl Image {
         check.corruptions_fixed += said.corruptions_fixed.max(1);
         said.messages.into_iter().for_each(|line| check.say(line));
         self.drop_old_refcounts(&table)?;
-        self.survey()?;
+        self.map_metadata()?;
         self.track_bitmaps()
     }
 
@@ -159,9 +157,7 @@ impl Salvage<'_> {
             return Ok(());
         }
         let bytes = self.ground.read(at, len)?;
-        let mut data = vec![0; 16];
-        BigEndian::write_u64(&mut data, self.ground.place(&bytes)?);
-        BigEndian::write_u64(&mut data[8..], len);
+        let data = crypt::area_extension(self.ground.place(&bytes)?, len);
         header.set_extension(CRYPTO_HEADER, Some(data));
         self.say("the encryption header overlaps another table: copied");
         Ok(())
@@ -217,7 +213,7 @@ impl Salvage<'_> {
 
     fn root_entries(&self, root: &Root) -> Result<Vec<u64>> {
         let bytes = self.ground.read(root.offset, u64::from(root.entries) * 8)?;
-        Ok(bytes.chunks_exact(8).map(BigEndian::read_u64).collect())
+        Ok(decode(&bytes))
     }
 
     fn claim_l2(&mut self, root: &Root) -> Result<()> {
@@ -273,7 +269,7 @@ impl Salvage<'_> {
             let at = root.offset;
             self.say(&format!("the L1 table at {at:#x}: it overlaps another table: copied"));
         }
-        if changed { self.ground.place(&l1_bytes(&entries)).map(Some) } else { Ok(None) }
+        if changed { self.ground.place(&encode(&entries)).map(Some) } else { Ok(None) }
     }
 
     fn root_entry(&mut self, old: u64, index: usize, backed: bool) -> Result<u64> {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use super::super::{Export, Server};
+use super::super::{Contexts, Export, Server};
 use crate::block::{BlockDevice, BlockExtent, BlockStatus, check_range, total, total_mut};
 use crate::nbd::wire::{self, Fields, Request, chunk, option, reply};
 use crate::nbd::{Address, Client, Target};
@@ -129,7 +129,8 @@ impl Bench {
         });
         let listener = Listener::unix(&dir.path().join("s")).unwrap();
         let (name, description) = ("disk".to_owned(), "words".to_owned());
-        let export = Export { device: disk.clone(), name, description };
+        let contexts = Contexts::default();
+        let export = Export { device: disk.clone(), name, description, contexts };
         Bench { server: Server::start(export, listener).unwrap(), dir, disk }
     }
 

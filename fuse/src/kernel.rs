@@ -1,0 +1,278 @@
+//! A tree of files served to the kernel: the first greeting, the threads that answer, and what
+//! the tree may tell the kernel by itself. Knows nothing of what the tree is.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use rustix::io::{Errno, read, writev};
+
+use crate::crew::Crew;
+use crate::device::{BackingNumber, Device};
+use crate::dispatch::{Answer, Dispatch, MAX_REQUEST, REPLY_ROOM};
+use crate::files::{Files, Keeping};
+use crate::linger::{Linger, Lookout};
+use crate::wire::{self, Reader, Reply, init};
+
+/// Requests that the kernel may have under way without a waiting caller (readahead, writeback).
+const MAX_BACKGROUND: u16 = 64;
+/// What a request has besides its data.
+const REQUEST_HEAD: usize = 4096;
+
+/// The kernel's side of a served tree, for the tree to speak to.
+#[derive(Debug, Clone)]
+pub struct Kernel {
+    device: Arc<Device>,
+    passthrough: bool,
+}
+
+/// A file that the kernel reads and writes by itself in the place of one of ours, as long as this
+/// lives. A file opened with it goes on working after.
+#[derive(Debug)]
+pub struct Backing(BackingNumber);
+
+impl Backing {
+    pub(crate) fn number(&self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl Kernel {
+    /// Whether the kernel can use other files in the place of ours at all.
+    pub fn can_back(&self) -> bool {
+        self.passthrough
+    }
+
+    /// Has the kernel use `file` in the place of one of ours. Needs `CAP_SYS_ADMIN`; refused
+    /// where the file's file system is itself stacked too deep.
+    ///
+    /// # Errors
+    /// What the kernel said; `EOPNOTSUPP` where it cannot at all.
+    pub fn back(&self, file: BorrowedFd<'_>) -> io::Result<Arc<Backing>> {
+        if !self.passthrough {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        Ok(Arc::new(Backing(self.device.back(file)?)))
+    }
+
+    /// Asks the kernel to forget those of these nodes that nobody uses.
+    ///
+    /// # Errors
+    /// `EINVAL` where the kernel knows no such request (before Linux 6.18).
+    pub fn prune(&self, nodes: &[u64]) -> io::Result<()> {
+        let mut out = Reply::new(Vec::new());
+        out.u32(u32::try_from(nodes.len()).unwrap_or(0)).u32(0).u64(0);
+        for node in nodes {
+            out.u64(*node);
+        }
+        self.notify(out, wire::NOTIFY_PRUNE)
+    }
+
+    /// Drops the attributes that the kernel keeps of a node, not its bytes.
+    ///
+    /// # Errors
+    /// `ENOENT` where the kernel does not know the node; others where the mount is gone.
+    pub fn forget_attributes(&self, node: u64) -> io::Result<()> {
+        let mut out = Reply::new(Vec::new());
+        out.u64(node).u64(u64::MAX).u64(0);
+        self.notify(out, wire::NOTIFY_INVAL_INODE)
+    }
+
+    /// Has the kernel write out what it keeps of a node's bytes, and drop them. Returns when the
+    /// tree has got all of them, by other requests: some other thread has to be there for those.
+    ///
+    /// # Errors
+    /// `ENOENT` where the kernel does not know the node; others where the mount is gone.
+    pub fn write_out(&self, node: u64) -> io::Result<()> {
+        let mut out = Reply::new(Vec::new());
+        out.u64(node).u64(0).u64(0);
+        self.notify(out, wire::NOTIFY_INVAL_INODE)
+    }
+
+    /// Puts bytes of a node into the kernel's page cache, where they need not be asked for then. No
+    /// program may have the node's file open: a page that is being read in would be waited for,
+    /// and that may be for the caller.
+    ///
+    /// # Errors
+    /// `ENOENT` where the kernel does not know the node; others where the mount is gone.
+    pub fn store(&self, node: u64, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut out = Reply::new(Vec::new());
+        let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+        out.u64(node).u64(offset).u32(len).u32(0);
+        let head = out.finish_with(0, -wire::NOTIFY_STORE, bytes.len());
+        writev(self.device.as_fd(), &[IoSlice::new(head), IoSlice::new(bytes)])?;
+        Ok(())
+    }
+
+    fn notify(&self, mut out: Reply, code: i32) -> io::Result<()> {
+        // A reply to no request carries its code where others carry their error, not negated.
+        let bytes = out.finish(0, -code);
+        writev(self.device.as_fd(), &[IoSlice::new(bytes)])?;
+        Ok(())
+    }
+}
+
+/// Answers the kernel's greeting on a device that a mount has just been given, and starts
+/// `threads` threads that serve `files` until the mount is gone. The handle's thread ends last.
+pub(crate) fn serve(
+    device: Device,
+    files: Arc<dyn Files>,
+    keeping: Keeping,
+    threads: usize,
+) -> io::Result<JoinHandle<io::Result<()>>> {
+    let passthrough = greet(&device, keeping)?;
+    let device = Arc::new(device);
+    files.start(Kernel { device: device.clone(), passthrough });
+    let mut channels = vec![device.clone()];
+    while channels.len() < threads {
+        channels.push(Arc::new(device.channel()?));
+    }
+    std::thread::Builder::new().name("fuse".into()).spawn(move || {
+        // The kernel may wait for this server to make room in memory: its threads must neither
+        // wait for such room nor be slowed by dirty pages that only they can clean. Without the
+        // right to say so (CAP_SYS_RESOURCE) a server is as good as any other. The workers
+        // inherit it from this thread.
+        let _ = rustix::process::configure_io_flusher_behavior(true);
+        let crew = Crew::new(channels.len());
+        let lookout = Lookout::new();
+        let (crew, lookout, files_now) = (&crew, &lookout, files.as_ref());
+        let run = |channel: &Device, number| {
+            let ended = worker(channel, files_now, keeping, (crew, lookout, number));
+            crew.gone(ended.is_err());
+            ended
+        };
+        let ended = std::thread::scope(|scope| {
+            let named = || std::thread::Builder::new().name("fuse-worker".into());
+            let workers: Vec<_> = channels
+                .iter()
+                .enumerate()
+                .map(|(number, channel)| named().spawn_scoped(scope, move || run(channel, number)))
+                .collect();
+            crew.look_after();
+            let mut ended = Ok(());
+            for worker in workers {
+                let one = worker.map(|worker| worker.join().unwrap_or_else(|_| Err(panicked())));
+                ended = ended.and(one.flatten());
+            }
+            ended
+        });
+        files.end();
+        ended
+    })
+}
+
+fn panicked() -> io::Error {
+    io::Error::other("a FUSE thread panicked")
+}
+
+/// FUSE_INIT. Returns whether the kernel can use other files in the place of ours.
+fn greet(device: &Device, keeping: Keeping) -> io::Result<bool> {
+    let mut request = vec![0; MAX_REQUEST + REQUEST_HEAD];
+    loop {
+        let len = receive(device, &mut request)?
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
+        let (head, mut body) = Reader::request(request.get(..len).unwrap_or_default())?;
+        let (major, minor) = (body.u32()?, body.u32()?);
+        let mut out = Reply::new(Vec::new());
+        if head.opcode != wire::op::INIT || major < 7 || (major == 7 && minor < wire::OLDEST_MINOR)
+        {
+            let bytes = out.finish(head.unique, libc::EPROTO);
+            writev(device.as_fd(), &[IoSlice::new(bytes)])?;
+            return Err(io::Error::from_raw_os_error(libc::EPROTO));
+        }
+        if major > 7 {
+            // It will ask again with what we speak.
+            out.u32(7).u32(wire::MINOR).bytes(&[0; 56]);
+            writev(device.as_fd(), &[IoSlice::new(out.finish(head.unique, 0))])?;
+            continue;
+        }
+        let readahead = body.u32()?;
+        let mut offered = u64::from(body.u32()?);
+        if offered & init::INIT_EXT != 0 {
+            offered |= u64::from(body.u32()?) << 32;
+        }
+        let flags = offered & wanted(keeping);
+        out.u32(7).u32(wire::MINOR).u32(readahead).u32(flags as u32);
+        out.u16(MAX_BACKGROUND).u16(MAX_BACKGROUND / 4 * 3);
+        out.u32(MAX_REQUEST as u32).u32(1).u16((MAX_REQUEST / 4096) as u16).u16(0);
+        // Backing files may not stand on a stacked file system; in turn this one may be stacked.
+        let passthrough = flags & init::PASSTHROUGH != 0;
+        out.u32((flags >> 32) as u32).u32(u32::from(passthrough)).bytes(&[0; 24]);
+        writev(device.as_fd(), &[IoSlice::new(out.finish(head.unique, 0))])?;
+        return Ok(passthrough);
+    }
+}
+
+fn wanted(keeping: Keeping) -> u64 {
+    // The kernel does not mix its own written pages with files that it writes elsewhere.
+    let writing = if keeping.writeback { init::WRITEBACK_CACHE } else { init::PASSTHROUGH };
+    writing
+        | init::ASYNC_READ
+        | init::ATOMIC_O_TRUNC
+        | init::EXPORT_SUPPORT
+        | init::BIG_WRITES
+        | init::DONT_MASK
+        | init::DO_READDIRPLUS
+        | init::READDIRPLUS_AUTO
+        | init::ASYNC_DIO
+        | init::PARALLEL_DIROPS
+        | init::POSIX_ACL
+        | init::MAX_PAGES
+        | init::CACHE_SYMLINKS
+        | init::NO_OPENDIR_SUPPORT
+        | init::EXPLICIT_INVAL_DATA
+        | init::HANDLE_KILLPRIV_V2
+        | init::SETXATTR_EXT
+        | init::INIT_EXT
+        | init::DIRECT_IO_ALLOW_MMAP
+}
+
+/// The next request; `None` when the mount is gone.
+fn receive(device: &Device, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    loop {
+        match read(device.as_fd(), &mut *buffer) {
+            Ok(len) => return Ok(Some(len)),
+            // The request was interrupted before anybody took it.
+            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => {}
+            // The same of a request that the unmount finds just taken from the queue.
+            Err(Errno::NODEV | Errno::CONNABORTED) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Answers requests until the mount is gone.
+fn worker(
+    device: &Device,
+    files: &dyn Files,
+    keeping: Keeping,
+    (crew, lookout, number): (&Crew, &Lookout, usize),
+) -> io::Result<()> {
+    files.thread()?;
+    let dispatch = Dispatch { files, keeping };
+    let (mut request, mut buffer) = (Vec::new(), Vec::new());
+    let mut linger = Linger::default();
+    while let Some(duty) = crew.enter(number) {
+        // Not before it is needed: some never are.
+        request.resize(MAX_REQUEST + REQUEST_HEAD, 0);
+        buffer.reserve(REPLY_ROOM);
+        loop {
+            linger.look(lookout, device.as_fd());
+            let Some(len) = receive(device, &mut request)? else { return Ok(()) };
+            linger.came();
+            duty.begin();
+            let (head, body) = Reader::request(request.get(..len).unwrap_or_default())?;
+            let mut out = Reply::new(buffer);
+            if let Answer::Reply = dispatch.answer(&head, body, &mut out) {
+                // Whoever asked may be gone; then what he was given is the kernel's to give back.
+                let _ = writev(device.as_fd(), &[IoSlice::new(out.whole())]);
+            }
+            buffer = out.into_buffer();
+            if !duty.done() {
+                break;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! How a thread that has answered looks out for the next request for a moment before it goes to
+//! sleep. To be woken on another processor takes longer than most answers, most of all in a
+//! virtual machine, and a program that works on files asks again at once. Whether it pays is
+//! learnt from what came: who asks seldom costs nothing. Knows no request.
+
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// How long to look out.
+const LOOK: Duration = Duration::from_micros(200);
+/// So much trust at most, and what a look that was in vain takes of it.
+const MOST: u32 = 16;
+const IN_VAIN: u32 = 4;
+
+/// Whether somebody looks out; one at a time does.
+#[derive(Debug, Default)]
+pub(crate) struct Lookout {
+    taken: AtomicBool,
+    /// Where there is one processor only, it is the one that the next request comes from.
+    alone: bool,
+}
+
+impl Lookout {
+    pub(crate) fn new() -> Lookout {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Lookout { taken: AtomicBool::new(false), alone: processors < 2 }
+    }
+}
+
+/// What one thread has learnt.
+#[derive(Debug, Default)]
+pub(crate) struct Linger {
+    trust: u32,
+    slept: Option<Instant>,
+}
+
+impl Linger {
+    /// Looks out for something to read where that is worth it. Whether or not there is, the caller
+    /// then reads, and says so with [`came`](Linger::came).
+    pub(crate) fn look(&mut self, lookout: &Lookout, device: BorrowedFd<'_>) {
+        let start = Instant::now();
+        self.slept = Some(start);
+        if lookout.alone || self.trust == 0 || lookout.taken.swap(true, Ordering::Acquire) {
+            return;
+        }
+        let (at_once, mut there) = (Timespec { tv_sec: 0, tv_nsec: 0 }, false);
+        while !there && start.elapsed() < LOOK {
+            let mut asked = [PollFd::from_borrowed_fd(device, PollFlags::IN)];
+            // An error is for the read to find.
+            there = poll(&mut asked, Some(&at_once)).map_or(true, |ready| ready > 0);
+            if !there {
+                // Whoever has something to do on this processor goes first.
+                rustix::thread::sched_yield();
+            }
+        }
+        lookout.taken.store(false, Ordering::Release);
+        if !there {
+            self.trust = self.trust.saturating_sub(IN_VAIN);
+            // Already held against it.
+            self.slept = None;
+        }
+    }
+
+    /// A request has been read.
+    pub(crate) fn came(&mut self) {
+        if self.slept.take().is_some_and(|slept| slept.elapsed() < LOOK) {
+            self.trust = (self.trust + 1).min(MOST);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn nobody_looks_out_for_what_seldom_comes() {
+        let (mut read, mut write) = std::io::pipe().unwrap();
+        let lookout = Lookout { taken: AtomicBool::new(false), alone: false };
+        let mut linger = Linger::default();
+        write.write_all(b"x").unwrap();
+        for _ in 0..MOST {
+            linger.look(&lookout, read.as_fd());
+            linger.came();
+        }
+        assert!(linger.trust > 0, "what is there at once is trusted");
+        read.read_exact(&mut [0; 1]).unwrap();
+        for _ in 0..MOST {
+            linger.look(&lookout, read.as_fd());
+            std::thread::sleep(LOOK);
+            linger.came();
+        }
+        assert_eq!(linger.trust, 0);
+        assert!(!lookout.taken.load(Ordering::Acquire));
+    }
+}

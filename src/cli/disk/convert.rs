@@ -1,0 +1,121 @@
+//! `vdisk convert`: the contents of a disk of any format as one new file.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args as ClapArgs, ValueEnum};
+use vdisk::addr::Unit;
+use vdisk::block::BlockDevice;
+use vdisk::copy;
+use vdisk::copy::{Copying, Target};
+use vdisk::image::Label;
+use vdisk::open::Format;
+use vdisk::qcow2::{Compression, CreateOptions, Extension};
+use vdisk::{Error, Result};
+
+use crate::cli::disk::device;
+use crate::cli::open::disk::{self, Use};
+use crate::cli::open::options::{self as opening, Links, Moment, Opening};
+use crate::cli::terminal::output::Progress;
+use crate::cli::terminal::size;
+
+/// Copy the contents of a disk of any format into one new file, or onto a block device.
+///
+/// What reads as zeroes takes no space. The new file gets its name when it is whole. A device is
+/// written over, once that is agreed to; one that is mounted or used otherwise is refused.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The disk to copy.
+    source: PathBuf,
+    /// The file to make, which must not exist, or a block device.
+    target: PathBuf,
+    /// The new file's format: qcow2 or raw.
+    #[arg(long, value_parser = opening::parse, default_value = "qcow2")]
+    format: Format,
+    /// Format of the source; found out if not given.
+    #[arg(long, value_name = "FORMAT", value_parser = opening::parse)]
+    source_format: Option<Format>,
+    #[command(flatten)]
+    links: Links,
+    #[command(flatten)]
+    moment: Moment,
+    /// Compress the data.
+    #[arg(long)]
+    compress: bool,
+    /// How clusters are compressed.
+    #[arg(long, value_enum, default_value_t)]
+    compression: CompressionArg,
+    /// Unit of allocation, 512 to 2M.
+    #[arg(long, value_parser = size::parse, default_value = "64K")]
+    cluster_size: u64,
+    /// 32 subclusters for each cluster.
+    #[arg(long)]
+    extended_l2: bool,
+    /// Copy it although a base has changed under it.
+    #[arg(long)]
+    accept_base: bool,
+    /// Lose what the target device holds without being asked.
+    #[arg(long)]
+    yes: bool,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum CompressionArg {
+    #[default]
+    Zlib,
+    Zstd,
+}
+
+pub fn run(args: &Args) -> Result<u8> {
+    let target = target(args)?;
+    let opening = Opening { format: args.source_format, links: args.links.clone() };
+    let using = Use { accept_base: args.accept_base, ..opening.reading(&args.moment) };
+    let source = disk::open(&args.source, &using)?;
+    let device = device::taken(&args.target, args.yes)?;
+    let progress = Progress::new("converting", source.size());
+    let progress = |done| progress.at(done);
+    let how = Copying { compress: args.compress, bitmaps: &[], progress: &progress };
+    match device {
+        Some(device) => copy::convert_onto(&*source, &device, &target, &how)?,
+        None => copy::convert(&*source, &args.target, &target, &how)?,
+    }
+    Ok(0)
+}
+
+/// Copies all that a disk shows into a new disk that stands on nothing; `bitmaps` too, if asked.
+pub fn flatten(source: &Path, using: &Use<'_>, target: &Path, bitmaps: bool) -> Result<()> {
+    let source = disk::open(source, using)?;
+    let bitmaps = if bitmaps { source.head().image.bitmaps()? } else { Vec::new() };
+    let options = CreateOptions { extensions: vec![new_label()?], ..CreateOptions::new(0) };
+    let progress = Progress::new("copying", source.size());
+    let progress = |done| progress.at(done);
+    let how = Copying { compress: false, bitmaps: &bitmaps, progress: &progress };
+    copy::convert(&*source, target, &Target::Qcow2(Box::new(options)), &how)
+}
+
+fn new_label() -> Result<Extension> {
+    Ok(Extension { magic: Label::MAGIC, data: Label::new().encode()? })
+}
+
+fn target(args: &Args) -> Result<Target> {
+    match args.format {
+        Format::Raw => Ok(Target::Raw),
+        Format::Qcow2 => {
+            let cluster = Unit::from_bytes(args.cluster_size).ok_or_else(|| {
+                Error::invalid("Cluster size must be a power of two between 512 and 2048k")
+            })?;
+            Ok(Target::Qcow2(Box::new(CreateOptions {
+                cluster,
+                extended_l2: args.extended_l2,
+                compression: match args.compression {
+                    CompressionArg::Zlib => Compression::Zlib,
+                    CompressionArg::Zstd => Compression::Zstd,
+                },
+                extensions: vec![new_label()?],
+                ..CreateOptions::new(0)
+            })))
+        }
+        other => Err(Error::unsupported(format!(
+            "{other} images are only read here: new files are qcow2 or raw"
+        ))),
+    }
+}

@@ -1,0 +1,121 @@
+//! `vdisk rm`: a disk with its snapshots, or files in a disk.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use clap::Args as ClapArgs;
+use serde_json::json;
+use vdisk::change::{Removal, plan_remove};
+use vdisk::instance::{parse_name, place};
+use vdisk::{Error, ErrorKind, Result};
+
+use crate::cli::files;
+use crate::cli::files::remove::RemoveArgs;
+use crate::cli::image::Which;
+use crate::cli::instance::named::clone_named;
+use crate::cli::terminal::{ask, output, size};
+
+/// Remove a disk with its snapshots, files in a disk (DISK:PATH), or an instance
+///
+/// A disk is not removed while clones stand on it. An instance goes when it has ended, with its log and with the clone
+/// that was made for it from an image; the disk that it was run on stays.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// Disks, files in them as DISK:PATH, or instances by name or id
+    #[arg(value_name = "DISK|DISK:PATH|N", required = true)]
+    targets: Vec<OsString>,
+    #[command(flatten)]
+    files: RemoveArgs,
+    /// Also where clones stand on it: they can be read no more then.
+    #[arg(long)]
+    even_if_cloned: bool,
+    /// Only say what would be removed.
+    #[arg(long)]
+    dry_run: bool,
+    /// Say what is removed as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Do not ask.
+    #[arg(long)]
+    yes: bool,
+    #[command(flatten)]
+    store: Which,
+}
+
+pub fn run(args: &Args) -> Result<u8> {
+    for word in &args.targets {
+        match files::is_in_disk(word) {
+            true => files::remove(word, &args.files)?,
+            false if Path::new(word).symlink_metadata().is_ok() => disk(Path::new(word), args)?,
+            false => instance(word, args)?,
+        }
+    }
+    Ok(0)
+}
+
+/// Removes an instance that has ended, and its clone: of one whose record a restart of the host has taken, that.
+fn instance(word: &OsStr, args: &Args) -> Result<()> {
+    let found = word.to_str().and_then(|word| place::find(word).ok());
+    let clone = match (&found, word.to_str()) {
+        (Some(record), _) => record.clone.then(|| PathBuf::from(&record.disk)),
+        (None, Some(word)) if parse_name(word).is_ok() => {
+            args.store.existing()?.map(|store| clone_named(&store, word))
+        }
+        _ => None,
+    };
+    let clone = clone.filter(|clone| clone.symlink_metadata().is_ok());
+    if found.is_none() && clone.is_none() {
+        // Whatever is wrong with it as a disk's name is said.
+        return disk(Path::new(word), args);
+    }
+    if let Some(record) = found.as_ref().filter(|record| record.lives()) {
+        let text = format!("{} runs: `vdisk stop {}` ends it", record.name, record.name);
+        return Err(Error::new(ErrorKind::InUse, text));
+    }
+    if let Some(clone) = clone {
+        disk(&clone, args)?;
+    }
+    match found {
+        Some(record) if !args.dry_run => place::forget(&record),
+        _ => Ok(()),
+    }
+}
+
+fn disk(disk: &Path, args: &Args) -> Result<()> {
+    args.files.which.opening.govern(disk)?;
+    let plan = plan_remove(disk, args.even_if_cloned)?;
+    if args.json {
+        output::json(&json!({
+            "operation": "rm",
+            "dry_run": args.dry_run,
+            "disk": plan.disk,
+            "files": plan.files,
+            "snapshots": plan.snapshots,
+            "dropped": plan.dropped,
+        }))?;
+    } else if args.dry_run {
+        plan.files.iter().try_for_each(|file| output::text(&format!("{}\n", file.display())))?;
+    }
+    if args.dry_run {
+        return Ok(());
+    }
+    ask::confirm(&loss(&plan), args.yes)?;
+    for base in plan.execute()? {
+        let base = base.display();
+        eprintln!(
+            "vdisk: warning: {base} could not be written, and goes on saying that {} stands on it: \
+             `vdisk unseal {base}` tells it",
+            plan.disk.display()
+        );
+    }
+    Ok(())
+}
+
+fn loss(plan: &Removal) -> String {
+    let with = match &plan.snapshots[..] {
+        [] => String::new(),
+        some => format!(" and its snapshots {}", some.join(", ")),
+    };
+    let (disk, bytes) = (plan.disk.display(), size::human(plan.dropped));
+    format!("{disk}{with}, {bytes}, will be removed for good")
+}

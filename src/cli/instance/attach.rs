@@ -1,0 +1,130 @@
+//! `vdisk attach`: the console of a virtual machine that runs as an instance.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use clap::Args as ClapArgs;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use vdisk::instance::{Kind, place};
+use vdisk::{Error, ErrorKind, Result};
+
+use super::switches::CONSOLE;
+
+/// Ctrl-A: the next key is for vdisk.
+const ESCAPE: u8 = 1;
+
+/// Connect to the serial console of a virtual machine
+///
+/// Ctrl-A d leaves it; it goes on. What a detached container prints is in `vdisk logs`: it has no terminal to
+/// attach to.
+#[derive(ClapArgs)]
+pub struct AttachArgs {
+    /// Its name, its id or the first digits, or its disk.
+    #[arg(value_name = "N")]
+    instance: String,
+}
+
+pub fn attach(args: &AttachArgs) -> Result<u8> {
+    let record = place::find(&args.instance)?;
+    if record.kind == Kind::Container {
+        return Err(Error::unsupported(format!(
+            "{} is a container, which has no terminal to attach to: `vdisk logs {}` shows what it prints",
+            record.name, record.name
+        )));
+    }
+    let console = place::of(&record)?.join(CONSOLE);
+    let stream = UnixStream::connect(&console).map_err(|e| {
+        let text = format!("{} does not run: {e}", record.name);
+        Error::new(ErrorKind::NotFound, text)
+    })?;
+    let raw = Raw::enter();
+    let ended = relay(stream).map_err(|e| Error::io("lost the console", e));
+    drop(raw);
+    ended.map(|()| 0)
+}
+
+/// The user's terminal, given back as it was.
+struct Raw(Option<Termios>);
+
+impl Raw {
+    fn enter() -> Raw {
+        let saved = tcgetattr(std::io::stdin()).ok();
+        if let Some(mut raw) = saved.clone() {
+            cfmakeraw(&mut raw);
+            let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &raw);
+        }
+        Raw(saved)
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(saved) = &self.0 {
+            let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, saved);
+        }
+    }
+}
+
+/// Both ways, until the guest ends or the user leaves it. An end of what is typed leaves the other way open.
+fn relay(mut stream: UnixStream) -> std::io::Result<()> {
+    let stdin = std::io::stdin();
+    let (mut typing, mut escaped, mut buffer) = (true, false, [0; 4096]);
+    loop {
+        let mut fds = vec![PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        if typing {
+            fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
+        let (shown, typed) = (ready.next() == Some(true), ready.next() == Some(true));
+        if shown {
+            let length = match stream.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => return Ok(()),
+                length => length?,
+            };
+            let mut out = std::io::stdout();
+            out.write_all(buffer.get(..length).unwrap_or_default()).and_then(|()| out.flush())?;
+        }
+        if typed {
+            let length = nix::unistd::read(&stdin, &mut buffer)?;
+            typing = length > 0;
+            let Some(keys) = meant(buffer.get(..length).unwrap_or_default(), &mut escaped) else {
+                return Ok(());
+            };
+            stream.write_all(&keys)?;
+        }
+    }
+}
+
+/// The keys that are for the guest; nothing where the user leaves.
+fn meant(typed: &[u8], escaped: &mut bool) -> Option<Vec<u8>> {
+    let mut keys = Vec::with_capacity(typed.len());
+    for &key in typed {
+        match (std::mem::take(escaped), key) {
+            (false, ESCAPE) => *escaped = true,
+            (true, b'd') => return None,
+            (true, ESCAPE) | (false, _) => keys.push(key),
+            (true, _) => keys.extend([ESCAPE, key]),
+        }
+    }
+    Some(keys)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_pass_but_for_those_that_leave() {
+        let mut escaped = false;
+        assert_eq!(meant(b"ab\x01", &mut escaped), Some(b"ab".to_vec()));
+        assert_eq!(meant(b"\x01\x01xc", &mut escaped), Some(b"\x01\x01xc".to_vec()));
+        assert_eq!(meant(b"a\x01d", &mut escaped), None);
+    }
+}

@@ -1,0 +1,163 @@
+//! `vdisk umount`: ends a mount of `vdisk mount`; returns when everything is durable and the
+//! disk is free.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use vdisk::control::{self, Connection, Request, place};
+use vdisk::mount::table::{self, Kind};
+use vdisk::mount::{busy, unmount};
+use vdisk::{Error, ErrorKind, Result};
+use vdisk_fuse::apart::Apart;
+
+/// How long the serving process may take to end. What programs have written is durable before
+/// this begins.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// How long it may take before the user is told what is waited for.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Unmount what `vdisk mount` has mounted at DIR
+#[derive(clap::Args)]
+pub struct Args {
+    /// The directory
+    dir: PathBuf,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<u8> {
+    let dir = mount_point(&args.dir)?;
+    let Some(mount) = table::at(&dir) else {
+        return Err(Error::new(ErrorKind::NotFound, "nothing is mounted there").at_path(&args.dir));
+    };
+    let Some(kind) = table::ours(&mount) else {
+        let text = format!("what is mounted there ({}) is not a vdisk mount", mount.kind);
+        return Err(Error::invalid(text).at_path(&args.dir));
+    };
+    let device = kind.device();
+    // Asked before: what happens from then on is told.
+    let server = control::ask_at(&place::mount(device), &Request::Wait)?;
+    match (server, release(&dir, &kind)) {
+        (Some(server), result) => {
+            result?;
+            wait(server, device).map_err(|error| error.at_path(&args.dir))?;
+        }
+        // Nobody to ask, but the sync went through to a server: it is out of our reach.
+        (None, Ok(())) => {}
+        (None, Err(error)) if error.kind() == ErrorKind::InUse => return Err(error),
+        (None, Err(_)) => {
+            detach(&dir)?;
+            return Err(Error::new(
+                ErrorKind::Io,
+                "unmounted, but the process that served it is gone: \
+                 what was written since the last sync may be lost",
+            )
+            .at_path(&args.dir));
+        }
+    }
+    Ok(0)
+}
+
+/// Writes everything out and unmounts, with the rights that the user has. Who uses it for a moment only,
+/// as a program does that is just being started, is waited for.
+fn release(dir: &Path, kind: &Kind) -> Result<()> {
+    const MOMENT: Duration = Duration::from_millis(20);
+    const MOMENTS: usize = 15;
+    for _ in 1..MOMENTS {
+        match release_once(dir, kind) {
+            Err(e) if e.kind() == ErrorKind::InUse => std::thread::sleep(MOMENT),
+            done => return done,
+        }
+    }
+    release_once(dir, kind)
+}
+
+fn release_once(dir: &Path, kind: &Kind) -> Result<()> {
+    match unmount(&Apart::here(), dir) {
+        Err(error) if matches!(kind, Kind::Raw(_)) && error.raw_os_error() == Some(libc::EPERM) => {
+            fusermount(dir, &["-u"])
+        }
+        result => result,
+    }
+}
+
+/// The full path, also of a mount whose server is gone and whose root cannot be looked at.
+fn mount_point(dir: &Path) -> Result<PathBuf> {
+    let failed = |e| Error::io("cannot unmount there", e).at_path(dir);
+    match dir.canonicalize() {
+        Ok(full) => Ok(full),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::EIO)) => {
+            let full = std::path::absolute(dir).map_err(failed)?;
+            match (full.parent(), full.file_name()) {
+                (Some(parent), Some(name)) => Ok(parent.canonicalize().map_err(failed)?.join(name)),
+                _ => Err(failed(e)),
+            }
+        }
+        Err(e) => Err(failed(e)),
+    }
+}
+
+/// Takes a mount away whose server is gone, whoever uses it.
+pub fn detach(dir: &Path) -> Result<()> {
+    match umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Err(nix::Error::EPERM) => fusermount(dir, &["-u", "-z"]),
+        result => result.map_err(|e| Error::io("cannot unmount", e.into()).at_path(dir)),
+    }
+}
+
+fn fusermount(dir: &Path, options: &[&str]) -> Result<()> {
+    let run = Command::new("fusermount3").args(options).arg("--").arg(dir).output();
+    let output = run.map_err(|e| Error::io("cannot run fusermount3", e))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let users = busy::users(dir);
+    if !users.is_empty() {
+        let text = format!("still in use by {}; everything is written", users.join(", "));
+        return Err(Error::new(ErrorKind::InUse, text).at_path(dir));
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(Error::new(ErrorKind::Io, format!("cannot unmount: {said}")).at_path(dir))
+}
+
+/// Waits for the serving process to say how it ended.
+fn wait(server: Connection, device: &str) -> Result<()> {
+    let begun = Instant::now();
+    let (mut told, mut next, mut holders) = (false, QUIET, Vec::new());
+    let ended = control::wait_for(server, &mut |_, _| {
+        if begun.elapsed() < next {
+            return true;
+        }
+        next += QUIET;
+        holders = busy::namespaces(device);
+        if !told {
+            match holders.is_empty() {
+                true => eprintln!("vdisk: waiting until everything is durable"),
+                false => eprintln!(
+                    "vdisk: waiting: still mounted in the mount namespace of {}",
+                    holders.join(", ")
+                ),
+            }
+            told = true;
+        }
+        begun.elapsed() < PATIENCE
+    });
+    if begun.elapsed() > PATIENCE {
+        let text = match holders.is_empty() {
+            true => "unmounted, but the process that serves the disk has not ended".into(),
+            false => format!(
+                "unmounted here, but still mounted in the mount namespace of {}",
+                holders.join(", ")
+            ),
+        };
+        return Err(Error::new(ErrorKind::InUse, text));
+    }
+    let lost = |_| {
+        let text = "unmounted, but the process that served it died before everything was durable";
+        Error::new(ErrorKind::Io, text)
+    };
+    ended
+        .map_err(lost)?
+        .map_err(|why| Error::new(ErrorKind::Io, format!("unmounted, but not without loss: {why}")))
+}

@@ -1,0 +1,313 @@
+//! Names: looked up, listed, taken away, changed.
+
+use super::create::check_name;
+use super::directory::kind_of;
+use super::inode::{Inode, Moment};
+use super::{Attributes, Mounted, ROOT, Tx, errno};
+use crate::error::{Error, Result};
+
+/// Directories that may stand in each other.
+const DEEPEST: u32 = 1 << 20;
+
+/// One name in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Name {
+    /// The name, as bytes: no encoding is promised.
+    pub name: Vec<u8>,
+    /// The number of the inode.
+    pub inode: u32,
+    /// The type, as the upper bits of `st_mode`; 0 where the directory does not say it.
+    pub kind: u16,
+    /// Where a listing goes on after it.
+    pub next: u64,
+}
+
+/// How [`Mounted::rename`] treats the new name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Onto {
+    /// What has it loses it.
+    #[default]
+    Replace,
+    /// It has to be free.
+    Free,
+    /// Both files change names.
+    Exchange,
+}
+
+/// One end of a rename.
+struct End {
+    directory: Inode,
+    file: Option<Inode>,
+}
+
+impl Tx<'_> {
+    fn end(&mut self, directory: u32, name: &[u8]) -> Result<End> {
+        let directory = self.parent_directory(directory)?;
+        let found = self.find(&directory, name)?;
+        let file = found.map(|(number, _)| self.file(number)).transpose()?;
+        Ok(End { directory, file })
+    }
+
+    /// Fails where a directory would come below itself.
+    fn check_circle(&mut self, moved: &Inode, into: &Inode) -> Result<()> {
+        if !moved.is_directory() {
+            return Ok(());
+        }
+        let mut at = into.number;
+        // More steps than directories can stand in each other are a circle already.
+        for _ in 0..self.fs.sb.inodes.min(DEEPEST) {
+            if at == moved.number {
+                return Err(errno(libc::EINVAL, "a directory cannot be moved into itself"));
+            }
+            if at == ROOT {
+                return Ok(());
+            }
+            let directory = self.file(at)?;
+            at = self.parent(&directory)?;
+        }
+        Err(Error::corrupt("ext4: directories stand in a circle"))
+    }
+
+    /// Changes the time of an inode that got another name, and its parent where it has one.
+    fn moved(&mut self, inode: &Inode, parent: Option<u32>) -> Result<()> {
+        let mut inode = self.inode(inode.number)?;
+        let now = self.now;
+        inode.set_time(Moment::Changed, now);
+        self.put_inode(&mut inode)?;
+        match parent.filter(|_| inode.is_directory()) {
+            Some(parent) => self.set_parent(&inode, parent),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes one name away from a file that lost it in a directory; returns whether it is to be
+    /// reaped.
+    fn lose_name(&mut self, number: u32, held: bool) -> Result<bool> {
+        let mut inode = self.inode(number)?;
+        let now = self.now;
+        inode.set_time(Moment::Changed, now);
+        inode.set_links(if inode.is_directory() { 0 } else { inode.links().saturating_sub(1) });
+        self.unlinked(inode, held)
+    }
+}
+
+impl Mounted {
+    /// The inode that a name stands for.
+    pub fn lookup(&self, directory: u32, name: &[u8]) -> Result<Option<u32>> {
+        Ok(self.lookup_attributes(directory, name)?.map(|attributes| attributes.inode))
+    }
+
+    /// What is known of the file that a name stands for, which is [held](Mounted::hold) once: no
+    /// other thread can delete it in between.
+    pub fn lookup_held(&self, directory: u32, name: &[u8]) -> Result<Option<Attributes>> {
+        self.look_up(directory, name, true)
+    }
+
+    /// What is known of the file that a name stands for.
+    pub fn lookup_attributes(&self, directory: u32, name: &[u8]) -> Result<Option<Attributes>> {
+        self.look_up(directory, name, false)
+    }
+
+    fn look_up(&self, directory: u32, name: &[u8], hold: bool) -> Result<Option<Attributes>> {
+        self.look(|tx| {
+            let directory = tx.file(directory)?;
+            if !directory.is_directory() {
+                return Err(errno(libc::ENOTDIR, "not a directory"));
+            }
+            let found = match name {
+                b"." => Some((directory.number, 0)),
+                b".." => Some((tx.parent(&directory)?, 0)),
+                name if name.len() > super::directory::MAX_NAME => {
+                    return Err(errno(libc::ENAMETOOLONG, "the name is too long"));
+                }
+                name => tx.find(&directory, name)?,
+            };
+            let Some((number, _)) = found else { return Ok(None) };
+            let known = tx.file(number)?.attributes_of(self.sb.block_size);
+            if hold {
+                self.hold(number, 1);
+            }
+            Ok(Some(known))
+        })
+    }
+
+    /// The names in a directory after the place `after`, 0 for all; at most about `most`.
+    pub fn list(&self, directory: u32, after: u64, most: usize) -> Result<Vec<Name>> {
+        self.look(|tx| {
+            let directory = tx.file(directory)?;
+            let mut names = Vec::new();
+            tx.list(&directory, after, &mut |name, inode, kind, next| {
+                let kind = mode_of(kind);
+                names.push(Name { name: name.to_vec(), inode, kind, next });
+                names.len() < most
+            })?;
+            Ok(names)
+        })
+    }
+
+    /// Takes a name away from what is no directory.
+    pub fn unlink(&self, directory: u32, name: &[u8]) -> Result<()> {
+        check_name(name)?;
+        let reap = self.change(|tx| {
+            let End { directory: mut parent, file } = tx.end(directory, name)?;
+            let file = file.ok_or_else(|| errno(libc::ENOENT, "no such file"))?;
+            if file.is_directory() {
+                return Err(errno(libc::EISDIR, "a directory"));
+            }
+            if file.has(super::inode::FLAG_IMMUTABLE | super::inode::FLAG_APPEND) {
+                return Err(errno(libc::EPERM, "the file is immutable"));
+            }
+            tx.remove(&parent, name)?;
+            tx.touch_directory(&mut parent)?;
+            let held = self.is_held(file.number);
+            Ok(tx.lose_name(file.number, held)?.then_some(file.number))
+        })?;
+        reap.map_or(Ok(()), |number| self.reap(number))
+    }
+
+    /// Takes away a directory without names.
+    pub fn remove_directory(&self, directory: u32, name: &[u8]) -> Result<()> {
+        check_name(name).map_err(|error| match name {
+            b"." => errno(libc::EINVAL, "the directory itself"),
+            b".." => errno(libc::ENOTEMPTY, "the directory above"),
+            _ => error,
+        })?;
+        let reap = self.change(|tx| {
+            let End { directory: mut parent, file } = tx.end(directory, name)?;
+            let file = file.ok_or_else(|| errno(libc::ENOENT, "no such directory"))?;
+            if !file.is_directory() {
+                return Err(errno(libc::ENOTDIR, "not a directory"));
+            }
+            if !tx.is_empty(&file)? {
+                return Err(errno(libc::ENOTEMPTY, "the directory is not empty"));
+            }
+            tx.remove(&parent, name)?;
+            tx.remove_child(&mut parent);
+            tx.touch_directory(&mut parent)?;
+            let held = self.is_held(file.number);
+            Ok(tx.lose_name(file.number, held)?.then_some(file.number))
+        })?;
+        reap.map_or(Ok(()), |number| self.reap(number))
+    }
+
+    /// Gives a file another name, and what has that name as `onto` says.
+    pub fn rename(&self, from: (u32, &[u8]), to: (u32, &[u8]), onto: Onto) -> Result<()> {
+        for name in [from.1, to.1] {
+            check_name(name).map_err(|error| match name {
+                b"." | b".." => errno(libc::EBUSY, "the directory itself"),
+                _ => error,
+            })?;
+        }
+        let reap = self.change(|tx| {
+            let old = tx.end(from.0, from.1)?;
+            let new = tx.end(to.0, to.1)?;
+            let moved = old.file.ok_or_else(|| errno(libc::ENOENT, "no such file"))?;
+            match (onto, &new.file) {
+                (Onto::Free, Some(_)) => return Err(errno(libc::EEXIST, "the name is taken")),
+                (Onto::Exchange, None) => return Err(errno(libc::ENOENT, "no such file")),
+                // Two names of one file: nothing is to be done.
+                (_, Some(file)) if file.number == moved.number => return Ok(None),
+                _ => {}
+            }
+            tx.check_circle(&moved, &new.directory)?;
+            match (onto, new.file) {
+                (Onto::Exchange, Some(other)) => {
+                    tx.check_circle(&other, &old.directory)?;
+                    let ends = ((from.1, old.directory, moved), (to.1, new.directory, other));
+                    self.exchange(tx, ends.0, ends.1)?;
+                    Ok(None)
+                }
+                (_, other) => {
+                    let mut ends = (old.directory, new.directory);
+                    self.move_onto(tx, &mut ends, (from.1, to.1), &moved, other)
+                }
+            }
+        })?;
+        reap.map_or(Ok(()), |number| self.reap(number))
+    }
+
+    fn exchange(
+        &self,
+        tx: &mut Tx<'_>,
+        (name, mut parent, file): (&[u8], Inode, Inode),
+        (other_name, mut other_parent, other): (&[u8], Inode, Inode),
+    ) -> Result<()> {
+        tx.replace(&parent, name, (other.number, kind_of(other.mode())))?;
+        tx.replace(&other_parent, other_name, (file.number, kind_of(file.mode())))?;
+        let apart = parent.number != other_parent.number;
+        if apart && file.is_directory() != other.is_directory() {
+            let (gains, loses) = match file.is_directory() {
+                true => (&mut other_parent, &mut parent),
+                false => (&mut parent, &mut other_parent),
+            };
+            tx.add_child(gains)?;
+            tx.remove_child(loses);
+        }
+        tx.touch_directory(&mut parent)?;
+        if apart {
+            tx.touch_directory(&mut other_parent)?;
+        }
+        tx.moved(&file, apart.then_some(other_parent.number))?;
+        tx.moved(&other, apart.then_some(parent.number))
+    }
+
+    /// Moves a file to a name that is free, or that `other` loses. Returns what is to be reaped.
+    fn move_onto(
+        &self,
+        tx: &mut Tx<'_>,
+        (old, new): &mut (Inode, Inode),
+        (from, to): (&[u8], &[u8]),
+        moved: &Inode,
+        other: Option<Inode>,
+    ) -> Result<Option<u32>> {
+        let apart = old.number != new.number;
+        let entry = (moved.number, kind_of(moved.mode()));
+        if let Some(other) = &other {
+            match (moved.is_directory(), other.is_directory()) {
+                (false, true) => return Err(errno(libc::EISDIR, "a directory")),
+                (true, false) => return Err(errno(libc::ENOTDIR, "not a directory")),
+                (true, true) if !tx.is_empty(other)? => {
+                    return Err(errno(libc::ENOTEMPTY, "the directory is not empty"));
+                }
+                _ => {}
+            }
+            tx.replace(new, to, entry)?;
+        } else if apart {
+            tx.add(new, to, entry)?;
+        } else {
+            tx.add(old, to, entry)?;
+        }
+        tx.remove(old, from)?;
+        if moved.is_directory() {
+            if apart && other.is_none() {
+                tx.add_child(new)?;
+            }
+            if apart || other.is_some() {
+                tx.remove_child(old);
+            }
+        }
+        tx.touch_directory(old)?;
+        if apart {
+            tx.touch_directory(new)?;
+        }
+        tx.moved(moved, apart.then_some(new.number))?;
+        let Some(other) = other else { return Ok(None) };
+        let held = self.is_held(other.number);
+        Ok(tx.lose_name(other.number, held)?.then_some(other.number))
+    }
+}
+
+/// The type of a file, from what a directory says of it.
+fn mode_of(kind: u8) -> u16 {
+    use super::inode::{BLOCK, CHARACTER, DIRECTORY, FIFO, REGULAR, SOCKET, SYMLINK};
+    match kind {
+        1 => REGULAR,
+        2 => DIRECTORY,
+        3 => CHARACTER,
+        4 => BLOCK,
+        5 => FIFO,
+        6 => SOCKET,
+        7 => SYMLINK,
+        _ => 0,
+    }
+}

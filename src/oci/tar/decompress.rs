@@ -1,0 +1,32 @@
+//! Compressed streams, told by how they begin.
+
+use std::io::{BufRead, BufReader, Read};
+
+use crate::error::{Error, Result};
+
+/// Memory that the frames of a zstd stream may ask for: two to the power of this.
+const WINDOW: u32 = 27;
+const PIECE: usize = 256 << 10;
+
+/// What is in `input`: gzip, zstd and xz are undone, all else is taken as it is.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) names another compression.
+pub fn plain(input: impl Read + Send + 'static) -> Result<Box<dyn Read + Send>> {
+    let mut input = BufReader::with_capacity(PIECE, input);
+    let begin = input.fill_buf().map_err(|e| Error::io("cannot be read", e))?;
+    Ok(match begin {
+        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            let decoder = zstd::stream::read::Decoder::with_buffer(input);
+            let mut decoder = decoder.map_err(|e| Error::io("zstd cannot be begun", e))?;
+            decoder.window_log_max(WINDOW).map_err(|e| Error::io("zstd cannot be begun", e))?;
+            Box::new(decoder)
+        }
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
+            Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(input))
+        }
+        [b'B', b'Z', b'h', ..] => return Err(Error::unsupported("is compressed with bzip2")),
+        _ => Box::new(input),
+    })
+}

@@ -1,0 +1,5 @@
+//! `blkdebug`: faults on demand.
+
+pub mod events;
+pub mod faults;
+pub mod faulty;

@@ -1,0 +1,5 @@
+//! Images of other programs' formats.
+
+pub mod check;
+pub mod create;
+pub mod info;

@@ -1,0 +1,7 @@
+//! The options of command lines and of images: read, known, listed.
+
+pub mod args;
+pub mod create;
+pub mod format;
+pub mod leftover;
+pub mod opts;

@@ -1,0 +1,147 @@
+//! A disk in memory that remembers its writes, and file systems on it that others judge.
+
+use std::fs;
+use std::io::{IoSlice, IoSliceMut};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Mutex;
+
+use vdisk::internals::block::{BlockDevice, BlockExtent, BlockStatus};
+use vdisk::{Error, Result};
+
+/// One change of a disk.
+#[derive(Debug, Clone)]
+pub enum Event {
+    Write(u64, Vec<u8>),
+    Flush,
+}
+
+#[derive(Default)]
+struct Inner {
+    bytes: Vec<u8>,
+    log: Vec<Event>,
+    records: bool,
+}
+
+/// A disk in memory.
+pub struct Disk(Mutex<Inner>);
+
+impl Disk {
+    pub fn new(bytes: Vec<u8>) -> Disk {
+        Disk(Mutex::new(Inner { bytes, ..Inner::default() }))
+    }
+
+    /// Remembers the changes from now on.
+    pub fn record(&self) {
+        let mut inner = self.0.lock().unwrap();
+        inner.records = true;
+        inner.log.clear();
+    }
+
+    /// How many changes it remembers.
+    pub fn events(&self) -> usize {
+        self.0.lock().unwrap().log.len()
+    }
+
+    pub fn log(&self) -> Vec<Event> {
+        self.0.lock().unwrap().log.clone()
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        self.0.lock().unwrap().bytes.clone()
+    }
+}
+
+impl BlockDevice for Disk {
+    fn size(&self) -> u64 {
+        self.0.lock().unwrap().bytes.len() as u64
+    }
+
+    fn block_size(&self) -> u32 {
+        512
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+        let inner = self.0.lock().unwrap();
+        let mut at = offset as usize;
+        for buf in bufs {
+            let from = inner.bytes.get(at..at + buf.len());
+            buf.copy_from_slice(from.ok_or_else(|| Error::invalid("past the end"))?);
+            at += buf.len();
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
+        let mut inner = self.0.lock().unwrap();
+        let all: Vec<u8> = bufs.iter().flat_map(|buf| buf.iter().copied()).collect();
+        let at = offset as usize;
+        let to = inner.bytes.get_mut(at..at + all.len());
+        to.ok_or_else(|| Error::invalid("past the end"))?.copy_from_slice(&all);
+        if inner.records {
+            inner.log.push(Event::Write(offset, all));
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> Result<()> {
+        self.write_at(offset, &[IoSlice::new(&vec![0; len as usize])])
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        let mut inner = self.0.lock().unwrap();
+        if inner.records {
+            inner.log.push(Event::Flush);
+        }
+        Ok(())
+    }
+
+    fn extents(&self, offset: u64, len: u64, _: usize) -> Result<Vec<BlockExtent>> {
+        Ok(vec![BlockExtent { offset, len, status: BlockStatus::Data }])
+    }
+}
+
+/// The bytes of a new file system.
+pub fn formatted(options: &str, size: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let run = Command::new("mke2fs")
+        .args(["-q", "-F"])
+        .args(options.split_whitespace())
+        .arg(&path)
+        .arg(size)
+        .env("MKE2FS_SYNC", "0")
+        .output()
+        .expect("mke2fs runs");
+    assert!(run.status.success(), "mke2fs {options}: {}", String::from_utf8_lossy(&run.stderr));
+    fs::read(path).unwrap()
+}
+
+/// Runs `e2fsck` with `words` on an image; its exit status and what it said.
+pub fn e2fsck(image: &Path, words: &str) -> (i32, String) {
+    let run = Command::new("e2fsck").args(words.split_whitespace()).arg(image).output();
+    let run = run.expect("e2fsck runs");
+    let said = [run.stdout, run.stderr].concat();
+    (run.status.code().unwrap_or(-1), String::from_utf8_lossy(&said).into_owned())
+}
+
+/// Fails unless `e2fsck -fn` finds nothing to say of a file system.
+pub fn is_clean(bytes: &[u8], what: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    fs::write(&path, bytes).unwrap();
+    let (code, said) = e2fsck(&path, "-fn");
+    if code != 0 || said.contains("Fix?") || said.contains("IGNORED") {
+        let kept = std::env::temp_dir().join("vdisk-broken-image");
+        let _ = fs::copy(&path, &kept);
+        panic!("{what}: e2fsck -fn ends with {code} ({}):\n{said}", kept.display());
+    }
+}

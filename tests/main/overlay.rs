@@ -1,0 +1,312 @@
+//! Overlays of directories: the command, the mount helper, what is left in the upper layer, and
+//! layers that somebody else made or that mean ill.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use rustix::fs::XattrFlags;
+
+use crate::host::{VDISK, Work};
+use crate::require::{Need, have};
+use crate::same_overlay::{Layers, Mounting, agree, umount};
+
+/// Directories for an overlay, and what is mounted there.
+struct Laid {
+    work: Work,
+}
+
+impl Laid {
+    /// Empty directories `lower`, `upper` and `at`.
+    fn new() -> Laid {
+        let work = Work::new();
+        for name in ["lower", "upper", "at"] {
+            fs::create_dir(work.path(name)).unwrap();
+        }
+        Laid { work }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.work.path(name)
+    }
+
+    fn mount(&self) {
+        self.work.vdisk("mount --overlay upper --lower lower at").succeeds();
+    }
+
+    fn umount(&self) {
+        self.work.vdisk("umount at").succeeds();
+    }
+}
+
+impl Drop for Laid {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.path("at")).output();
+    }
+}
+
+fn mark(path: &Path, key: &str, value: &[u8]) {
+    rustix::fs::lsetxattr(path, key, value, XattrFlags::empty()).unwrap();
+}
+
+/// Mounts as mount(8) does: by the helper's name.
+fn by_helper(dir: &Path) -> Arc<Mounting> {
+    let helper = dir.join("vdisk-overlay");
+    symlink(VDISK, &helper).unwrap();
+    Arc::new(move |layers: &Layers, at: &Path| {
+        let done = Command::new(&helper)
+            .arg("overlay")
+            .arg(at)
+            .args(["-o", &format!("rw,{}", layers.options())])
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    })
+}
+
+#[test]
+fn random_calls_are_answered_as_by_the_kernels_overlayfs_and_leave_the_same() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let number = |name: &str, otherwise| {
+        std::env::var(name).ok().map_or(otherwise, |word| word.parse::<u64>().unwrap())
+    };
+    let (runs, first) = (number("VDISK_OVERLAY_RUNS", 8), number("VDISK_OVERLAY_SEED", 1));
+    // Another program's mount namespace that copies our mounts would keep them busy.
+    let run = move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
+        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+        for seed in first..first + runs {
+            // Whether allocated space is a hole depends on who has read it, but in memory.
+            let work = Work::below(Path::new("/dev/shm"));
+            agree(seed, 300, work.dir(), &by_helper(work.dir()));
+        }
+    };
+    std::thread::spawn(run).join().unwrap();
+}
+
+#[test]
+fn what_is_changed_goes_into_the_upper_layer_in_the_form_of_overlayfs() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    fs::write(laid.path("lower/kept"), "below").unwrap();
+    fs::write(laid.path("lower/gone"), "below").unwrap();
+    fs::create_dir_all(laid.path("lower/old/deep")).unwrap();
+    laid.mount();
+    fs::write(laid.path("at/kept"), "above").unwrap();
+    fs::remove_file(laid.path("at/gone")).unwrap();
+    fs::rename(laid.path("at/old"), laid.path("at/new")).unwrap();
+    assert!(laid.path("at/new/deep").is_dir());
+    laid.umount();
+    assert_eq!(fs::read(laid.path("lower/kept")).unwrap(), b"below");
+    assert_eq!(fs::read(laid.path("upper/kept")).unwrap(), b"above");
+    let whiteout = fs::symlink_metadata(laid.path("upper/gone")).unwrap();
+    assert!(whiteout.file_type().is_char_device());
+    assert_eq!(whiteout.rdev(), 0);
+    let mut value = [0; 16];
+    let key = "trusted.overlay.redirect";
+    let len = rustix::fs::lgetxattr(laid.path("upper/new"), key, &mut value[..]).unwrap();
+    assert_eq!(&value[..len], b"old");
+    laid.mount();
+    assert_eq!(fs::read(laid.path("at/kept")).unwrap(), b"above");
+    assert!(laid.path("at/new/deep").is_dir());
+    assert!(!laid.path("at/old").exists());
+    laid.umount();
+}
+
+/// A file system in memory, until dropped.
+struct Memory(PathBuf);
+
+impl Memory {
+    fn at(path: PathBuf, options: &str) -> Memory {
+        let mut mount = Command::new("mount");
+        let done = mount.args(["-t", "tmpfs", "-o", options, "none"]).arg(&path).status().unwrap();
+        assert!(done.success());
+        Memory(path)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+/// Where reading a lower file does not change its times, the kernel reads it by itself.
+#[test]
+fn an_overlay_that_cannot_be_changed_shows_its_layers_and_leaves_their_times() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    for options in ["noatime", "strictatime"] {
+        let laid = Laid::new();
+        let lower = laid.path("lower");
+        let _memory = Memory::at(lower.clone(), options);
+        let bytes: Vec<u8> = (0..300_000u32).map(|n| (n / 7) as u8).collect();
+        fs::write(lower.join("large"), &bytes).unwrap();
+        fs::write(lower.join("small"), "few").unwrap();
+        let helper = laid.path("vdisk-overlay");
+        symlink(VDISK, &helper).unwrap();
+        let layer = format!("lowerdir={}", lower.display());
+        let (mut mount, at) = (Command::new(&helper), laid.path("at"));
+        assert!(mount.arg(&at).args(["-o", &layer]).status().unwrap().success());
+        let before = fs::metadata(lower.join("large")).unwrap();
+        let held = fs::File::open(at.join("large")).unwrap();
+        assert!(fs::read(at.join("large")).unwrap() == bytes, "{options}");
+        let mut piece = [0; 5000];
+        std::os::unix::fs::FileExt::read_exact_at(&held, &mut piece, 123_456).unwrap();
+        assert!(piece[..] == bytes[123_456..][..5000], "{options}");
+        assert_eq!(fs::read(at.join("small")).unwrap(), b"few");
+        let refused = fs::OpenOptions::new().append(true).open(at.join("large")).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(nix::libc::EROFS));
+        drop(held);
+        umount(&at);
+        let after = fs::metadata(lower.join("large")).unwrap();
+        let times = |meta: &fs::Metadata| (meta.atime(), meta.atime_nsec(), meta.ctime_nsec());
+        assert_eq!(times(&before), times(&after), "{options}");
+    }
+}
+
+#[test]
+fn whiteouts_that_are_names_hide_what_is_below_them() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    for (path, bytes) in
+        [("base/d/a", "1"), ("base/d/b", "1"), ("base/e/a", "1"), ("base/e/b", "1")]
+    {
+        fs::create_dir_all(laid.path(path).parent().unwrap()).unwrap();
+        fs::write(laid.path(path), bytes).unwrap();
+    }
+    for path in ["lower/d/.wh.a", "lower/e/.wh..wh..opq", "lower/e/c"] {
+        fs::create_dir_all(laid.path(path).parent().unwrap()).unwrap();
+        fs::write(laid.path(path), "").unwrap();
+    }
+    laid.work.vdisk("mount --overlay upper --lower lower --lower base at").succeeds();
+    let names = |path: &str| {
+        let entries = fs::read_dir(laid.path(path)).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names("at/d"), ["b"]);
+    assert_eq!(names("at/e"), ["c"]);
+    assert!(!laid.path("at/d/a").exists() && !laid.path("at/d/.wh.a").exists());
+    assert!(!laid.path("at/e/a").exists());
+    fs::write(laid.path("at/d/a"), "again").unwrap();
+    assert_eq!(names("at/d"), ["a", "b"]);
+    laid.umount();
+}
+
+#[test]
+fn a_redirect_leads_nowhere_but_into_the_lower_layers() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    fs::create_dir(laid.path("outside")).unwrap();
+    fs::write(laid.path("outside/secret"), "secret").unwrap();
+    symlink("../outside", laid.path("lower/link")).unwrap();
+    symlink(laid.path("outside"), laid.path("lower/full")).unwrap();
+    let ill: [&[u8]; 8] = [
+        b"/../outside",
+        b"../outside",
+        b"..",
+        b"/link",
+        b"/full",
+        b"/link/../../outside",
+        b"/",
+        b"",
+    ];
+    for (number, redirect) in ill.iter().enumerate() {
+        let dir = laid.path(&format!("upper/d{number}"));
+        fs::create_dir(&dir).unwrap();
+        mark(&dir, "trusted.overlay.redirect", redirect);
+    }
+    laid.mount();
+    for (number, redirect) in ill.iter().enumerate() {
+        let at = laid.path(&format!("at/d{number}"));
+        assert!(!at.join("secret").exists(), "{:?}", String::from_utf8_lossy(redirect));
+        if let Ok(entries) = fs::read_dir(&at) {
+            assert_eq!(entries.count(), 0);
+        }
+    }
+    laid.umount();
+}
+
+#[test]
+fn a_server_that_is_killed_while_it_copies_up_leaves_the_old_file_or_the_new() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    let bytes = crate::twin::noise(1, 24 << 20);
+    fs::write(laid.path("lower/big"), &bytes).unwrap();
+    for pause in [0, 2, 5, 10, 20, 40] {
+        laid.mount();
+        let append = {
+            let path = laid.path("at/big");
+            std::thread::spawn(move || fs::OpenOptions::new().append(true).open(path).map(drop))
+        };
+        std::thread::sleep(std::time::Duration::from_millis(pause));
+        let server = server_of(&laid.path("upper"));
+        nix::sys::signal::kill(server, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let _ = append.join().unwrap();
+        let _ = Command::new("umount").arg("-l").arg(laid.path("at")).output();
+        if let Ok(copy) = fs::read(laid.path("upper/big")) {
+            assert!(copy == bytes, "half a file after {pause} ms");
+        }
+        laid.mount();
+        assert!(fs::read(laid.path("at/big")).unwrap() == bytes);
+        laid.umount();
+        let left = fs::read_dir(laid.path("upper.work/work")).unwrap().count();
+        assert_eq!(left, 0, "leftovers are cleared with the next mount");
+    }
+}
+
+/// The process that serves the overlay with this upper layer.
+fn server_of(upper: &Path) -> nix::unistd::Pid {
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = words.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+        if words.nth(1).is_some_and(|word| word == "overlay-daemon")
+            && words.any(|word| Path::new(&*word) == upper)
+        {
+            return nix::unistd::Pid::from_raw(
+                entry.file_name().to_str().unwrap().parse().unwrap(),
+            );
+        }
+    }
+    panic!("nobody serves {}", upper.display());
+}
+
+#[test]
+fn an_upper_directory_serves_one_overlay_and_bad_options_are_refused() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    let helper = by_helper(laid.work.dir());
+    let layers = Layers {
+        lowers: vec![laid.path("lower")],
+        upper: laid.path("upper"),
+        work: laid.path("elsewhere"),
+    };
+    fs::create_dir(&layers.work).unwrap();
+    helper(&layers, &laid.path("at"));
+    let kinds = fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(kinds.contains("fuse.vdisk-overlay"));
+    umount(&laid.path("at"));
+    let refused = laid
+        .work
+        .run("./vdisk-overlay", ["none", "at", "-o", "lowerdir=lower,upperdir=upper,nonsense"]);
+    refused.fails(&["nonsense"]);
+    laid.work.vdisk("mount --overlay upper --lower missing at").fails(&["missing"]);
+}
