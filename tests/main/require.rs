@@ -17,6 +17,8 @@ pub enum Need {
     QemuSystem,
     /// libnbd's tools: `nbdcopy` and `nbdinfo`.
     Nbd,
+    /// nbdkit(1): a server with habits of its own.
+    Nbdkit,
     /// The superuser, `umoci` and `skopeo`: other programs for images.
     Oci,
     /// The same, and `docker-registry` with what makes certificates and passwords for it.
@@ -46,6 +48,7 @@ impl Need {
             Need::Qemu => "qemu",
             Need::QemuSystem => "qemu-system",
             Need::Nbd => "nbd",
+            Need::Nbdkit => "nbdkit",
             Need::Oci => "oci",
             Need::Registry => "registry",
             Need::Xfs => "xfs",
@@ -67,6 +70,7 @@ impl Need {
             Need::Qemu => unrunnable("qemu-img").or_else(|| unrunnable("qemu-io")),
             Need::QemuSystem => unrunnable("qemu-system-x86_64"),
             Need::Nbd => unrunnable("nbdcopy").or_else(|| unrunnable("nbdinfo")),
+            Need::Nbdkit => unrunnable("nbdkit"),
             Need::Oci => Need::Root
                 .missing()
                 .or_else(|| unrunnable("umoci"))
@@ -102,11 +106,16 @@ pub fn have(what: Need) -> bool {
         "VDISK_REQUIRE names {}, but this machine lacks it: {missing}",
         what.word(),
     );
+    skipped(&format!("needs {}: {missing}", what.word()));
+    false
+}
+
+/// Says that a test does not go on here, and why.
+pub fn skipped(why: &str) {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
     // Not eprintln: the test runner swallows what that prints in a test that passes.
-    let _ = writeln!(io::stderr(), "SKIPPED: {test}: needs {}: {missing}", what.word());
-    false
+    let _ = writeln!(io::stderr(), "SKIPPED: {test}: {why}");
 }
 
 fn unopenable(device: &str) -> Option<String> {

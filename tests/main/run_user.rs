@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use crate::container::{able, eventually, running, work};
 use crate::container_killed::{lives, tree};
 use crate::host::Work;
-use crate::require::{Need, have};
+use crate::require::{Need, have, skipped};
 use crate::someone::{ALL, Ids, LENT, USER, Who, give, run, sh, start, start_after};
 
 const LENT_IDS: Who = Who::Someone(Ids::Lent);
@@ -469,7 +469,7 @@ fn limits_memory() -> Option<PathBuf> {
 fn a_control_group_that_was_lent_to_a_user_limits_his_containers() {
     let Some(work) = ready() else { return };
     let Some(parent) = limits_memory() else {
-        eprintln!("SKIPPED: this host can limit memory neither in cgroup v1 nor in v2");
+        skipped("this host can limit memory neither in cgroup v1 nor in v2");
         return;
     };
     let lent = parent.join(format!("vdisk-test-{}", std::process::id()));
