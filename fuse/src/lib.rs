@@ -19,13 +19,8 @@ pub mod server;
 pub mod tree;
 pub mod volume;
 
-mod crew;
-mod device;
-mod dispatch;
 mod filesystem;
-mod linger;
 mod sys;
-mod wire;
 
 pub use server::{Caching, Options, Server};
 pub use tree::Tree;

@@ -18,7 +18,7 @@ use rustix::mount::{
 };
 
 use crate::apart::Apart;
-use crate::device::Device;
+use crate::kernel::device::Device;
 use crate::server::shown;
 
 /// How a file system is mounted. The kernel always decides by mode, owner and ACL who may do what.

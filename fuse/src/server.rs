@@ -14,9 +14,10 @@ use rustix::mount::{MoveMountFlags, move_mount};
 
 use crate::files::{Files, Keeping};
 use crate::filesystem::VolumeFs;
+use crate::kernel::session;
+use crate::mount;
 use crate::mount::MountOptions;
 use crate::tree::Tree;
-use crate::{kernel, mount};
 
 /// What `/proc/self/mounts` shows after `fuse.`.
 pub const SUBTYPE: &str = "vdisk";
@@ -104,7 +105,7 @@ impl Server {
     /// Where it cannot be mounted there.
     pub fn files(files: Arc<dyn Files>, directory: &Path, serving: &Serving) -> io::Result<Server> {
         let device = mount::open(directory, &serving.mount)?;
-        let workers = kernel::serve(device, files, serving.keeping, serving.threads);
+        let workers = session::serve(device, files, serving.keeping, serving.threads);
         let workers = workers.inspect_err(|_| mount::take_back(directory, &serving.mount))?;
         Ok(Server { workers })
     }

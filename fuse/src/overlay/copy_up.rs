@@ -12,8 +12,8 @@ use std::sync::atomic::Ordering;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::lookup::UPPER_DEVICE;
 use super::marks::Origin;
+use super::node::UPPER_DEVICE;
 use super::node::{Alias, Held, Index, LowerDir, LowerFile, Node, State, Tri};
 use super::{Overlay, Upper};
 use crate::attr::{Attr, SetTime};

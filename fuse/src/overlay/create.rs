@@ -11,8 +11,8 @@ use std::sync::Arc;
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{Mode, OFlags};
 
-use super::lookup::UPPER_DEVICE;
 use super::marks::{hidden_by, is_whiteout, whiteout_name};
+use super::node::UPPER_DEVICE;
 use super::node::{Alias, Dir, Fresh, Node, State};
 use super::{Overlay, Upper};
 use crate::attr::Attr;

@@ -6,9 +6,11 @@ use std::io;
 use std::sync::Arc;
 
 use super::Overlay;
-use super::lookup::{Found, Step, UPPER_DEVICE, too_deep};
+use super::lookup::{Found, Step, too_deep};
 use super::marks::{Origin, is_whiteout, parse_nlink};
-use super::node::{Alias, Dir, Entered, Fresh, Index, Inode, Node, State};
+use super::node::UPPER_DEVICE;
+use super::node::table::Entered;
+use super::node::{Alias, Dir, Fresh, Index, Inode, Node, State};
 use crate::attr::Attr;
 use crate::host::Spot;
 

@@ -5,8 +5,8 @@ use std::io;
 use std::sync::Arc;
 
 use super::Overlay;
-use super::lookup::UPPER_DEVICE;
 use super::marks::{hidden_by, is_whiteout, nlink_value, whiteout_name};
+use super::node::UPPER_DEVICE;
 use super::node::{Alias, Node, State};
 use crate::attr::Attr;
 use crate::files::{Entry, Name};

@@ -1,44 +1,18 @@
 //! The names in a merged directory, in an order that does not change while names come and go: by
 //! a hash of the name, which also is the place that the kernel goes on from.
 
-use std::collections::{BTreeMap, HashSet};
-use std::ffi::{OsStr, OsString};
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::io;
 use std::sync::Arc;
 
 use super::Overlay;
-use super::lookup::UPPER_DEVICE;
 use super::marks::{hidden_by, is_whiteout};
-use super::node::{LowerDir, Node};
+use super::node::listing::{FIRST, Listing};
+use super::node::{LowerDir, Node, UPPER_DEVICE};
 use crate::attr::DirEntry;
 use crate::host::HostDir;
 use crate::layer::LayerDir;
-
-/// Places below this are those of `.` and `..`.
-const FIRST: u64 = 3;
-
-/// The names in a directory but `.` and `..`, by place.
-#[derive(Default)]
-pub(crate) struct Listing(BTreeMap<(u64, OsString), (u64, u32)>);
-
-impl Listing {
-    /// A place that stays the same; a signed number for the sake of seekdir(3).
-    fn place(hash: u64) -> u64 {
-        (hash >> 1).max(FIRST)
-    }
-
-    pub(crate) fn insert(&mut self, hash: u64, name: &OsStr, ino: u64, kind: u32) {
-        self.0.insert((Self::place(hash), name.to_owned()), (ino, kind));
-    }
-
-    pub(crate) fn remove(&mut self, hash: u64, name: &OsStr) {
-        self.0.remove(&(Self::place(hash), name.to_owned()));
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
 
 impl Overlay {
     /// Reads what a directory's layers hold and merges it.

@@ -12,9 +12,6 @@ use super::node::{Dir, Inode, LowerDir, LowerFile, Node};
 use crate::attr::Attr;
 use crate::host::{HostDir, Spot};
 
-/// The number of the upper layer's file system; lower layers on the same one have it, too.
-pub(crate) const UPPER_DEVICE: u16 = 0;
-
 /// A name that was found.
 pub(super) struct Found {
     pub(super) upper: Option<Attr>,

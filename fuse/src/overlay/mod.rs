@@ -16,7 +16,6 @@ pub mod marks;
 mod node;
 mod open;
 mod owners;
-mod recent;
 mod remove;
 mod rename;
 
@@ -34,10 +33,10 @@ use rustix::fs::{FlockOperation, OFlags};
 use crate::host::{HostDir, HostLayer};
 use crate::kernel::Kernel;
 use crate::layer::Layer;
-use lookup::UPPER_DEVICE;
 use marks::Words;
-use node::{Dir, Fresh, LowerDir, State, Table, Tri};
-use recent::Recent;
+use node::recent::Recent;
+use node::table::Table;
+use node::{Dir, Fresh, LowerDir, State, Tri, UPPER_DEVICE};
 
 /// The most lower layers.
 pub const MAX_LOWERS: usize = 500;

@@ -1,117 +1,25 @@
-//! A tree of files served to the kernel: the first greeting, the threads that answer, and what
-//! the tree may tell the kernel by itself. Knows nothing of what the tree is.
+//! A tree of files served to the kernel: the first greeting, and the threads that answer. Knows
+//! nothing of what the tree is.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use rustix::io::{Errno, read, writev};
 
-use crate::crew::Crew;
-use crate::device::{BackingNumber, Device};
-use crate::dispatch::{Answer, Dispatch, MAX_REQUEST, REPLY_ROOM};
 use crate::files::{Files, Keeping};
-use crate::linger::{Linger, Lookout};
-use crate::wire::{self, Reader, Reply, init};
+use crate::kernel::Kernel;
+use crate::kernel::crew::Crew;
+use crate::kernel::device::Device;
+use crate::kernel::dispatch::{Answer, Dispatch, MAX_REQUEST, REPLY_ROOM};
+use crate::kernel::linger::{Linger, Lookout};
+use crate::kernel::wire::{self, Reader, Reply, init};
 
 /// Requests that the kernel may have under way without a waiting caller (readahead, writeback).
 const MAX_BACKGROUND: u16 = 64;
 /// What a request has besides its data.
 const REQUEST_HEAD: usize = 4096;
-
-/// The kernel's side of a served tree, for the tree to speak to.
-#[derive(Debug, Clone)]
-pub struct Kernel {
-    device: Arc<Device>,
-    passthrough: bool,
-}
-
-/// A file that the kernel reads and writes by itself in the place of one of ours, as long as this
-/// lives. A file opened with it goes on working after.
-#[derive(Debug)]
-pub struct Backing(BackingNumber);
-
-impl Backing {
-    pub(crate) fn number(&self) -> u32 {
-        self.0.get()
-    }
-}
-
-impl Kernel {
-    /// Whether the kernel can use other files in the place of ours at all.
-    pub fn can_back(&self) -> bool {
-        self.passthrough
-    }
-
-    /// Has the kernel use `file` in the place of one of ours. Needs `CAP_SYS_ADMIN`; refused
-    /// where the file's file system is itself stacked too deep.
-    ///
-    /// # Errors
-    /// What the kernel said; `EOPNOTSUPP` where it cannot at all.
-    pub fn back(&self, file: BorrowedFd<'_>) -> io::Result<Arc<Backing>> {
-        if !self.passthrough {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-        }
-        Ok(Arc::new(Backing(self.device.back(file)?)))
-    }
-
-    /// Asks the kernel to forget those of these nodes that nobody uses.
-    ///
-    /// # Errors
-    /// `EINVAL` where the kernel knows no such request (before Linux 6.18).
-    pub fn prune(&self, nodes: &[u64]) -> io::Result<()> {
-        let mut out = Reply::new(Vec::new());
-        out.u32(u32::try_from(nodes.len()).unwrap_or(0)).u32(0).u64(0);
-        for node in nodes {
-            out.u64(*node);
-        }
-        self.notify(out, wire::NOTIFY_PRUNE)
-    }
-
-    /// Drops the attributes that the kernel keeps of a node, not its bytes.
-    ///
-    /// # Errors
-    /// `ENOENT` where the kernel does not know the node; others where the mount is gone.
-    pub fn forget_attributes(&self, node: u64) -> io::Result<()> {
-        let mut out = Reply::new(Vec::new());
-        out.u64(node).u64(u64::MAX).u64(0);
-        self.notify(out, wire::NOTIFY_INVAL_INODE)
-    }
-
-    /// Has the kernel write out what it keeps of a node's bytes, and drop them. Returns when the
-    /// tree has got all of them, by other requests: some other thread has to be there for those.
-    ///
-    /// # Errors
-    /// `ENOENT` where the kernel does not know the node; others where the mount is gone.
-    pub fn write_out(&self, node: u64) -> io::Result<()> {
-        let mut out = Reply::new(Vec::new());
-        out.u64(node).u64(0).u64(0);
-        self.notify(out, wire::NOTIFY_INVAL_INODE)
-    }
-
-    /// Puts bytes of a node into the kernel's page cache, where they need not be asked for then. No
-    /// program may have the node's file open: a page that is being read in would be waited for,
-    /// and that may be for the caller.
-    ///
-    /// # Errors
-    /// `ENOENT` where the kernel does not know the node; others where the mount is gone.
-    pub fn store(&self, node: u64, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let mut out = Reply::new(Vec::new());
-        let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-        out.u64(node).u64(offset).u32(len).u32(0);
-        let head = out.finish_with(0, -wire::NOTIFY_STORE, bytes.len());
-        writev(self.device.as_fd(), &[IoSlice::new(head), IoSlice::new(bytes)])?;
-        Ok(())
-    }
-
-    fn notify(&self, mut out: Reply, code: i32) -> io::Result<()> {
-        // A reply to no request carries its code where others carry their error, not negated.
-        let bytes = out.finish(0, -code);
-        writev(self.device.as_fd(), &[IoSlice::new(bytes)])?;
-        Ok(())
-    }
-}
 
 /// Answers the kernel's greeting on a device that a mount has just been given, and starts
 /// `threads` threads that serve `files` until the mount is gone. The handle's thread ends last.

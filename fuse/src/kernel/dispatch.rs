@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use crate::attr::{SetAttr, SetTime};
 use crate::files::{Access, Copy, Entry, Files, Keeping, Name, NewName, Opened, SetXattr, Write};
-use crate::wire::{Header, OUT_HEADER, Reader, Reply, decode_device, fattr, fopen, op, time};
+use crate::kernel::wire::{
+    Header, OUT_HEADER, Reader, Reply, decode_device, fattr, fopen, op, time,
+};
 
 /// The largest read or write, and the largest reply but a directory's.
 pub(crate) const MAX_REQUEST: usize = 1 << 20;
