@@ -34,7 +34,8 @@ use crate::family::{dropped, frozen_path};
 use crate::image::{Id, Role, Seen};
 use crate::open::gate::same_file;
 use crate::open::{Format, gate, peek};
-use crate::storage::draft::{draft_prefix, remove};
+use crate::storage::draft::draft_prefix;
+use crate::storage::name::remove;
 use crate::storage::{Access, FileOptions, FileStorage, Turn, other_names};
 
 /// Puts right what an interrupted command left of the disk at `path`. Does nothing to it, and takes no

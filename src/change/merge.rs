@@ -17,7 +17,7 @@ use crate::family::dropped::{KeptAside, is_shown, kept_aside};
 use crate::family::frozen_path;
 use crate::family::tree::{Family, Member};
 use crate::image::{Kept, Role, Was};
-use crate::storage::draft::directory;
+use crate::storage::name::directory;
 use crate::storage::{follow, refuse_fixed, shares_space};
 
 pub use crate::progress::Progress;

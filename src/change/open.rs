@@ -16,8 +16,8 @@ use crate::family::sealed;
 use crate::family::tree::Family;
 use crate::image::Identity;
 use crate::open::{Format, OpenOptions, Walk, open_image};
-use crate::storage::draft::sync_directory;
 use crate::storage::follow;
+use crate::storage::name::sync_directory;
 
 /// Opens the disk at `path` with all layers below it.
 ///

@@ -19,7 +19,8 @@ use crate::family::standing::Standing;
 use crate::family::tree::Family;
 use crate::image::{Id, Role};
 use crate::open::{open_image, peek};
-use crate::storage::draft::{hidden_name, remove, rename, sync_directory};
+use crate::storage::draft::hidden_name;
+use crate::storage::name::{remove, rename, sync_directory};
 use crate::storage::{Turn, follow};
 
 /// What removing a disk will do.

@@ -11,7 +11,7 @@ use crate::family::cost::{cost, data_bytes, look};
 use crate::family::dropped::is_shown;
 use crate::family::tree::{Family, Member};
 use crate::image::{Id, Kept, Role};
-use crate::storage::draft::directory;
+use crate::storage::name::directory;
 use crate::storage::shares_space;
 
 /// Bytes that are copied as fast as this many bytes are shared, at least.

@@ -19,9 +19,9 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{getpid, setsid};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::cgroup::room::Room;
 use super::cgroup::{Groups, Limits};
 use super::network::user;
-use super::room::Room;
 use super::scratch::Scratch;
 use super::wire::{self, Message};
 use super::{INIT, STAGE, sys};

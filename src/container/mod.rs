@@ -32,14 +32,12 @@
 
 mod caps;
 mod cgroup;
-mod freezer;
 mod handle;
 mod ids;
 mod init;
 mod keeper;
 mod namespace;
 mod network;
-mod room;
 mod root;
 mod scratch;
 mod seccomp;
@@ -74,7 +72,7 @@ pub use seccomp::notify::Owners;
 pub use visit::{Visit, visit};
 
 use crate::error::{Error, Result};
-use room::Room;
+use cgroup::room::Room;
 use scratch::Scratch;
 
 /// Told the way into a container that has started.

@@ -17,7 +17,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::freezer::{self, Frozen};
+use super::cgroup::freezer::{self, Frozen};
 use super::handle::Order;
 use super::keeper::STOP;
 use super::network::{Network, user};

@@ -12,8 +12,8 @@ use crate::family::scan;
 use crate::image::{Id, Label, Role};
 use crate::open::disk::{Peek, peek};
 use crate::open::{Format, gate};
-use crate::storage::draft::directory;
 use crate::storage::follow;
+use crate::storage::name::directory;
 
 /// A file with all that stand on it.
 #[derive(Debug, Clone)]

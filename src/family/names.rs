@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::image::Id;
-use crate::storage::draft::{directory, fitting};
 use crate::storage::follow;
+use crate::storage::name::{directory, fitting};
 
 /// Digits of a layer's id in its file's name.
 pub(crate) const DIGITS: usize = 12;

@@ -8,7 +8,7 @@ use crate::family::standing::{Standing, list, refuse_children};
 use crate::family::tree::Family;
 use crate::image::{Identity, Role};
 use crate::open::disk::peek;
-use crate::storage::draft::directory;
+use crate::storage::name::directory;
 
 /// The most files of a directory that are looked at whenever a head is opened for writing.
 const AROUND: usize = 256;

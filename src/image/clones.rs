@@ -18,7 +18,7 @@
 use zerocopy::byteorder::big_endian::{I64, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::label::Id;
+use super::id::Id;
 use crate::error::{Error, Result};
 
 /// The bytes before the clones.

@@ -13,7 +13,7 @@
 use zerocopy::byteorder::big_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::label::Id;
+use super::id::Id;
 use crate::error::{Error, Result};
 
 /// The bytes before the children.

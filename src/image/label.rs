@@ -23,18 +23,14 @@
 //! A label that is too long for its sector is stored in two parts (see [`super::parts`]); who encodes
 //! and decodes one need not know.
 
-use uuid::Uuid;
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::clones::Clones;
+use super::id::Id;
 use super::kept::Kept;
-use super::parts::SPLIT;
 use super::stamp::BaseStamp;
 use crate::error::{Error, Result};
-
-/// A random 128-bit id.
-pub type Id = Uuid;
 
 /// The bytes before the name.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -61,6 +57,8 @@ struct RecordHead {
     len: U16,
 }
 
+/// The layout of a label's front, which [`super::parts`] reads.
+pub(super) const SPLIT: u16 = 2;
 /// Bytes before the name.
 pub(super) const FIXED: usize = size_of::<Fixed>();
 const _: () = assert!(FIXED == 100 && size_of::<RecordHead>() == 4);

@@ -17,6 +17,7 @@ mod check;
 mod clones;
 mod details;
 mod filter;
+mod id;
 mod kept;
 mod label;
 mod parts;
@@ -28,8 +29,9 @@ pub use check::{Check, Repair};
 pub use clones::{Clones, FileStamp, Place, Seen};
 pub use details::Details;
 pub use filter::Filter;
+pub use id::Id;
 pub use kept::{Kept, Was};
-pub use label::{Id, Label, Parent, Role};
+pub use label::{Label, Parent, Role};
 pub(crate) use parts::{PartialLabel, Parts};
 pub use stamp::BaseStamp;
 

@@ -19,10 +19,7 @@
 use zerocopy::byteorder::big_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::label::{FIXED, Fixed, Label, VERSION, checksum, seal};
-
-/// The layout of a front.
-pub(super) const SPLIT: u16 = 2;
+use super::label::{FIXED, Fixed, Label, SPLIT, VERSION, checksum, seal};
 
 /// The bytes of a front before the names.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

@@ -25,7 +25,7 @@ use crate::filesystem::ext4::{Ext4, Moments};
 use crate::filesystem::{self, Found};
 use crate::image::Mapping;
 use crate::open::disk::OpenOptions;
-use crate::storage::draft::sync_directory;
+use crate::storage::name::sync_directory;
 
 /// Told the bytes of contents of the layer that is written; `false` stops it.
 pub type Progress<'a> = dyn FnMut(u64) -> bool + 'a;

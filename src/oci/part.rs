@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::draft::{remove, sync_directory};
+use crate::storage::name::{remove, sync_directory};
 
 /// How the hidden names begin.
 const PREFIX: &str = ".part-";

@@ -26,7 +26,7 @@ use crate::family::clones_of;
 use crate::family::standing::Standing;
 use crate::open::disk::peek;
 use crate::storage::Draft;
-use crate::storage::draft::{remove, sync_directory};
+use crate::storage::name::{remove, sync_directory};
 
 /// Bytes of a record or a configuration at most.
 const MAX_JSON: u64 = 4 << 20;

@@ -13,7 +13,7 @@ use tar_core::builder::EntryBuilder;
 
 use super::digest::Digest;
 use crate::error::{Error, Result};
-use crate::storage::draft::sync_directory;
+use crate::storage::name::sync_directory;
 
 pub const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";

@@ -12,7 +12,8 @@ use crate::image::Image;
 use crate::luks::{self, Passphrase};
 use crate::open::{Format, gate};
 use crate::qcow2::{self, CreateOptions, DataFile, Encryption, Method, Preallocation};
-use crate::storage::draft::{sync_directory, unsynced};
+use crate::storage::name::sync_directory;
+use crate::storage::unsynced;
 use crate::storage::{Draft, FileStorage, Storage};
 
 /// Makes a qcow2 file at `path`, which must not exist. It is durable afterwards.

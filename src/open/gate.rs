@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub use crate::formats::Format;
 use crate::image::Backing;
 use crate::qcow2;
-use crate::storage::draft::directory;
+use crate::storage::name::directory;
 
 /// The most layers of one chain.
 pub const MAX_DEPTH: usize = 4096;

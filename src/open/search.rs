@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::image::Parent;
 use crate::open::disk::peek;
 use crate::open::gate::same_file;
-use crate::storage::draft::directory;
+use crate::storage::name::directory;
 
 /// The most files whose headers are looked at.
 const MAX_FILES: usize = 20_000;

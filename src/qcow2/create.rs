@@ -12,9 +12,10 @@ use crate::error::{Error, Result};
 use crate::image::{Allocation, Backing, Image as _, Mapping};
 use crate::luks::{self, Cipher, Passphrase};
 use crate::qcow2::data::crypt::{self, AES, Crypt, LUKS};
+use crate::qcow2::guard::{lock, write};
 use crate::qcow2::header::extension::{CRYPTO_HEADER, DATA_FILE, Extension, feature_names};
 use crate::qcow2::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
-use crate::qcow2::image::{Image, OpenOptions, lock, write};
+use crate::qcow2::image::{Image, OpenOptions};
 use crate::qcow2::refcount::bits::set_in;
 use crate::storage::Storage;
 

@@ -1,28 +1,23 @@
 //! An open image: its parts, and what holds them together.
 
-use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
-use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard, ShardedLockWriteGuard};
+use crossbeam_utils::sync::ShardedLock;
 
-use crate::addr::{GuestOffset, HostOffset, Unit};
-use crate::block::total;
+use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{
-    self, Allocation, Backing, Begun, Check, Details, Extent, Hold, Identity, Label, Mapping,
-};
 use crate::luks::Passphrase;
-use crate::qcow2::bitmap::Tracker;
+use crate::qcow2::bitmap::tracker::Tracker;
 use crate::qcow2::check::Repair;
 use crate::qcow2::data::Data;
 use crate::qcow2::data::crypt::{self, Crypt};
-use crate::qcow2::data::read::Inflated;
+use crate::qcow2::data::inflated::Inflated;
+use crate::qcow2::guard::{lock, read, write};
 use crate::qcow2::header::{Header, MAX_L1, MAX_SNAPSHOTS, autoclear, incompatible};
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::refcount::metadata_map::MetadataMap;
 use crate::qcow2::snapshot::table::Table;
-use crate::qcow2::step;
 use crate::qcow2::tables::Tables;
 use crate::qcow2::tables::cache::SLICE;
 use crate::qcow2::tables::entry::Shape;
@@ -62,9 +57,6 @@ impl Default for OpenOptions {
 
 /// The most bytes of internal snapshots' L1 tables that are looked after.
 const MAX_SURVEY: u64 = 1 << 30;
-/// Freed bytes that wait for a flush, at most: a guest that never flushes gets them back, too.
-const MAX_FREED: u64 = 64 << 20;
-
 /// A qcow2 image, for many threads at once. See the module for its locks.
 pub struct Image {
     pub(super) storage: Arc<dyn Storage>,
@@ -375,237 +367,5 @@ impl Image {
         let own = self.storage.allocated()?;
         let external = if self.data.is_external() { self.data.storage().allocated()? } else { 0 };
         Ok(own.saturating_add(external))
-    }
-}
-
-// A thread that panicked under a lock has left whole values behind: every change under these locks
-// is one assignment or one entry.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-pub(super) fn read<T>(lock: &ShardedLock<T>) -> ShardedLockReadGuard<'_, T> {
-    lock.read().unwrap_or_else(|e| e.into_inner())
-}
-
-pub(super) fn write<T>(lock: &ShardedLock<T>) -> ShardedLockWriteGuard<'_, T> {
-    lock.write().unwrap_or_else(|e| e.into_inner())
-}
-
-impl image::Image for Image {
-    fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
-    }
-
-    fn cluster(&self) -> Unit {
-        self.shape.cluster
-    }
-
-    fn granularity(&self) -> Unit {
-        self.shape.granularity()
-    }
-
-    fn backing(&self) -> Option<Backing> {
-        lock(&self.header).backing.clone()
-    }
-
-    fn read_only(&self) -> bool {
-        self.read_only
-    }
-
-    fn encrypted(&self) -> bool {
-        self.data.is_encrypted()
-    }
-
-    fn starts_zeroed(&self) -> bool {
-        // A data file that is read without the tables shows what it held before.
-        !self.data.is_raw() || !self.data.storage().is_fixed()
-    }
-
-    fn hold(&self) -> Hold<'_> {
-        if self.read_only {
-            return Hold::free();
-        }
-        // This is where nothing of the caller's is mapped yet, so that clusters may change hands. What
-        // fails here poisons the image, and is told by the next write or flush.
-        let waiting = self.freed_bytes.load(Ordering::Relaxed);
-        if waiting >= MAX_FREED {
-            let _ = image::Image::flush(self);
-        }
-        Hold::shared(read(&self.grace))
-    }
-
-    fn map(&self, at: GuestOffset, len: u64) -> Result<Extent> {
-        let len = len.min(self.size().saturating_sub(at.0));
-        if len == 0 {
-            return Err(Error::invalid("a mapping past the end of the disk was asked for"));
-        }
-        let (len, mapping) = self.with_slice(at, |tables, found| match found {
-            Some((place, slice)) => tables.scan(slice, place, at, len),
-            None => Ok((tables.unmapped(at, len), Mapping::Unallocated)),
-        })?;
-        Ok(Extent { start: at, len, mapping })
-    }
-
-    fn narrow(&self, extent: Extent) -> Result<Extent> {
-        self.narrow_extent(extent)
-    }
-
-    fn read(&self, extent: &Extent, at: GuestOffset, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
-        self.read_extent(extent, at, bufs)
-    }
-
-    fn overwrite(&self, extent: &Extent, at: GuestOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
-        let Mapping::Data { host, exclusive: true } = extent.mapping else {
-            return Err(Error::invalid("only exclusive data is overwritten in place"));
-        };
-        self.begin_change()?;
-        self.track(at.0, total(bufs))?;
-        let host = host + (at - extent.start);
-        self.check_overlap(host, total(bufs))?;
-        self.data.write(host, at, bufs)
-    }
-
-    fn prepare(&self, at: GuestOffset, len: u64) -> Result<Box<dyn Allocation + '_>> {
-        self.begin_change()?;
-        self.track(at.0, len)?;
-        Ok(Box::new(self.reserve(at, len)?))
-    }
-
-    fn begin_write(&self, at: GuestOffset, len: u64) -> Result<Begun<'_>> {
-        self.begin_change()?;
-        let (start, end) = image::whole(self.shape.granularity(), at, len, self.size());
-        self.track(start.0, end - start)?;
-        self.begin(start, end - start)
-    }
-
-    fn zero(&self, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
-        self.begin_change()?;
-        self.track(at.0, len)?;
-        self.zero_range(at, len, unmap)
-    }
-
-    fn discard(&self, at: GuestOffset, len: u64, expose: bool) -> Result<()> {
-        self.begin_change()?;
-        self.track(at.0, len)?;
-        self.discard_range(at, len, expose)
-    }
-
-    fn identity(&self) -> Result<Identity> {
-        self.header().identity()
-    }
-
-    fn set_identity(&self, identity: &Identity) -> Result<()> {
-        let label = identity.label.as_ref().map(Label::encode).transpose()?;
-        self.update_header(|header| {
-            header.set_extension(Label::REST_MAGIC, None);
-            header.set_extension(Label::MAGIC, label);
-            header.backing = identity.backing.clone();
-            header.autoclear &= !autoclear::CONTENT_ID;
-            if identity.vouched && header.version >= 3 {
-                header.autoclear |= autoclear::CONTENT_ID;
-            }
-        })
-    }
-
-    fn details(&self) -> Option<Details> {
-        Some(self.header().details())
-    }
-
-    fn flush(&self) -> Result<()> {
-        if self.read_only {
-            return Ok(());
-        }
-        self.check_writable()?;
-        self.storage.about_to(step::FLUSH);
-        self.write_back()?;
-        self.release_freed()
-    }
-
-    fn close(&self) -> Result<()> {
-        image::Image::flush(self)?;
-        self.store_tracked()?;
-        // Writes down which clusters the first one made free: without it they would be leaks.
-        image::Image::flush(self)
-    }
-
-    fn resize_over(&self, size: u64, clear: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        self.change_size(size, clear)
-    }
-
-    fn capabilities(&self) -> image::Capabilities<'_> {
-        image::Capabilities {
-            bitmaps: Some(self),
-            check: Some(self),
-            compress: Some(self),
-            placed: Some(self),
-            space: Some(self),
-            ..image::Capabilities::default()
-        }
-    }
-}
-
-impl image::Bitmaps for Image {
-    fn bitmaps(&self) -> Result<Vec<image::Bitmap>> {
-        self.recorded()
-    }
-
-    fn add_to_bitmaps(&self, more: &[image::Bitmap]) -> Result<()> {
-        self.take_in_bitmaps(more)
-    }
-
-    fn replace_bitmaps(&self, all: &[image::Bitmap]) -> Result<()> {
-        self.put_bitmaps(all)
-    }
-}
-
-impl image::Checked for Image {
-    fn check(&self, repair: Repair) -> Result<Check> {
-        self.check_and_mend(repair)
-    }
-}
-
-impl image::Compress for Image {
-    fn pack(&self, at: GuestOffset, bytes: &[u8]) -> Result<Option<Vec<u8>>> {
-        self.pack_cluster(at, bytes)
-    }
-
-    fn write_packed(&self, at: GuestOffset, packed: &[u8]) -> Result<bool> {
-        self.begin_change()?;
-        self.track(
-            at.0,
-            self.shape.cluster.bytes().min(image::Image::size(self).saturating_sub(at.0)),
-        )?;
-        self.store_packed(at, packed)
-    }
-}
-
-impl image::Placed for Image {
-    fn stored(&self, extent: &Extent, at: GuestOffset) -> Option<(&dyn Storage, u64)> {
-        let Mapping::Data { host, .. } = extent.mapping else { return None };
-        (!self.data.is_encrypted()).then(|| (self.data.storage(), (host + (at - extent.start)).0))
-    }
-}
-
-impl image::Space for Image {
-    fn give_back(&self) -> Result<()> {
-        self.check_writable()?;
-        self.punch_free()
-    }
-
-    fn unused(&self) -> Result<u64> {
-        self.unused_bytes()
-    }
-
-    fn shorten(&self) -> Result<()> {
-        self.check_writable()?;
-        self.shorten_file()
-    }
-}
-
-impl Drop for Image {
-    fn drop(&mut self) {
-        // Who needs to know whether this worked calls close.
-        let _ = image::Image::close(self);
     }
 }

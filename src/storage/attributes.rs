@@ -16,7 +16,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::draft::refuse_device;
+use super::name::refuse_device;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The bits of a mode that say who may do what. To run a disk as another user is nothing to keep.

@@ -3,11 +3,10 @@
 //! Until then it has no name at all, so that a process that is killed leaves nothing behind. Where
 //! the file system cannot make nameless files, it has a hidden name that ends in `.draft`.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,8 +15,9 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::unistd::{linkat, syncfs};
 
-use super::device::is_device;
-use super::{Access, FileOptions, FileStorage, Storage, attributes};
+use super::file::NEW;
+use super::name::{directory, fitting, refuse_device, remove, rename, sync_directory};
+use super::{Access, FileOptions, FileStorage, Storage, attributes, unsynced};
 use crate::error::{Error, Result};
 
 /// A file on its way to a name.
@@ -30,8 +30,6 @@ pub struct Draft {
     replaces: bool,
 }
 
-/// What everybody may do with a new file, less the umask.
-pub(super) const NEW: u32 = 0o644;
 /// A file that is to be as accessible as another is nobody else's until it is.
 const PRIVATE: u32 = 0o600;
 
@@ -168,65 +166,6 @@ pub fn publish_all(drafts: Vec<Draft>) -> Result<()> {
     named.and(synced)
 }
 
-/// The bytes of a file that nobody will look for after a crash: syncing them does nothing.
-///
-/// The order in which a program that reads the file sees the writes stays.
-pub fn unsynced(file: Arc<dyn Storage>) -> Arc<dyn Storage> {
-    Arc::new(Unsynced(file))
-}
-
-struct Unsynced(Arc<dyn Storage>);
-
-impl Storage for Unsynced {
-    fn len(&self) -> Result<u64> {
-        self.0.len()
-    }
-
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.0.set_len(len)
-    }
-
-    fn is_fixed(&self) -> bool {
-        self.0.is_fixed()
-    }
-
-    fn read_at(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
-        self.0.read_at(offset, bufs)
-    }
-
-    fn write_at(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<()> {
-        self.0.write_at(offset, bufs)
-    }
-
-    fn punch_hole(&self, offset: u64, len: u64) -> Result<()> {
-        self.0.punch_hole(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        self.0.write_zeroes(offset, len)
-    }
-
-    fn sync(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
-        self.0.next_data(offset)
-    }
-
-    fn allocated(&self) -> Result<u64> {
-        self.0.allocated()
-    }
-
-    fn about_to(&self, step: super::Step) {
-        self.0.about_to(step);
-    }
-
-    fn as_file(&self) -> Option<&FileStorage> {
-        self.0.as_file()
-    }
-}
-
 impl Drop for Draft {
     fn drop(&mut self) {
         if let Some(hidden) = &self.hidden {
@@ -241,10 +180,6 @@ fn has_no_nameless_files(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::EOPNOTSUPP | Errno::EISDIR))
 }
 
-/// The most links that are followed for one name, as the kernel has it.
-const MAX_LINKS: usize = 40;
-/// The most bytes of a file's name.
-const NAME_MAX: usize = 255;
 /// What the number of a process, that of a draft and the rest of a draft's name take at most.
 const DRAFT: usize = 32;
 
@@ -260,27 +195,6 @@ pub(crate) fn hidden_name(target: &Path) -> PathBuf {
 pub fn draft_prefix(target: &Path) -> String {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     format!(".{}.", fitting(&name, DRAFT))
-}
-
-/// As much of the beginning of a name as leaves `room` bytes of a file's name for more.
-pub fn fitting(name: &str, room: usize) -> &str {
-    name.get(..name.floor_char_boundary(NAME_MAX.saturating_sub(room))).unwrap_or_default()
-}
-
-/// The directory that holds `path`.
-pub fn directory(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    }
-}
-
-/// Makes the names in the directory of `path` durable.
-pub fn sync_directory(path: &Path) -> Result<()> {
-    let dir = directory(path);
-    File::open(dir)
-        .and_then(|d| d.sync_all())
-        .map_err(|e| Error::io("could not be synced", e).at_path(dir))
 }
 
 /// Renames a file over another, whose place it takes with its mode, owner, group, access list and
@@ -304,63 +218,6 @@ pub fn make_like(path: &Path, like: &Path) -> Result<()> {
         file.sync_all().map_err(|e| Error::io("could not be synced", e).at_path(path))?;
     }
     Ok(())
-}
-
-/// Renames a file to a name that nobody has; not yet durably.
-pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
-    refuse_device(to)?;
-    fs::rename(from, to).map_err(|e| Error::io("could not be renamed", e).at_path(from))
-}
-
-/// The file that a name means: where it is a symbolic link, what that leads to. The directory is
-/// left as it is named.
-///
-/// # Errors
-/// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) says where a link leads that leads nowhere.
-pub fn follow(path: &Path) -> Result<PathBuf> {
-    let mut at = path.to_path_buf();
-    let mut left = MAX_LINKS;
-    while let Ok(target) = fs::read_link(&at) {
-        if left == 0 {
-            return Err(Error::io("could not be followed", Errno::ELOOP.into()).at_path(path));
-        }
-        left -= 1;
-        at = at.parent().unwrap_or(Path::new("")).join(target);
-    }
-    if left == MAX_LINKS {
-        return Ok(at);
-    }
-    let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
-    match (identity(path), identity(&at)) {
-        (Ok(named), Ok(found)) if named == found => Ok(at),
-        // What stands in /proc for an open file only looks like a link.
-        (Ok(_), _) => Ok(path.to_path_buf()),
-        (Err(e), _) => {
-            let text = format!("is a link to '{}', which could not be found", at.display());
-            Err(Error::io(text, e).at_path(path))
-        }
-    }
-}
-
-/// Gives a file a second name, not yet durably.
-pub fn link(from: &Path, to: &Path) -> Result<()> {
-    refuse_device(from)?;
-    fs::hard_link(from, to).map_err(|e| Error::io("could not be linked", e).at_path(to))
-}
-
-/// A device's name is the host's, often in memory only: no file is put there, and none is made of it.
-pub(super) fn refuse_device(path: &Path) -> Result<()> {
-    if !is_device(path) {
-        return Ok(());
-    }
-    let message = "is a device, and no file takes its place: make a clone of it in a directory, and \
-                   do that with the clone";
-    Err(Error::unsupported(message).at_path(path))
-}
-
-/// Takes a name away from a file, not yet durably.
-pub fn remove(path: &Path) -> Result<()> {
-    fs::remove_file(path).map_err(|e| Error::io("could not be removed", e).at_path(path))
 }
 
 #[cfg(test)]

@@ -25,6 +25,9 @@ const MAX_BUFS: usize = 1024;
 /// What devices zero is a multiple of this many bytes, whatever their sectors are.
 const BLOCK: u64 = 4096;
 
+/// What everybody may do with a new file, less the umask.
+pub(super) const NEW: u32 = 0o644;
+
 /// An open file, locked as QEMU's file driver locks it.
 #[derive(Debug)]
 pub struct FileStorage {
@@ -98,7 +101,7 @@ impl FileStorage {
     /// # Errors
     /// [`ErrorKind::Exists`] where something has that name already.
     pub fn create(path: &Path) -> Result<FileStorage> {
-        FileStorage::create_as(path, super::draft::NEW)
+        FileStorage::create_as(path, NEW)
     }
 
     /// The same with another mode, less the umask.

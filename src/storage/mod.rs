@@ -13,10 +13,11 @@ mod lock;
 #[cfg(feature = "mount")]
 pub mod loopdev;
 mod memory;
+pub mod name;
 mod share;
 mod step;
-mod turn;
 mod unfinished;
+mod unsynced;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
@@ -24,16 +25,17 @@ use std::ops::Range;
 use crate::error::{Error, Result};
 
 pub use attributes::{other_names, refuse_fixed};
-pub use draft::{Draft, follow};
+pub use draft::Draft;
 pub use file::{FileOptions, FileStorage};
 #[cfg(feature = "virtio")]
 pub use guest_memory::{io_slices, io_slices_mut};
-pub use lock::{Access, Holder, Manners, holders, set_manners};
+pub use lock::{Access, Holder, Manners, Turn, holders, set_manners};
 pub use memory::MemoryStorage;
+pub use name::follow;
 pub use share::shares_space;
 pub use step::Step;
-pub use turn::Turn;
 pub use unfinished::Unfinished;
+pub use unsynced::unsynced;
 
 /// A growable array of bytes, for many threads at once.
 ///

@@ -17,7 +17,8 @@ use crate::open::{
     Format, OpenOptions, create, fingerprint, gate, open_image, open_layers, peek, sameness,
 };
 use crate::qcow2;
-use crate::storage::draft::{directory, publish_all};
+use crate::storage::draft::publish_all;
+use crate::storage::name::directory;
 use crate::storage::{Draft, FileOptions, FileStorage, follow};
 
 /// How many clones are made at once: each is an open file.

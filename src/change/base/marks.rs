@@ -13,7 +13,7 @@ use crate::family::tree::Family;
 use crate::image::{Backing, Clones, Id, Label, Parent, Place, Role, Seen};
 use crate::open::gate::same_file;
 use crate::open::{fingerprint, gate, peek, sameness};
-use crate::storage::draft::directory;
+use crate::storage::name::directory;
 
 /// A clone that stands on a layer, or is about to.
 #[derive(Debug, Clone, Copy)]

@@ -25,7 +25,7 @@ use crate::family::tree::Family;
 use crate::image::{Backing, Bitmap, Bitmaps as _, Id, Identity, Label, Parent, Role};
 use crate::open::{Format, OpenOptions, gate, open_file};
 use crate::qcow2;
-use crate::storage::draft::{link, sync_directory};
+use crate::storage::name::{link, sync_directory};
 use crate::storage::{Access, Draft, refuse_fixed};
 
 /// How long others may still be flushing the old head before it is no longer open for writing.

@@ -10,7 +10,8 @@ use crate::family::tree::Member;
 use crate::image::{Id, Identity, Label, Role};
 use crate::open::disk::Peek;
 use crate::open::sameness;
-use crate::storage::draft::{make_like, remove, rename_over, sync_directory};
+use crate::storage::draft::{make_like, rename_over};
+use crate::storage::name::{remove, sync_directory};
 use crate::storage::{Access, FileOptions, FileStorage};
 
 impl Run<'_> {

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::family::cost::data_bytes;
 use crate::image::{Image, Mapping};
 use crate::progress::Progress;
-use crate::storage::draft::directory;
+use crate::storage::name::directory;
 
 /// What an interrupted merge leaves where one side lost what the other has.
 pub(crate) const UNFINISHED: &str =

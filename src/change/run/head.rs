@@ -11,7 +11,7 @@ use crate::image::{Backing, Bitmap, Bitmaps as _, Id, Identity, Label, Parent, R
 use crate::open::gate;
 use crate::open::gate::same_file;
 use crate::qcow2;
-use crate::storage::draft::{link, remove, sync_directory};
+use crate::storage::name::{link, remove, sync_directory};
 use crate::storage::{Draft, refuse_fixed};
 
 /// Makes the head's file the frozen layer that `label` says, under a second name beside the disk; returns

@@ -20,8 +20,8 @@ use super::root::{Root, Source};
 use super::start::{self, About, Keeping, Part};
 use super::switches::OfContainer;
 use super::words::{
-    Security, entrypoint, hostname, hostname_of, memory, milli_cpus, rate, security, variable,
-    volume,
+    Entrypoint, Security, entrypoint, hostname, hostname_of, memory, milli_cpus, rate, security,
+    variable, volume,
 };
 use crate::cli::image::Which;
 use crate::cli::open::limit;
@@ -141,10 +141,6 @@ pub struct Args {
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
-
-/// Words of an entrypoint.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entrypoint(pub Vec<OsString>);
 
 /// What a container reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

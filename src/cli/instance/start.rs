@@ -20,7 +20,7 @@ use vdisk::{Error, ErrorKind, Result};
 
 use super::named::Named;
 use crate::cli::image::Which;
-use crate::cli::mount::daemon;
+use crate::cli::mount::{READY, daemon};
 use crate::cli::terminal::{output, size};
 
 /// How an instance is kept.
@@ -151,7 +151,7 @@ fn detach() -> Result<u8> {
     if let Some(mut out) = child.stdout.take() {
         out.read_to_string(&mut said).map_err(failed)?;
     }
-    match said.trim().strip_prefix(daemon::READY) {
+    match said.trim().strip_prefix(READY) {
         Some(id) => output::text(&format!("{}\n", id.trim())).map(|()| 0),
         None => {
             let ended = child.wait().map_err(failed)?;
@@ -231,7 +231,7 @@ fn record(keeping: &Keeping, named: &Named, about: About) -> Result<Record> {
 fn announce(record: &Record) -> Result<()> {
     let failed = |e: std::io::Error| Error::io("the caller is gone", e);
     let mut out = std::io::stdout();
-    writeln!(out, "{} {}", daemon::READY, record.id).and_then(|()| out.flush()).map_err(failed)?;
+    writeln!(out, "{} {}", READY, record.id).and_then(|()| out.flush()).map_err(failed)?;
     let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
     nix::unistd::dup2_stdout(&null).map_err(|e| failed(e.into()))?;
     nix::unistd::dup2_stderr(&null).map_err(|e| failed(e.into()))

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use vdisk::container::Volume;
 
-use super::run::Entrypoint;
 use crate::cli::terminal::size;
 
 pub fn memory(text: &str) -> Result<u64, String> {
@@ -91,6 +90,10 @@ pub fn security(text: &str) -> Result<Security, String> {
         _ => Err("must be no-new-privileges or seccomp=unconfined".into()),
     }
 }
+
+/// Words of an entrypoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entrypoint(pub Vec<OsString>);
 
 /// A program, or a JSON list of words.
 pub fn entrypoint(text: &str) -> Result<Entrypoint, String> {

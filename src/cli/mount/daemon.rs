@@ -16,14 +16,14 @@ use vdisk_fuse::apart::Apart;
 use vdisk_fuse::{Caching, Options, Server};
 
 use crate::cli::instance::holding::{self, Bystander, Files, UserSpaceFiles, Whole};
+use crate::cli::mount::apart::READY;
+use crate::cli::mount::args::Args;
 use crate::cli::mount::snapshots::Shown;
+use crate::cli::mount::umount;
 use crate::cli::mount::user_space::UserSpace;
-use crate::cli::mount::{Args, umount};
 use crate::cli::open::disk::{self, Use};
 use crate::cli::terminal::stop;
 
-/// The word on standard output when the mount can be used.
-pub const READY: &str = "ready";
 /// How many requests on a raw mount are worked on at a time.
 const THREADS: usize = 4;
 

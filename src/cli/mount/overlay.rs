@@ -21,7 +21,7 @@ use vdisk_fuse::overlay::{Layers, Overlay};
 use vdisk_fuse::server::{OVERLAY_SUBTYPE, Serving};
 
 use crate::cli::instance::holding::Bystander;
-use crate::cli::mount;
+use crate::cli::mount::apart::{directory, serve_apart};
 use crate::cli::mount::{daemon as mount_daemon, umount};
 use crate::cli::open::disk::{self, Use};
 use crate::cli::open::options::Opening;
@@ -200,7 +200,7 @@ impl Wanted {
 
     /// All paths in full: the serving process stands elsewhere.
     fn settle(&mut self) -> Result<()> {
-        self.dir = mount::directory(&self.dir)?;
+        self.dir = directory(&self.dir)?;
         self.settle_layers()
     }
 
@@ -311,7 +311,7 @@ pub fn lay(mut wanted: Wanted, user_namespace: bool) -> Result<Arc<Overlay>> {
 /// Mounts an overlay and returns when it can be used.
 pub fn start(mut wanted: Wanted) -> Result<u8> {
     wanted.settle()?;
-    mount::serve_apart(DAEMON, wanted.words())
+    serve_apart(DAEMON, wanted.words())
 }
 
 /// The program `vdisk-overlay`: `vdisk-overlay [SOURCE] DIR [-o OPTION,...]`.

@@ -13,7 +13,7 @@ use vdisk_fuse::files::Keeping;
 use vdisk_fuse::mount::MountOptions;
 use vdisk_fuse::server::Serving;
 
-use crate::cli::mount::Args;
+use crate::cli::mount::args::Args;
 
 /// How many requests are worked on at a time.
 const THREADS: usize = 8;

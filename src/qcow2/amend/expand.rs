@@ -3,7 +3,8 @@
 use super::{AmendPart, AmendProgress, Watch};
 use crate::addr::HostOffset;
 use crate::error::{Error, Result};
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::guard::lock;
+use crate::qcow2::image::Image;
 use crate::qcow2::snapshot::Snapshot;
 use crate::qcow2::tables::entry::{COPIED, Entry, Kind, OFFSET};
 

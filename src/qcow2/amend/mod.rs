@@ -11,10 +11,11 @@ use nix::libc::ENOTSUP;
 
 use crate::error::{Error, Result};
 use crate::image::Backing;
-use crate::qcow2::data::read::Inflated;
+use crate::qcow2::data::inflated::Inflated;
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::extension::{self, feature_names};
 use crate::qcow2::header::{Compression, LAZY_REFCOUNTS, autoclear, incompatible};
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::image::Image;
 use crate::qcow2::snapshot::{OldTable, Table};
 
 /// What is to be changed; `None` leaves it as it is.

@@ -11,8 +11,9 @@ use nix::libc::{EFBIG, EINVAL};
 use super::{AmendPart, AmendProgress, Watch};
 use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::MAX_REFCOUNT_TABLE;
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::image::Image;
 use crate::qcow2::refcount::bits::{max_refcount, set_in};
 use crate::qcow2::refcount::{Refcounts, Run};
 

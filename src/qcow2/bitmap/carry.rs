@@ -7,7 +7,8 @@ use super::{Bitmap, directory};
 use crate::addr::Unit;
 use crate::error::{Error, Result};
 use crate::image;
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::guard::lock;
+use crate::qcow2::image::Image;
 use directory::{AUTO, Entry, IN_USE};
 
 impl Image {

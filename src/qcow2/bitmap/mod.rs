@@ -10,6 +10,7 @@ pub(in crate::qcow2) mod bits;
 mod carry;
 mod change;
 pub(in crate::qcow2) mod directory;
+pub(in crate::qcow2) mod tracker;
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -18,13 +19,15 @@ use nix::libc::{EINVAL, ENOENT};
 
 use crate::addr::{HostOffset, Unit};
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::extension::BITMAPS;
 use crate::qcow2::header::{Header, autoclear};
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::image::Image;
 use crate::qcow2::tables::words::{decode, encode};
 use bits::{Bits, Part, table_entry};
 pub use change::BitmapChanges;
 use directory::{AUTO, Entry, IN_USE};
+use tracker::{Bitmap, Tracker};
 
 /// What is known of a bitmap without its bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,21 +40,6 @@ pub struct BitmapInfo {
     pub auto: bool,
     /// Whether it was not stored when its last writer stopped: it can only be removed.
     pub in_use: bool,
-}
-
-/// The bitmaps that this image keeps right while it is open.
-#[derive(Default)]
-pub(super) struct Tracker {
-    bitmaps: Vec<Bitmap>,
-    /// Whether the file says that they are in use.
-    marked: bool,
-}
-
-/// A bitmap with its bits.
-pub(super) struct Bitmap {
-    entry: Entry,
-    /// `None`: as the file has them.
-    bits: Option<Bits>,
 }
 
 impl Image {

@@ -16,8 +16,9 @@ mod walk;
 
 use crate::error::Result;
 pub use crate::image::{Check, Repair};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::incompatible;
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::image::Image;
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::snapshot::Table;
 use counts::Counted;

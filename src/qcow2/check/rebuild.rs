@@ -11,8 +11,9 @@ use nix::libc::EFBIG;
 
 use super::counts::Counted;
 use crate::error::{Error, Result};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE};
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::image::Image;
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::refcount::bits::{max_refcount, set_in};
 use crate::qcow2::tables::words::words_mut;

@@ -5,7 +5,8 @@ use std::collections::HashSet;
 use super::counts::Counted;
 use super::{Check, Repair};
 use crate::error::Result;
-use crate::qcow2::image::{Image, lock, write};
+use crate::qcow2::guard::{lock, write};
+use crate::qcow2::image::Image;
 use crate::qcow2::tables::entry::{COPIED, Entry, OFFSET};
 use crate::qcow2::tables::words::words_mut;
 

@@ -13,7 +13,6 @@ use crate::luks::{self, Cipher, Passphrase, Place, Sectors};
 use crate::qcow2::data::Data;
 use crate::qcow2::header::Header;
 use crate::qcow2::header::extension::CRYPTO_HEADER;
-use crate::qcow2::image::Image;
 use crate::storage::Storage;
 
 /// `crypt_method` of the old AES.
@@ -115,45 +114,6 @@ impl Crypt {
     }
 }
 
-impl Image {
-    /// The LUKS header of an image that has one.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Corrupt`] where it is none, or lies past the end of the file.
-    pub fn luks_header(&self) -> Result<Option<luks::Header>> {
-        let header = self.header();
-        if header.crypt_method != LUKS {
-            return Ok(None);
-        }
-        let (at, area) = read_area(&*self.storage, &header)?;
-        luks::Header::parse(&area).map(Some).map_err(|e| shifted(e, at))
-    }
-
-    /// Changes the key slots of an image with a LUKS header, durably. `change` gets the header and
-    /// the area that it stands in, with the key material.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] for an image without LUKS header; what `change` returns, and nothing
-    /// has changed then.
-    pub fn change_keys(
-        &self,
-        change: impl FnOnce(&mut luks::Header, &mut [u8]) -> Result<()>,
-    ) -> Result<()> {
-        self.check_writable()?;
-        let header = self.header();
-        if header.crypt_method != LUKS {
-            return Err(Error::invalid("the image has no LUKS header"));
-        }
-        let (at, area) = read_area(&*self.storage, &header)?;
-        luks::change(&area, change, |offset, bytes| {
-            self.metadata(|| {
-                self.storage.write_all_at(at + offset, bytes).and_then(|()| self.storage.sync())
-            })
-        })
-        .map_err(|e| shifted(e, at))
-    }
-}
-
 /// Offset and length of the LUKS header that `header` names.
 pub(in crate::qcow2) fn area_place(header: &Header) -> Option<(u64, u64)> {
     let (place, _) = AreaPlace::ref_from_prefix(header.extension(CRYPTO_HEADER)?).ok()?;
@@ -176,7 +136,7 @@ struct AreaPlace {
 const _: () = assert!(size_of::<AreaPlace>() == 16);
 
 /// The LUKS header of an image with its key material, and where it stands.
-fn read_area(storage: &dyn Storage, header: &Header) -> Result<(u64, Vec<u8>)> {
+pub(super) fn read_area(storage: &dyn Storage, header: &Header) -> Result<(u64, Vec<u8>)> {
     let (at, len) = area_place(header).ok_or_else(no_header)?;
     if !header.cluster.aligned(at) || at == 0 {
         let message = format!(
@@ -200,7 +160,7 @@ fn no_header() -> Error {
 }
 
 /// The error with its offset counted from the file's beginning, not the LUKS header's.
-fn shifted(error: Error, at: u64) -> Error {
+pub(super) fn shifted(error: Error, at: u64) -> Error {
     match error.offset() {
         Some(offset) => Error::new(error.kind(), error.message()).at_offset(at + offset),
         None => error,

@@ -5,7 +5,9 @@
 //! bit 2, autoclear bit 1) and "Encryption".
 
 pub(in crate::qcow2) mod crypt;
-pub(in crate::qcow2) mod read;
+pub(in crate::qcow2) mod inflated;
+mod keys;
+mod read;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;

@@ -2,49 +2,18 @@
 //!
 //! Specification: qcow2, "Compressed Clusters Descriptor".
 
-use std::io::{IoSliceMut, Read};
+use std::io::IoSliceMut;
 use std::sync::Arc;
 
 use crate::addr::{GuestOffset, HostOffset};
 use crate::block::fill_zero;
 use crate::error::{Error, Result};
 use crate::image::{Extent, Mapping};
-use crate::qcow2::header::Compression;
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::data::inflated::decompress;
+use crate::qcow2::guard::lock;
+use crate::qcow2::image::Image;
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::step;
-
-/// Inflated clusters that are kept: guests read a compressed cluster in small pieces.
-const KEPT: usize = 8;
-
-/// The last inflated clusters.
-pub(in crate::qcow2) struct Inflated {
-    compression: Compression,
-    /// By descriptor, the most recent last.
-    clusters: Vec<(u64, Arc<[u8]>)>,
-}
-
-impl Inflated {
-    pub fn new(compression: Compression) -> Inflated {
-        Inflated { compression, clusters: Vec::new() }
-    }
-
-    /// Forgets everything: host clusters are about to be given another use.
-    pub fn clear(&mut self) {
-        self.clusters.clear();
-    }
-
-    fn find(&self, descriptor: u64) -> Option<Arc<[u8]>> {
-        self.clusters.iter().find(|(d, _)| *d == descriptor).map(|(_, c)| c.clone())
-    }
-
-    fn keep(&mut self, descriptor: u64, cluster: Arc<[u8]>) {
-        if self.clusters.len() == KEPT {
-            self.clusters.remove(0);
-        }
-        self.clusters.push((descriptor, cluster));
-    }
-}
 
 impl Image {
     /// See [`crate::image::Image::narrow`]. Only where much is mapped that was never written: else
@@ -152,23 +121,3 @@ impl Image {
         Ok(cluster)
     }
 }
-
-/// Decompresses one cluster of `size` bytes; bytes after its end are ignored.
-fn decompress(compression: Compression, packed: &[u8], size: usize) -> Result<Vec<u8>> {
-    let mut cluster = vec![0; size];
-    let done = match compression {
-        Compression::Zlib => flate2::read::DeflateDecoder::new(packed).read_exact(&mut cluster),
-        Compression::Zstd => zstd::stream::read::Decoder::new(packed).and_then(|mut decoder| {
-            // The engine's own memory is bounded by the cluster: the frame's window has to be.
-            decoder.window_log_max(WINDOW_LOG_MAX)?;
-            decoder.read_exact(&mut cluster)
-        }),
-    };
-    match done {
-        Ok(()) => Ok(cluster),
-        Err(_) => Err(Error::corrupt("a compressed cluster cannot be decompressed")),
-    }
-}
-
-/// The largest zstd window, as a power of two: four times the largest cluster.
-const WINDOW_LOG_MAX: u32 = 23;

@@ -7,8 +7,8 @@
 use super::{Refcounts, TablePlace};
 use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::guard::{read, write};
 use crate::qcow2::header::MAX_REFCOUNT_TABLE;
-use crate::qcow2::image::{read, write};
 use crate::qcow2::refcount::bits::get_in;
 use crate::qcow2::step;
 

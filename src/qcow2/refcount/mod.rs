@@ -14,8 +14,8 @@ use crossbeam_utils::sync::ShardedLock;
 
 use crate::addr::{HostOffset, Unit};
 use crate::error::{Error, Result};
+use crate::qcow2::guard::{read, write};
 use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE};
-use crate::qcow2::image::{read, write};
 use crate::qcow2::refcount::bits::{get_in, get_run, max_refcount, set_in};
 use crate::qcow2::refcount::metadata_map::MetadataMap;
 use crate::qcow2::step;

@@ -2,7 +2,8 @@
 
 use crate::addr::HostOffset;
 use crate::error::Result;
-use crate::qcow2::image::{Image, lock, read};
+use crate::qcow2::guard::{lock, read};
+use crate::qcow2::image::Image;
 
 /// Clusters that are looked at under one lock: as many as keep writers waiting for a moment only.
 const BATCH: u64 = 1024;

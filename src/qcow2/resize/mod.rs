@@ -19,8 +19,9 @@ use nix::libc::ENOTSUP;
 use crate::addr::{GuestOffset, HostOffset};
 use crate::error::{Error, Result};
 use crate::qcow2::create::Preallocation;
+use crate::qcow2::guard::{lock, write};
 use crate::qcow2::header::Header;
-use crate::qcow2::image::{Freed, Image, Lost, lock, write};
+use crate::qcow2::image::{Freed, Image, Lost};
 use crate::qcow2::step;
 
 impl Image {

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::guard::lock;
+use crate::qcow2::image::Image;
 use crate::qcow2::step;
 
 impl Image {

@@ -19,8 +19,9 @@ use nix::libc::{EBUSY, EFBIG, ENOENT, ENOTSUP};
 
 use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::guard::{lock, write};
 use crate::qcow2::header::{Header, MAX_SNAPSHOTS, incompatible};
-use crate::qcow2::image::{Image, OpenOptions, lock, write};
+use crate::qcow2::image::{Image, OpenOptions};
 use crate::qcow2::tables::words;
 use crate::storage::Storage;
 

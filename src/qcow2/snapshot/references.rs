@@ -11,8 +11,9 @@ use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image as _;
 use crate::qcow2::check::counts::{Counted, Counts};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::{Header, MAX_L1};
-use crate::qcow2::image::{Image, lock};
+use crate::qcow2::image::Image;
 use crate::qcow2::tables::entry::{COPIED, OFFSET};
 use crate::qcow2::tables::words::decode;
 

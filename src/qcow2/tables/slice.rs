@@ -5,8 +5,9 @@ use std::sync::atomic::Ordering;
 
 use crate::addr::GuestOffset;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::guard::{read, write};
 use crate::qcow2::header::incompatible;
-use crate::qcow2::image::{Image, read, write};
+use crate::qcow2::image::Image;
 use crate::qcow2::step;
 use crate::qcow2::tables::entry::Entry;
 use crate::qcow2::tables::{Place, Tables};

@@ -11,8 +11,9 @@ use nix::libc::ENOTSUP;
 
 use crate::addr::{GuestOffset, HostOffset};
 use crate::error::{Error, Result};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::Compression;
-use crate::qcow2::image::{Image, Lost, lock};
+use crate::qcow2::image::{Image, Lost};
 
 /// Readers of the format inflate with a window of 4 KiB.
 const WINDOW_BITS: u8 = 12;

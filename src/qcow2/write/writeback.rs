@@ -15,7 +15,8 @@ use std::sync::atomic::Ordering;
 
 use crate::addr::HostOffset;
 use crate::error::Result;
-use crate::qcow2::image::{Freed, Image, Lost, lock, write};
+use crate::qcow2::guard::{lock, write};
+use crate::qcow2::image::{Freed, Image, Lost};
 use crate::qcow2::refcount::{DirtyRefcounts, MovedTable, TablePlace};
 use crate::qcow2::step;
 use crate::qcow2::tables::DirtyTables;

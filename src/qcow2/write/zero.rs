@@ -4,7 +4,8 @@
 
 use crate::addr::GuestOffset;
 use crate::error::{Error, Result};
-use crate::qcow2::image::{Image, Lost, read};
+use crate::qcow2::guard::read;
+use crate::qcow2::image::{Image, Lost};
 use crate::qcow2::tables::entry::{Entry, Kind};
 
 /// What becomes of a piece of the disk that loses its data.

@@ -6,11 +6,14 @@ use vdisk::qcow2::{Amend, AmendProgress, Header};
 
 use crate::qemu_img::encryption::keys;
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason, report};
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, Given, flag, long, value};
-use crate::qemu_img::options::create::{self as options, Chosen};
+use crate::qemu_img::options::chosen::Chosen;
+use crate::qemu_img::options::create as options;
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use crate::qemu_img::options::known::help;
 use crate::qemu_img::options::opts;
 use crate::qemu_img::progress::{Parts, Progress};
 
@@ -96,7 +99,7 @@ fn check_format(source: &Source) -> Outcome<()> {
 }
 
 fn print_help(format: &str) -> Outcome {
-    print!("Amend options for '{format}':\n{}", options::help(&options::of_amend(format)?));
+    print!("Amend options for '{format}':\n{}", help(&options::of_amend(format)?));
     Ok(0)
 }
 

@@ -8,7 +8,8 @@ use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason};
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::options::args::{self, Given, flag, long, long_value, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
 use crate::qemu_img::size;

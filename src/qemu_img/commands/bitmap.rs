@@ -6,7 +6,8 @@ use vdisk::ErrorKind;
 use vdisk::qcow2::{BitmapChanges, Image};
 
 use crate::qemu_img::fail::{Fail, Outcome, os_text};
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, Given, long, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT};

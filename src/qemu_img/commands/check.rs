@@ -8,7 +8,8 @@ use vdisk::qcow2::Image;
 
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason};
 use crate::qemu_img::foreign::check as check_foreign;
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::json;
 use crate::qemu_img::options::args::{self, Given, value};
 use crate::qemu_img::options::format::{

@@ -12,8 +12,9 @@ use vdisk::family::sealed::refuse;
 use vdisk::open::{OpenOptions, Walk};
 
 use crate::qemu_img::fail::{Fail, Outcome, reason};
-use crate::qemu_img::images::open::{self, Opened, Use, full_backing_name};
+use crate::qemu_img::images::open::{self, Opened, full_backing_name};
 use crate::qemu_img::images::status;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::{Below, Source};
 use crate::qemu_img::options::args::{self, Given, flag, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};

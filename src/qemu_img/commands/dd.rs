@@ -6,10 +6,12 @@ use vdisk::block::BlockDevice;
 
 use crate::qemu_img::commands::create;
 use crate::qemu_img::fail::{Fail, Outcome, reason};
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, flag, value};
-use crate::qemu_img::options::create::{self as options, Chosen};
+use crate::qemu_img::options::chosen::Chosen;
+use crate::qemu_img::options::create as options;
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, SHARED};
 use crate::qemu_img::size;
 

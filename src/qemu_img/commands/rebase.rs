@@ -10,8 +10,9 @@ use vdisk::change;
 use vdisk::image::{Backing, Identity};
 
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason};
-use crate::qemu_img::images::open::{self, Opened, Use, full_backing_name};
+use crate::qemu_img::images::open::{self, Opened, full_backing_name};
 use crate::qemu_img::images::status;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, Given, flag, value};
 use crate::qemu_img::options::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};

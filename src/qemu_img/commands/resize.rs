@@ -7,7 +7,8 @@ use vdisk::storage::Storage;
 
 use crate::qemu_img::commands::create::unfit;
 use crate::qemu_img::fail::{Fail, Outcome, reason, report};
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::options::args::{self, long, long_value};
 use crate::qemu_img::options::create::preallocation;
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};

@@ -6,7 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use vdisk::qcow2::{Image, NewSnapshot, OLD_TABLE_LEAKED, SNAPSHOT_LEAKED, Snapshot};
 
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason, report};
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::options::args::{self, flag, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
 use crate::qemu_img::size::human;

@@ -10,7 +10,7 @@ use vdisk::qcow2::{self, Encryption, Method};
 use crate::qemu_img::encryption::secret;
 use crate::qemu_img::fail::{Fail, Outcome, reason};
 use crate::qemu_img::names::name::Source;
-use crate::qemu_img::options::create::Chosen;
+use crate::qemu_img::options::chosen::Chosen;
 
 /// How a qcow2 header says that its data are encrypted.
 const METHODS: [&str; 3] = ["", "aes", "luks"];

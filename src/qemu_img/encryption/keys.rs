@@ -7,7 +7,7 @@ use vdisk::{Error, ErrorKind, Result};
 
 use crate::qemu_img::encryption::secret;
 use crate::qemu_img::fail::{Fail, Outcome, reason};
-use crate::qemu_img::options::create::Chosen;
+use crate::qemu_img::options::chosen::Chosen;
 
 /// A change of key slots.
 pub enum Change {

@@ -7,7 +7,8 @@ use vdisk::image::{Check, Image, Repair};
 use vdisk::open::Format;
 
 use crate::qemu_img::fail::{Fail, Outcome, reason};
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
 
 /// How many damaged places are told; the others are counted.

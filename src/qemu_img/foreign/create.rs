@@ -5,16 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vdisk::Error;
-use vdisk::formats::vhd::SizeBy;
 use vdisk::formats::{vdi, vhd, vhdx, vmdk};
-use vdisk::image::Image;
 use vdisk::open::Format;
-use vdisk::storage::{Access, FileOptions, Storage};
+use vdisk::storage::Storage;
 
-use crate::qemu_img::fail::{Fail, Outcome, open_reason, reason};
-use crate::qemu_img::images::open::{self, Use, full_backing_name};
+use crate::qemu_img::fail::{Fail, Outcome, reason};
+use crate::qemu_img::images::open::{self, full_backing_name};
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
-use crate::qemu_img::options::create::{Chosen, Kind, Known, SIZE, known, with_default};
+use crate::qemu_img::options::chosen::Chosen;
+use crate::qemu_img::options::known::{Kind, Known, SIZE, known, with_default};
 
 /// What a VDI image is made with.
 pub const VDI: &[Known] =
@@ -205,29 +205,4 @@ fn file_name(path: &Path) -> String {
 /// Whether a new image of the format takes whole compressed blocks, and nothing else.
 pub fn only_compressed(format: &str, chosen: &Chosen) -> bool {
     format == "vmdk" && chosen.text("subformat") == Some(vmdk::Subformat::StreamOptimized.name())
-}
-
-/// The image in `storage`, whose name is `path`, to be written.
-///
-/// # Errors
-/// Says what to do instead with one that is only read.
-pub fn written(
-    format: Format,
-    path: &Path,
-    storage: Arc<dyn Storage>,
-    size: SizeBy,
-) -> Outcome<Arc<dyn Image>> {
-    let options = FileOptions { access: Some(Access::Write), write: true };
-    let image: vdisk::Result<Arc<dyn Image>> = match format {
-        Format::Vmdk => vdisk::open::open_vmdk_to_write(path, storage, options)
-            .map(|image| Arc::new(image) as _),
-        Format::Vdi => vdi::fill(storage).map(|image| Arc::new(image) as _),
-        Format::Vhdx => vhdx::fill(storage).map(|image| Arc::new(image) as _),
-        Format::Vpc => vhd::fill(storage, size).map(|image| Arc::new(image) as _),
-        other => Err(Error::unsupported(format!(
-            "images of format {other} are only read: convert it to qcow2, or make an overlay on it \
-             with `create -f qcow2 -b`"
-        ))),
-    };
-    image.map_err(|e| Fail::new(open_reason(&e, e.path().unwrap_or(path))))
 }

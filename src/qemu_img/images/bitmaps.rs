@@ -4,7 +4,8 @@ use vdisk::addr::Unit;
 use vdisk::qcow2::{BitmapChanges, BitmapInfo, Image};
 
 use crate::qemu_img::fail::{Fail, Outcome, reason, report};
-use crate::qemu_img::images::open::{self, Use};
+use crate::qemu_img::images::open;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
 
 /// A bitmap with the ranges that are marked in it.

@@ -10,7 +10,7 @@ use vdisk::storage::{FileOptions, FileStorage, Storage};
 use crate::qemu_img::blkdebug::faults::Faults;
 use crate::qemu_img::blkdebug::faulty::FaultyStorage;
 use crate::qemu_img::fail::{Fail, Outcome, open_reason, os_text, reason};
-use crate::qemu_img::images::open::Use;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::images::window::Window;
 use crate::qemu_img::names::name::Protocol;
 

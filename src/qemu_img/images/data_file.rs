@@ -10,7 +10,7 @@ use vdisk::storage::{FileOptions, FileStorage, MemoryStorage, Storage};
 
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason};
 use crate::qemu_img::images::bottom;
-use crate::qemu_img::images::open::Use;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
 
 /// The data file of the image with `header` in `file`; `None` where it has none.

@@ -6,4 +6,5 @@ pub mod copy;
 pub mod data_file;
 pub mod open;
 pub mod status;
+pub mod usage;
 pub mod window;

@@ -13,17 +13,18 @@ use vdisk::nbd;
 use vdisk::open;
 use vdisk::open::{Format, OpenOptions, Walk};
 use vdisk::qcow2::{self, Preallocation};
-use vdisk::storage::draft::unsynced;
-use vdisk::storage::{Access, FileOptions, Storage};
+use vdisk::storage::unsynced;
+use vdisk::storage::{FileOptions, Storage};
 use vdisk::{Error, ErrorKind};
 
 use crate::qemu_img::blkdebug::faults::Faults;
 use crate::qemu_img::blkdebug::faulty::Faulty;
 use crate::qemu_img::encryption::crypt;
 use crate::qemu_img::fail::{Fail, Outcome, open_reason, os_text, reason, report};
-use crate::qemu_img::foreign::create as create_foreign;
+use crate::qemu_img::foreign::write::written;
 use crate::qemu_img::images::bottom::{self, Bytes};
 use crate::qemu_img::images::data_file;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::images::window::Window;
 use crate::qemu_img::names::name::{Below, Protocol, Source, has_protocol};
 use crate::qemu_img::options::leftover;
@@ -31,60 +32,6 @@ use crate::qemu_img::options::opts::List;
 
 /// The variable of the environment with which the user vouches for the `json:` names in images.
 const TRUST: &str = "VDISK_TRUST_JSON_NAMES";
-
-/// What a command does with an image.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Use {
-    /// Writes to it.
-    pub write: bool,
-    /// Reads although others write.
-    pub shared: bool,
-    /// Checks it, and perhaps mends it: nothing is repaired on opening.
-    pub check: bool,
-    /// Only looks at what the image says of itself.
-    pub describe: bool,
-    /// What is written is left to the host's page cache.
-    pub unsynced: bool,
-    /// Looks at what the image says of itself only: an encrypted one needs no key.
-    pub looks: bool,
-}
-
-impl Use {
-    /// Only reads; `shared` although others write.
-    pub fn reading(shared: bool) -> Use {
-        Use { shared, ..Use::default() }
-    }
-
-    /// Reads what images say of themselves; `shared` although others write.
-    pub fn looking(shared: bool) -> Use {
-        Use { looks: true, ..Use::reading(shared) }
-    }
-
-    /// Reads and writes.
-    pub fn writing() -> Use {
-        Use { write: true, ..Use::default() }
-    }
-
-    fn options(self) -> OpenOptions {
-        OpenOptions {
-            read_only: !self.write,
-            shared: self.shared && !self.write,
-            // A reader takes a chain as it is, like any other program.
-            unprotected: !self.write,
-            probe_backing: true,
-            ..OpenOptions::default()
-        }
-    }
-
-    /// What it does to the file, and suffers others to do.
-    pub fn access(self) -> Access {
-        match (self.write, self.shared) {
-            (true, _) => Access::Write,
-            (false, true) => Access::ReadShared,
-            (false, false) => Access::Read,
-        }
-    }
-}
 
 /// One layer that the user named.
 pub struct Opened {
@@ -291,9 +238,7 @@ fn try_layer(source: &Source, using: Use) -> Outcome<Opened> {
             luks = Some(image.clone());
             (image, None)
         }
-        _ if using.write => {
-            (create_foreign::written(format, &path, storage, source.vhd_size)?, None)
-        }
+        _ if using.write => (written(format, &path, storage, source.vhd_size)?, None),
         _ => {
             let options = OpenOptions { format: Some(format), ..using.options() };
             let layer = open::open_file(&path, file.clone(), &options).map_err(failed)?;

@@ -1,7 +1,7 @@
 //! The `-f`, `--output` and similar options that several commands share.
 
 use crate::qemu_img::fail::{Fail, Outcome};
-use crate::qemu_img::images::open::Use;
+use crate::qemu_img::images::usage::Use;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{Given, Opt, flag, long, long_value, value};
 

@@ -5,7 +5,8 @@ use super::inode::{
     BLOCK, CHARACTER, DIRECTORY, FIFO, FLAG_EXTENTS, FLAG_INLINE, FLAGS_INHERITED, Inode, Moment,
     REGULAR, SHORT_LINK, SOCKET, SYMLINK, TYPE_MASK,
 };
-use super::{Mounted, Tx, errno, extents};
+use super::map::extents;
+use super::{Mounted, Tx, errno};
 use crate::error::Result;
 
 const SET_GROUP: u16 = 0o2000;

@@ -3,11 +3,11 @@
 use std::io::IoSlice;
 use std::sync::PoisonError;
 
-use super::extents::Extent;
 use super::inode::{
     FLAG_APPEND, FLAG_EXTENTS, FLAG_IMMUTABLE, FLAG_INLINE, FLAG_VERITY, Inode, Moment,
 };
 use super::map::Stretch;
+use super::map::extents::Extent;
 use super::{Mounted, Tx, errno};
 use crate::error::{Error, Result};
 
@@ -446,7 +446,7 @@ impl Mounted {
                 let run = match stretch.place {
                     None => tx.grow(&mut inode, at, want, false)?.1,
                     Some(place) if zero && stretch.written => {
-                        let run = want.min(u64::from(super::extents::LONGEST) - 1);
+                        let run = want.min(u64::from(super::map::extents::LONGEST) - 1);
                         let (from, len) = (at as u32, run as u32);
                         let extent = Extent { at: from, len, place, written: false };
                         tx.map_extents(&mut inode, (at, at + run), &[extent])?;

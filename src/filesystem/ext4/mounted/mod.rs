@@ -19,20 +19,12 @@
 
 mod access;
 mod attributes;
-mod bitmap;
-mod blocks;
 mod create;
 mod directory;
-mod extents;
 mod file;
 mod format;
 mod group;
-mod grow;
-mod hash;
-mod index;
-mod indirect;
 mod inode;
-mod log;
 mod map;
 mod names;
 mod open;
@@ -48,16 +40,16 @@ use super::inode::Time;
 use super::superblock::Superblock;
 use crate::error::{Error, ErrorKind, Result};
 
-use blocks::Block;
-use log::Log;
 use part::Part;
 use state::State;
+use state::blocks::Block;
+use state::log::Log;
 
 pub use access::Need;
 pub use create::New;
 pub use file::{Allocation, Seek};
+pub use format::grow::{grow, growable};
 pub use format::{Format, format};
-pub use grow::{grow, growable};
 pub use names::{Name, Onto};
 pub use open::Options;
 pub use stat::{Attributes, Change, Statistics};

@@ -22,14 +22,14 @@ const LOOK: Duration = Duration::from_millis(2);
 
 /// A container that stands still.
 #[derive(Debug)]
-pub(super) enum Frozen {
+pub(in crate::container) enum Frozen {
     Group(PathBuf),
     /// Those that have been stopped here; others had stopped themselves.
     Processes(BTreeSet<i32>),
 }
 
 /// Stops all processes of the container whose process 1 is `init` and which are in these groups.
-pub(super) fn freeze(init: i32, groups: &[PathBuf]) -> io::Result<Frozen> {
+pub(in crate::container) fn freeze(init: i32, groups: &[PathBuf]) -> io::Result<Frozen> {
     match groups.iter().find(|dir| dir.join("cgroup.freeze").exists()) {
         Some(dir) => freeze_group(dir),
         None => stop_all(init),
@@ -37,7 +37,7 @@ pub(super) fn freeze(init: i32, groups: &[PathBuf]) -> io::Result<Frozen> {
 }
 
 /// Lets them go on.
-pub(super) fn thaw(frozen: Frozen) -> io::Result<()> {
+pub(in crate::container) fn thaw(frozen: Frozen) -> io::Result<()> {
     match frozen {
         Frozen::Group(dir) => fs::write(dir.join("cgroup.freeze"), "0"),
         Frozen::Processes(stopped) => {

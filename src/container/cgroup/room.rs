@@ -12,7 +12,7 @@ use nix::unistd::{AccessFlags, access};
 /// A group that this process has left, and the child of it that it has moved into. Dropped, all is as
 /// it was, as far as this process is concerned: the last one to leave takes the child away.
 #[derive(Debug)]
-pub(super) struct Room {
+pub(in crate::container) struct Room {
     lent: PathBuf,
     leaf: PathBuf,
 }
@@ -22,7 +22,7 @@ impl Room {
     /// the controllers limit the group's children. `name` is the child's.
     ///
     /// Nothing is changed where that cannot be: groups further up may do.
-    pub(super) fn make(own: &Path, controllers: &[&str], name: &str) -> Option<Room> {
+    pub(in crate::container) fn make(own: &Path, controllers: &[&str], name: &str) -> Option<Room> {
         let may_write = |file: &str| access(&own.join(file), AccessFlags::W_OK).is_ok();
         let lent = ["cgroup.procs", "cgroup.subtree_control"].into_iter().all(may_write);
         if !lent || !can_be_lent(own) || !is_alone_in(own) {
@@ -37,12 +37,12 @@ impl Room {
     }
 
     /// The room whose child this is.
-    pub(super) fn of(leaf: &Path) -> Option<Room> {
+    pub(in crate::container) fn of(leaf: &Path) -> Option<Room> {
         Some(Room { lent: leaf.parent()?.to_owned(), leaf: leaf.to_owned() })
     }
 
     /// The child.
-    pub(super) fn leaf(&self) -> &Path {
+    pub(in crate::container) fn leaf(&self) -> &Path {
         &self.leaf
     }
 

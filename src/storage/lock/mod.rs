@@ -8,6 +8,8 @@
 //! One byte more, which QEMU does not look at, says that its holder is a command and will soon be
 //! gone: who finds it held waits for a turn (see [`Manners`]).
 
+mod turn;
+
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::sync::OnceLock;
@@ -19,6 +21,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
 use crate::error::{Error, ErrorKind, Result};
+pub use turn::Turn;
 
 const USED: i64 = 100;
 const UNSHARED: i64 = 200;

@@ -1,10 +1,10 @@
 //! The older map of a file: numbers of blocks, and blocks of numbers (kernel:
 //! Documentation/filesystems/ext4/ifork.rst). ext2 and ext3 have no other.
 
-use super::super::bytes::{le32, put32};
-use super::Tx;
-use super::inode::Inode;
 use crate::error::{Error, Result};
+use crate::filesystem::ext4::bytes::{le32, put32};
+use crate::filesystem::ext4::mounted::Tx;
+use crate::filesystem::ext4::mounted::inode::Inode;
 
 /// Numbers that stand in the inode itself.
 const DIRECT: u64 = 12;

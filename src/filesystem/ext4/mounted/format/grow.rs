@@ -7,16 +7,17 @@
 use std::io::IoSlice;
 use std::sync::Arc;
 
-use super::super::bytes::{le16, put, put16, put32};
-use super::super::checksum::checksum;
-use super::super::superblock::{self, Superblock};
-use super::format::{
-    BLOCK, BLOCKS_PER_GROUP, DESCRIPTOR, Geometry, INODE_SIZE, write_group, write_superblocks,
-};
-use super::group::BLOCK_UNINIT;
-use super::{Mounted, Options, RO_COMPAT_CHECKSUMS, Tx, bitmap};
 use crate::block::{BlockDevice, BlockStatus};
 use crate::error::{Error, Result};
+use crate::filesystem::ext4::bytes::{le16, put, put16, put32};
+use crate::filesystem::ext4::checksum::checksum;
+use crate::filesystem::ext4::mounted::format::{
+    BLOCK, BLOCKS_PER_GROUP, DESCRIPTOR, Geometry, INODE_SIZE, write_group, write_superblocks,
+};
+use crate::filesystem::ext4::mounted::group::BLOCK_UNINIT;
+use crate::filesystem::ext4::mounted::group::bitmap;
+use crate::filesystem::ext4::mounted::{Mounted, Options, RO_COMPAT_CHECKSUMS, Tx};
+use crate::filesystem::ext4::superblock::{self, Superblock};
 
 const COMPAT_SPARSE_SUPER2: u32 = 0x200;
 const INCOMPAT_64BIT: u32 = 0x80;

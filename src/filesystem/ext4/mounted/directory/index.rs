@@ -1,13 +1,13 @@
 //! The index of a large directory: a tree, sorted by the hashes of names, over its blocks (kernel:
 //! Documentation/filesystems/ext4/directory.rst, "Hash Tree Directories").
 
-use super::super::bytes::{le16, le32, put, put16, put32};
-use super::super::checksum::checksum;
-use super::directory::{self, Take, space, store, walk};
-use super::hash::{Hash, Kind, hash};
-use super::inode::{FLAG_CASEFOLD, FLAG_ENCRYPT, FLAG_INDEX, Inode};
-use super::{Tx, no_space};
 use crate::error::{Error, Result};
+use crate::filesystem::ext4::bytes::{le16, le32, put, put16, put32};
+use crate::filesystem::ext4::checksum::checksum;
+use crate::filesystem::ext4::mounted::directory::hash::{Hash, Kind, hash};
+use crate::filesystem::ext4::mounted::directory::{self, Take, space, store, walk};
+use crate::filesystem::ext4::mounted::inode::{FLAG_CASEFOLD, FLAG_ENCRYPT, FLAG_INDEX, Inode};
+use crate::filesystem::ext4::mounted::{Tx, no_space};
 
 const INCOMPAT_LARGE: u32 = 0x4000;
 const ENTRY: usize = 8;

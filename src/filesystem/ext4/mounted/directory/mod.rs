@@ -1,11 +1,14 @@
 //! The names in a directory's blocks: found, added, taken away (kernel:
-//! Documentation/filesystems/ext4/directory.rst). The index over them is [`index`](super::index)'s.
+//! Documentation/filesystems/ext4/directory.rst). The index over them is [`index`](index)'s.
+
+pub(super) mod hash;
+pub(super) mod index;
 
 use super::super::bytes::{le16, le32, put, put16, put32};
 use super::super::checksum::checksum;
 use super::Tx;
-use super::blocks::Block;
 use super::inode::{self, DIRECTORY, FLAG_INDEX, FLAG_INLINE, Inode};
+use super::state::blocks::Block;
 use crate::error::{Error, Result};
 
 /// The longest name.

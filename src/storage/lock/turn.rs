@@ -13,9 +13,8 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::draft::directory;
-use super::lock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::name::directory;
 
 /// Before the first byte of a name.
 const FIRST: u64 = 1 << 40;
@@ -55,8 +54,8 @@ impl Turn {
         }
         // Who has just let go of it has it a moment longer where another of its threads is starting a
         // program.
-        let until = Instant::now() + lock::manners().wait.max(lock::PATIENCE);
-        while !lock::take_byte(&file, byte)? {
+        let until = Instant::now() + super::manners().wait.max(super::PATIENCE);
+        while !super::take_byte(&file, byte)? {
             if Instant::now() >= until {
                 let message = "another command is at work on its snapshots";
                 return Err(Error::new(ErrorKind::Busy, message).at_path(disk));

@@ -1,9 +1,12 @@
 //! Where a file's blocks stand, whichever way its inode says it.
 
+pub(super) mod extents;
+pub(super) mod indirect;
+
 use super::Tx;
-use super::extents::{Extent, LONGEST, MAX_BLOCKS};
 use super::inode::{FLAG_EXTENTS, Inode};
 use crate::error::{Error, Result};
+use extents::{Extent, LONGEST, MAX_BLOCKS};
 
 /// Blocks of a file that are alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

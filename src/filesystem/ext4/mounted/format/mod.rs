@@ -4,16 +4,19 @@
 //! with their groups (meta_bg), so that a file system grows without moving anything; tables of inodes are not
 //! written, since what they stand on reads as zeroes.
 
+pub(super) mod grow;
+
 use std::io::IoSlice;
 use std::sync::Arc;
 
 use super::super::bytes::{put, put16, put32};
 use super::super::checksum::checksum;
 use super::super::superblock::{self, Superblock};
-use super::bitmap;
+use super::group::bitmap;
 use super::group::{BLOCK_UNINIT, INODE_UNINIT, INODE_ZEROED};
 use super::inode::{DIRECTORY, FLAG_EXTENTS, Inode, REGULAR};
-use super::{Clock, Mounted, New, Options, ROOT, Tx, extents};
+use super::map::extents;
+use super::{Clock, Mounted, New, Options, ROOT, Tx};
 use crate::block::BlockDevice;
 use crate::error::{Error, Result};
 

@@ -5,11 +5,11 @@
 //! are that. A node that overflows becomes several, one that is empty goes, and the keys above a
 //! node are always those of its first entry.
 
-use super::super::bytes::{le16, le32, put16, put32, wide};
-use super::super::checksum::checksum;
-use super::Tx;
-use super::inode::Inode;
 use crate::error::{Error, Result};
+use crate::filesystem::ext4::bytes::{le16, le32, put16, put32, wide};
+use crate::filesystem::ext4::checksum::checksum;
+use crate::filesystem::ext4::mounted::Tx;
+use crate::filesystem::ext4::mounted::inode::Inode;
 
 const MAGIC: u16 = 0xf30a;
 const HEADER: usize = 12;

@@ -3,6 +3,9 @@
 //!
 //! Knows limits and the cgroup file system; no namespace and no program.
 
+pub(super) mod freezer;
+pub(super) mod room;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -15,9 +18,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, flock};
 
 use super::namespace::is_host_root;
-use super::room::Room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mountinfo::{self, Mount};
+use room::Room;
 
 /// The period in which [`Limits::cpus`] counts: the kernel's default, in microseconds.
 const PERIOD: u64 = 100_000;

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
-use super::part::Part;
 use crate::error::{Error, Result};
+use crate::filesystem::ext4::mounted::part::Part;
 
 /// Bytes of unchanged blocks that are kept.
 const CLEAN: usize = 12 << 20;

@@ -9,11 +9,11 @@ use std::io::IoSlice;
 
 use foldhash::fast::RandomState;
 
-use super::super::bytes::{be32, put};
-use super::super::checksum::checksum;
-use super::blocks::{Batch, Block};
-use super::part::Part;
 use crate::error::{Error, Result};
+use crate::filesystem::ext4::bytes::{be32, put};
+use crate::filesystem::ext4::checksum::checksum;
+use crate::filesystem::ext4::mounted::part::Part;
+use crate::filesystem::ext4::mounted::state::blocks::{Batch, Block};
 
 const MAGIC: u32 = 0xc03b_3998;
 const DESCRIPTOR: u32 = 1;

@@ -4,11 +4,13 @@
 //! A block that was freed is given to nobody before the commit that freed it is durable: until
 //! then a crash brings its old owner back.
 
+pub(super) mod bitmap;
+
 use super::super::bytes::{le16, le32, put16, put32, wide};
 use super::super::checksum::{checksum, crc16};
-use super::bitmap::{self, Shadow};
 use super::{Tx, no_space};
 use crate::error::{Error, Result};
+use bitmap::Shadow;
 
 /// No inode of the group was ever used, nor its bitmap written.
 pub const INODE_UNINIT: u16 = 1;

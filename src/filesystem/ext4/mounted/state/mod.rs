@@ -1,15 +1,18 @@
 //! What is in memory and not yet durable, and how it becomes so.
 
+pub(super) mod blocks;
+pub(super) mod log;
+
 use std::collections::{BTreeSet, HashSet};
 use std::sync::{MutexGuard, PoisonError};
 
 use super::super::bytes::{le16, le32, put16, put32};
 use super::super::superblock;
-use super::bitmap::Freed;
-use super::blocks::{Batch, Blocks};
-use super::log::{Log, write_in_place};
+use super::group::bitmap::Freed;
 use super::{Mounted, Tx};
 use crate::error::Result;
+use blocks::{Batch, Blocks};
+use log::{Log, write_in_place};
 
 const INCOMPAT_RECOVER: u32 = 0x4;
 const STATE_VALID: u16 = 1;
