@@ -9,9 +9,9 @@ use crate::change::run::step::{Fold, Relabel, Step, Which};
 use crate::change::strategy;
 use crate::error::Result;
 use crate::family::beside::Beside;
-use crate::family::dropped::{events, is_shown, now};
+use crate::family::dropped::{events, is_shown, now, uptime};
 use crate::family::tree::{Family, Member};
-use crate::image::{Id, Kept, Role, Was};
+use crate::image::{Id, Kept, Role, Uptime, Was};
 
 use super::plan::Keeping;
 
@@ -22,6 +22,7 @@ pub(crate) struct Retention {
     since: u64,
     /// In milliseconds since 1970.
     pub until: u64,
+    uptime: Option<Uptime>,
     /// Whether nothing is kept in the end: it only lasts until the change is done.
     nothing: bool,
 }
@@ -35,13 +36,21 @@ impl Retention {
         let age = u64::try_from(keeping.0.as_millis()).unwrap_or(u64::MAX);
         let until = since.saturating_add(age);
         let event = Kept::short(Id::new_v4());
-        Retention { event, since, until, nothing: keeping.is_nothing() }
+        Retention { event, since, until, uptime: uptime(), nothing: keeping.is_nothing() }
     }
 
     /// What a layer says that is dropped with `layers` in all.
     pub fn kept(&self, was: Was, layers: usize, children: Vec<u64>) -> Kept {
         let layers = u16::try_from(layers).unwrap_or(u16::MAX);
-        Kept { event: self.event, layers, was, since: self.since, until: self.until, children }
+        Kept {
+            event: self.event,
+            layers,
+            was,
+            since: self.since,
+            until: self.until,
+            uptime: self.uptime,
+            children,
+        }
     }
 
     /// What is let go of once the layers are dropped: what went before, or all.

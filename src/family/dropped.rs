@@ -4,13 +4,16 @@
 //! for a set time. An event of which a layer is missing does not come back.
 
 use std::collections::{HashMap, HashSet};
+use std::fs;
 use std::path::PathBuf;
 use std::time::SystemTime;
+
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::{ErrorKind, Result};
 use crate::family::cost;
 use crate::family::tree::{Family, Member};
-use crate::image::{Id, Kept, Role, Was};
+use crate::image::{Id, Kept, Role, Uptime, Was};
 
 /// What is kept aside of a disk, and would come back.
 #[derive(Debug, Clone)]
@@ -144,8 +147,28 @@ pub(crate) fn is_tidy(family: &Family) -> bool {
 /// but the last.
 pub(crate) fn overdue(family: &Family) -> Vec<u64> {
     let last = last(family).map(|e| e.kept.event);
-    let stays = |e: &Event<'_>| Some(e.kept.event) == last && e.kept.until > now();
+    let stays = |e: &Event<'_>| Some(e.kept.event) == last && !is_over(e.kept);
     events(family).iter().filter(|e| !stays(e)).map(|e| e.kept.event).collect()
+}
+
+/// Whether the time is over for which it was to be kept. Somebody may have set the clock forth: as long
+/// as the host runs that it was dropped on, its count has to say so, too.
+fn is_over(kept: &Kept) -> bool {
+    let here = |then: Uptime| uptime().filter(|now| now.boot == then.boot).zip(Some(then));
+    let passed = |(now, then): (Uptime, Uptime)| {
+        now.ms.saturating_sub(then.ms) >= kept.until.saturating_sub(kept.since)
+    };
+    kept.until <= now() && kept.uptime.and_then(here).is_none_or(passed)
+}
+
+/// Now, by the host's count.
+pub(crate) fn uptime() -> Option<Uptime> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let boot = Kept::short(boot.trim().parse().ok()?);
+    let count = clock_gettime(ClockId::Boottime);
+    let ms =
+        u64::try_from(count.tv_sec).ok()? * 1000 + u64::try_from(count.tv_nsec).ok()? / 1_000_000;
+    Some(Uptime { boot, ms })
 }
 
 /// Now, in milliseconds since 1970.

@@ -9,6 +9,9 @@
 //! | 10-11 | what the layer was: 0 head, 1 snapshot, 2 merged snapshot |
 //! | 12-19, 20-27 | when it was dropped, and until when it is kept, in milliseconds since 1970 |
 //! | 28- | 8 bytes for each layer that was moved off it |
+//!
+//! When it was dropped by the host's count stands in a record of its own: the boot, and milliseconds
+//! since then, 8 bytes each.
 
 use zerocopy::byteorder::big_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -28,6 +31,29 @@ struct Fixed {
 }
 
 const _: () = assert!(size_of::<Fixed>() == 28);
+
+/// A moment by the count of a host that runs: nobody sets that as they set a clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uptime {
+    /// The beginning of the random id of the boot.
+    pub boot: u64,
+    /// Milliseconds since the boot, sleep included.
+    pub ms: u64,
+}
+
+impl Uptime {
+    pub(super) fn encode(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.boot.to_be_bytes());
+        bytes[8..].copy_from_slice(&self.ms.to_be_bytes());
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Uptime> {
+        let (words, _) = <[U64; 2]>::ref_from_prefix(bytes).ok()?;
+        Some(Uptime { boot: words[0].get(), ms: words[1].get() })
+    }
+}
 
 /// What a dropped layer was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +79,8 @@ pub struct Kept {
     pub since: u64,
     /// Until when it is kept, in milliseconds since 1970.
     pub until: u64,
+    /// When it was dropped by the host's count, where that was known.
+    pub uptime: Option<Uptime>,
     /// The layers that were moved off it, by [`Kept::short`].
     pub children: Vec<u64>,
 }
@@ -97,6 +125,7 @@ impl Kept {
             was,
             since: fixed.since.get(),
             until: fixed.until.get(),
+            uptime: None,
             children: children.iter().map(|child| child.get()).collect(),
         })
     }

@@ -18,7 +18,7 @@
 //!
 //! Records may stand behind the description: a tag and a length of 2 bytes each, then the bytes.
 //! Unknown tags are passed over. Tag 1 is [`Kept`], tag 2 the parent's [`BaseStamp`], tag 3 the
-//! layer's [`Clones`], tag 4 its configuration.
+//! layer's [`Clones`], tag 4 its configuration, tag 5 the [`Uptime`] of what is kept.
 //!
 //! A label that is too long for its sector is stored in two parts (see [`super::parts`]); who encodes
 //! and decodes one need not know.
@@ -28,7 +28,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::clones::Clones;
 use super::id::Id;
-use super::kept::Kept;
+use super::kept::{Kept, Uptime};
 use super::stamp::BaseStamp;
 use crate::error::{Error, Result};
 
@@ -246,6 +246,9 @@ impl Label {
         bytes.extend_from_slice(self.description.as_bytes());
         if let Some(kept) = &self.kept {
             put_record(&mut bytes, KEPT, &kept.encode());
+            if let Some(uptime) = kept.uptime {
+                put_record(&mut bytes, UPTIME, &uptime.encode());
+            }
         }
         if let Some(stamp) = &parent.stamp {
             put_record(&mut bytes, BASE_STAMP, &stamp.encode());
@@ -304,7 +307,10 @@ impl Label {
             time: fixed.time.get(),
             name: text(FIXED..name_end)?,
             description: text(name_end..end)?,
-            kept: record(&bytes[end..], KEPT).map(Kept::decode).transpose()?,
+            kept: record(&bytes[end..], KEPT).map(Kept::decode).transpose()?.map(|kept| Kept {
+                uptime: record(&bytes[end..], UPTIME).and_then(Uptime::decode),
+                ..kept
+            }),
             clones: record(&bytes[end..], CLONES).map(Clones::decode).transpose()?,
             config: record(&bytes[end..], CONFIG).map(<[u8]>::to_vec),
         })
@@ -319,6 +325,8 @@ const BASE_STAMP: u16 = 2;
 const CLONES: u16 = 3;
 /// The tag of [`Label::config`].
 const CONFIG: u16 = 4;
+/// The tag of [`Kept::uptime`].
+const UPTIME: u16 = 5;
 
 fn put_record(bytes: &mut Vec<u8>, tag: u16, record: &[u8]) {
     let head = RecordHead { tag: tag.into(), len: (record.len() as u16).into() };
@@ -369,6 +377,7 @@ mod tests {
             was: Was::Merged,
             since: 1000,
             until: 2000,
+            uptime: Some(Uptime { boot: 3, ms: 4 }),
             children: vec![5, 6],
         });
         label.clones = Some(Clones { more: true, ..Clones::default() });

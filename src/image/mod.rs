@@ -30,7 +30,7 @@ pub use clones::{Clones, FileStamp, Place, Seen};
 pub use details::Details;
 pub use filter::Filter;
 pub use id::Id;
-pub use kept::{Kept, Was};
+pub use kept::{Kept, Uptime, Was};
 pub use label::{Label, Parent, Role};
 pub(crate) use parts::{PartialLabel, Parts};
 pub use stamp::BaseStamp;

@@ -341,3 +341,34 @@ fn an_undo_brings_back_what_was_dropped_last_whatever_the_clock_said() {
     let plan = snapshot::plan_undo(&path, None).unwrap();
     assert_eq!(plan.snapshots, ["a"]);
 }
+
+#[test]
+fn a_clock_that_was_set_forth_ends_no_keeping_before_its_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    open::create(&path, &CreateOptions::new(1 << 20)).unwrap();
+    snapshot::create(&path, "a", "").unwrap();
+    snapshot::delete(&path, "a", false).unwrap();
+    // What is kept for a week, moved as if the clock had gone on by a year in the meantime.
+    let move_back = |boot: u64| {
+        let tree = family::tree::Family::of(&path).unwrap();
+        for member in tree.members().filter(|m| m.label.kept.is_some()) {
+            let options = OpenOptions { unprotected: true, ..OpenOptions::writable() };
+            let layer = open::open_image(&member.path, &options).unwrap();
+            let mut identity = layer.image.identity().unwrap();
+            let kept = identity.label.as_mut().and_then(|label| label.kept.as_mut()).unwrap();
+            kept.since -= 365 * 86_400_000;
+            kept.until -= 365 * 86_400_000;
+            kept.uptime.as_mut().unwrap().boot ^= boot;
+            layer.image.set_identity(&identity).unwrap();
+        }
+    };
+    let open_and_close = || drop(change::open(&path, &OpenOptions::writable()).unwrap());
+    move_back(0);
+    open_and_close();
+    assert_eq!(snapshot::plan_undo(&path, None).unwrap().snapshots, ["a"]);
+    // On another host, or after another boot, the clock is all there is.
+    move_back(1);
+    open_and_close();
+    assert_eq!(snapshot::plan_undo(&path, None).unwrap_err().kind(), ErrorKind::NotFound);
+}
