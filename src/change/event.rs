@@ -123,7 +123,7 @@ mod tests {
 
     fn kept(layers: u16) -> Kept {
         let (since, until, children) = (1, u64::MAX, Vec::new());
-        Kept { event: 7, layers, was: Was::Snapshot, since, until, children }
+        Kept { event: 7, layers, was: Was::Snapshot, since, until, uptime: None, children }
     }
 
     /// The layers that steps are about, and what they are to be.

@@ -186,7 +186,7 @@ impl Space {
             scratch.cover()?;
             wire::listen(&control, &scratch.control())
                 .map_err(|e| doing(e).at_path(scratch.path()))?;
-            supervise::start_keeper((&scratch, leaf), limits, keepers.as_fd())
+            supervise::start_keeper(&scratch, leaf, limits, keepers.as_fd())
                 .map_err(|e| Error::io("cannot start the container's keeper", e))
         })?;
         let end = supervise::pidfd(keeper.id().cast_signed()).map_err(doing)?;
@@ -241,7 +241,7 @@ impl Space {
     /// When the container cannot be set up. That the program cannot be executed is an [`Outcome`].
     pub fn run(&mut self, root: &Path, spec: &Spec) -> Result<Outcome> {
         let resolver = supervise::resolver(&spec.network)?;
-        supervise::run(self, root, (spec, resolver))
+        supervise::run(self, root, spec, resolver)
     }
 }
 

@@ -31,7 +31,8 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) fn run(
     space: &mut Space,
     root: &Path,
-    (spec, resolver): (&Spec, Option<String>),
+    spec: &Spec,
+    resolver: Option<String>,
 ) -> Result<Outcome> {
     let doing = |what: &'static str| move |e: io::Error| Error::io(what, e);
     let order = order(space, root, spec, resolver);
@@ -90,7 +91,8 @@ pub(super) fn run(
 /// process, and the control group that this process has moved to. For a thread that has a file table of its own and ends then: it leaves the link open to
 /// what it starts, and its next children are in that namespace, too.
 pub(super) fn start_keeper(
-    (scratch, leaf): (&Scratch, Option<&Path>),
+    scratch: &Scratch,
+    leaf: Option<&Path>,
     limits: &Limits,
     link: BorrowedFd<'_>,
 ) -> io::Result<Child> {
@@ -303,9 +305,10 @@ impl Container<'_> {
             None => {
                 init.link = None;
                 if let (None, Some(started)) = (&self.failure, &self.spec.started) {
-                    let processes = (self.space.keeper.id().cast_signed(), init.pid);
+                    let keeper = self.space.keeper.id().cast_signed();
                     let scratch = &self.space.scratch;
-                    started(&visit::entrance(&self.order, scratch, processes, &self.groups));
+                    let groups = &self.groups;
+                    started(&visit::entrance(&self.order, scratch, keeper, init.pid, groups));
                 }
             }
             Some(message) if message.get("failed").is_some() => self.failed(&message),

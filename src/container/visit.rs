@@ -50,7 +50,8 @@ pub struct Visit {
 pub(super) fn entrance(
     order: &Message,
     scratch: &Scratch,
-    (keeper, init): (i32, i32),
+    keeper: i32,
+    init: i32,
     groups: &[PathBuf],
 ) -> Vec<u8> {
     let mut entrance = order.clone();

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{Seek, Write};
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::block::BlockDevice;
@@ -51,7 +52,7 @@ impl Places {
         let mut places = Places::default();
         let size = device.size();
         if let Content::FileSystem(fs) = probe(device.as_ref(), 0, size)? {
-            places.add(device, None, (0, size), fs.driver);
+            places.add(device, None, 0..size, fs.driver);
             return Ok(places);
         }
         for part in partitions(device.as_ref())?.unwrap_or_default() {
@@ -61,7 +62,12 @@ impl Places {
                 continue;
             }
             if let Content::FileSystem(fs) = probe(device.as_ref(), part.offset, part.len)? {
-                places.add(device, Some(part.number), (part.offset, part.len), fs.driver);
+                places.add(
+                    device,
+                    Some(part.number),
+                    part.offset..part.offset.saturating_add(part.len),
+                    fs.driver,
+                );
             }
         }
         Ok(places)
@@ -71,7 +77,7 @@ impl Places {
         &mut self,
         device: &Arc<dyn BlockDevice>,
         partition: Option<u32>,
-        (offset, len): (u64, u64),
+        range: Range<u64>,
         driver: &'static str,
     ) {
         if driver != "ext4" {
@@ -79,7 +85,7 @@ impl Places {
             return;
         }
         let options = Options { read_only: true, ..Options::default() };
-        match Mounted::open(device.clone(), offset, len, options) {
+        match Mounted::open(device.clone(), range.start, range.end - range.start, options) {
             Ok(fs) => self.all.push(Place { partition, fs }),
             Err(error) => {
                 self.passed_over.push(format!("{}: {error}", name(partition)));

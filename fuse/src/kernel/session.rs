@@ -46,7 +46,7 @@ pub(crate) fn serve(
         let lookout = Lookout::new();
         let (crew, lookout, files_now) = (&crew, &lookout, files.as_ref());
         let run = |channel: &Device, number| {
-            let ended = worker(channel, files_now, keeping, (crew, lookout, number));
+            let ended = worker(channel, files_now, keeping, &Post { crew, lookout, number });
             crew.gone(ended.is_err());
             ended
         };
@@ -150,23 +150,26 @@ fn receive(device: &Device, buffer: &mut [u8]) -> io::Result<Option<usize>> {
     }
 }
 
+/// Where a worker stands.
+struct Post<'a> {
+    crew: &'a Crew,
+    lookout: &'a Lookout,
+    /// Its number in the crew.
+    number: usize,
+}
+
 /// Answers requests until the mount is gone.
-fn worker(
-    device: &Device,
-    files: &dyn Files,
-    keeping: Keeping,
-    (crew, lookout, number): (&Crew, &Lookout, usize),
-) -> io::Result<()> {
+fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>) -> io::Result<()> {
     files.thread()?;
     let dispatch = Dispatch { files, keeping };
     let (mut request, mut buffer) = (Vec::new(), Vec::new());
     let mut linger = Linger::default();
-    while let Some(duty) = crew.enter(number) {
+    while let Some(duty) = post.crew.enter(post.number) {
         // Not before it is needed: some never are.
         request.resize(MAX_REQUEST + REQUEST_HEAD, 0);
         buffer.reserve(REPLY_ROOM);
         loop {
-            linger.look(lookout, device.as_fd());
+            linger.look(post.lookout, device.as_fd());
             let Some(len) = receive(device, &mut request)? else { return Ok(()) };
             linger.came();
             duty.begin();

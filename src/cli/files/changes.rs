@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::lgetxattr;
 use rustix::io::Errno;
 use serde::Serialize;
-use vdisk::filesystem::ext4::mounted::{Attributes, Change, Mounted, Need, New, Onto, ROOT};
+use vdisk::filesystem::ext4::mounted::{Attributes, Change, Mounted, Need, New, Onto, Place, ROOT};
 use vdisk::filesystem::tree;
 use vdisk::{Error, Result};
 use vdisk_fuse::overlay::marks::{
@@ -275,7 +275,11 @@ impl Putting<'_> {
         for lower in moving {
             let (at, name) = &lower.place;
             let waiting = lower.inode.to_string();
-            self.fs.rename((*at, name), (yard, waiting.as_bytes()), Onto::Free)?;
+            self.fs.rename(
+                Place::new(*at, name),
+                Place::new(yard, waiting.as_bytes()),
+                Onto::Free,
+            )?;
             self.done.moved += 1;
         }
         Ok(())
@@ -307,9 +311,9 @@ impl Putting<'_> {
             if is_whiteout(&meta) || (marked && self.is_marked(&path, &meta)?) {
                 self.clear(target, name)?;
             } else if meta.is_dir() {
-                self.subdirectory(&path, &meta, (target, name), depth)?;
+                self.subdirectory(&path, &meta, Place::new(target, name), depth)?;
             } else {
-                self.file(&path, &meta, (target, name)).map_err(|e| e.at_path(&path))?;
+                self.file(&path, &meta, Place::new(target, name)).map_err(|e| e.at_path(&path))?;
             }
         }
         Ok(())
@@ -337,12 +341,17 @@ impl Putting<'_> {
     }
 
     /// Puts what stands under an upper file in its place; `None` where nothing does.
-    fn bring(&mut self, path: &Path, (at, name): (u32, &[u8])) -> Result<Option<u32>> {
+    fn bring(&mut self, path: &Path, place: Place<'_>) -> Result<Option<u32>> {
+        let Place { directory: at, name } = place;
         let Some(lower) = self.lowers.get(path).cloned() else { return Ok(None) };
         if let (true, Some(yard)) = (lower.moves, self.yard) {
             self.make_room(at, name)?;
             let waiting = lower.inode.to_string();
-            self.fs.rename((yard, waiting.as_bytes()), (at, name), Onto::Free)?;
+            self.fs.rename(
+                Place::new(yard, waiting.as_bytes()),
+                Place::new(at, name),
+                Onto::Free,
+            )?;
         }
         Ok(Some(lower.inode))
     }
@@ -351,26 +360,28 @@ impl Putting<'_> {
         &mut self,
         path: &Path,
         meta: &Metadata,
-        (at, name): (u32, &[u8]),
+        place: Place<'_>,
         depth: usize,
     ) -> Result<()> {
-        let inode = match self.bring(path, (at, name))? {
+        let Place { directory: at, name } = place;
+        let inode = match self.bring(path, place)? {
             Some(inode) => inode,
             None => {
                 self.make_room(at, name)?;
-                self.copying.make(meta, (at, name), &[]).map_err(|e| e.at_path(path))?
+                self.copying.make(meta, place, &[]).map_err(|e| e.at_path(path))?
             }
         };
         self.directory(path, inode, depth + 1)?;
         self.finish(path, meta, inode).map_err(|e| e.at_path(path))
     }
 
-    fn file(&mut self, path: &Path, meta: &Metadata, (at, name): (u32, &[u8])) -> Result<()> {
+    fn file(&mut self, path: &Path, meta: &Metadata, place: Place<'_>) -> Result<()> {
+        let Place { directory: at, name } = place;
         let key = (meta.dev(), meta.ino());
         if let Some(inode) = self.linked.get(&key).copied() {
-            return self.link(inode, (at, name));
+            return self.link(inode, place);
         }
-        if let Some(inode) = self.bring(path, (at, name))? {
+        if let Some(inode) = self.bring(path, place)? {
             return self.finish(path, meta, inode);
         }
         let own = self.indexed.get(&key).copied();
@@ -379,7 +390,7 @@ impl Putting<'_> {
             Some(inode) => {
                 let empty = Change { size: Some(0), ..Change::default() };
                 self.fs.set_attributes(inode, &empty)?;
-                self.link(inode, (at, name))?;
+                self.link(inode, place)?;
                 inode
             }
             None => {
@@ -388,7 +399,7 @@ impl Putting<'_> {
                     true => path.read_link().map_err(failed)?.into_os_string(),
                     false => Default::default(),
                 };
-                self.copying.make(meta, (at, name), target.as_bytes())?
+                self.copying.make(meta, place, target.as_bytes())?
             }
         };
         if meta.is_file() {
@@ -402,7 +413,8 @@ impl Putting<'_> {
     }
 
     /// Lets a name stand for a file that has others.
-    fn link(&mut self, inode: u32, (at, name): (u32, &[u8])) -> Result<()> {
+    fn link(&mut self, inode: u32, place: Place<'_>) -> Result<()> {
+        let Place { directory: at, name } = place;
         if self.fs.lookup(at, name)? == Some(inode) {
             return Ok(());
         }

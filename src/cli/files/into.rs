@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{SeekFrom, lgetxattr, llistxattr, seek};
 use rustix::io::Errno;
-use vdisk::filesystem::ext4::mounted::{Change, Mounted, Need, New, Onto};
+use vdisk::filesystem::ext4::mounted::{Change, Mounted, Need, New, Onto, Place};
 use vdisk::filesystem::path;
 use vdisk::{Error, ErrorKind, Result};
 
@@ -67,12 +67,12 @@ impl<'a> Copying<'a> {
         let there = place.file.as_ref().filter(|file| file.mode & TYPE == DIRECTORY);
         match there {
             Some(directory) if name.is_empty() => self.contents_of(source, directory.inode, 0),
-            Some(directory) => self.file(source, &meta, (directory.inode, &name), 0),
+            Some(directory) => self.file(source, &meta, Place::new(directory.inode, &name), 0),
             None if into || target.ends_with(b"/") && !meta.is_dir() => {
                 let shown = String::from_utf8_lossy(target);
                 Err(Error::invalid(format!("{shown} in the disk is not a directory")))
             }
-            None => self.file(source, &meta, (place.directory, &place.name), 0),
+            None => self.file(source, &meta, Place::new(place.directory, &place.name), 0),
         }
     }
 
@@ -80,9 +80,10 @@ impl<'a> Copying<'a> {
         &mut self,
         source: &Path,
         meta: &Metadata,
-        (directory, name): (u32, &[u8]),
+        place: Place<'_>,
         depth: usize,
     ) -> Result<()> {
+        let Place { directory, name } = place;
         let old = self.fs.lookup_attributes(directory, name)?;
         let key = (meta.dev(), meta.ino());
         let linked = self.how.archive && meta.nlink() > 1 && !meta.is_dir();
@@ -99,12 +100,12 @@ impl<'a> Copying<'a> {
             let inode = match &old {
                 Some(old) if old.mode & TYPE == DIRECTORY => old.inode,
                 Some(_) => return Err(self.in_the_way(name)),
-                None => self.make(meta, (directory, name), &[])?,
+                None => self.make(meta, place, &[])?,
             };
             self.contents_of(source, inode, depth)?;
             inode
         } else if meta.is_file() {
-            self.regular(source, meta, (directory, name), old.is_some())?
+            self.regular(source, meta, place, old.is_some())?
         } else {
             if old.as_ref().is_some_and(|old| old.mode & TYPE == DIRECTORY) {
                 return Err(self.in_the_way(name));
@@ -122,7 +123,7 @@ impl<'a> Copying<'a> {
                 true => source.read_link().map_err(failed)?.into_os_string(),
                 false => Default::default(),
             };
-            self.make(meta, (directory, name), target.as_bytes())?
+            self.make(meta, place, target.as_bytes())?
         };
         if linked {
             self.linked.insert(key, inode);
@@ -143,14 +144,15 @@ impl<'a> Copying<'a> {
             let entry = entry.map_err(failed)?;
             let path = entry.path();
             let meta = path.symlink_metadata().map_err(|e| failed(e).at_path(&path))?;
-            self.file(&path, &meta, (inode, entry.file_name().as_bytes()), depth + 1)
+            self.file(&path, &meta, Place::new(inode, entry.file_name().as_bytes()), depth + 1)
                 .map_err(|e| e.at_path(&path))?;
         }
         Ok(())
     }
 
     /// Makes a file like this one under a name in a directory, without what it holds.
-    pub fn make(&self, meta: &Metadata, (at, name): (u32, &[u8]), target: &[u8]) -> Result<u32> {
+    pub fn make(&self, meta: &Metadata, place: Place<'_>, target: &[u8]) -> Result<u32> {
+        let Place { directory: at, name } = place;
         let (umask, owner) = match self.how.archive {
             true => (0, (meta.uid(), meta.gid())),
             false => (self.umask, self.owner),
@@ -168,12 +170,13 @@ impl<'a> Copying<'a> {
         &self,
         source: &Path,
         meta: &Metadata,
-        (directory, name): (u32, &[u8]),
+        place: Place<'_>,
         replaces: bool,
     ) -> Result<u32> {
+        let Place { directory, name } = place;
         let from = File::open(source).map_err(failed)?;
         if !replaces {
-            let inode = self.make(meta, (directory, name), &[])?;
+            let inode = self.make(meta, place, &[])?;
             self.contents(&from, meta.len(), inode)?;
             return Ok(inode);
         }
@@ -182,14 +185,18 @@ impl<'a> Copying<'a> {
             return Err(self.in_the_way(name));
         }
         let draft = format!(".vdisk-copy-{}", std::process::id());
-        let inode = self.make(meta, (directory, draft.as_bytes()), &[])?;
+        let inode = self.make(meta, Place::new(directory, draft.as_bytes()), &[])?;
         let copied = self.contents(&from, meta.len(), inode).and_then(|()| {
             // As cp, which writes into the old one: its owner and permissions stay.
             if let Some(old) = old.filter(|old| !self.how.archive && old.mode & TYPE == REGULAR) {
                 let (mode, uid, gid) = (Some(old.mode & 0o7777), Some(old.uid), Some(old.gid));
                 self.fs.set_attributes(inode, &Change { mode, uid, gid, ..Change::default() })?;
             }
-            self.fs.rename((directory, draft.as_bytes()), (directory, name), Onto::Replace)
+            self.fs.rename(
+                Place::new(directory, draft.as_bytes()),
+                Place::new(directory, name),
+                Onto::Replace,
+            )
         });
         if copied.is_err() {
             let _ = self.fs.unlink(directory, draft.as_bytes());

@@ -21,7 +21,7 @@ pub(super) const NAME_SERVER: &str = "10.0.2.3";
 pub(super) fn connect(program: &Path, scratch: &Scratch, publish: &[Publish]) -> Result<()> {
     let told = scratch.path().join("slirp.log");
     let socket = scratch.path().join("slirp");
-    let ready = start(program, scratch, (&told, &socket))
+    let ready = start(program, scratch, &told, &socket)
         .map_err(|e| Error::io("cannot run slirp4netns", e).at_path(program))?;
     if !ready {
         let said = fs::read_to_string(&told).unwrap_or_default();
@@ -33,7 +33,7 @@ pub(super) fn connect(program: &Path, scratch: &Scratch, publish: &[Publish]) ->
 }
 
 /// Starts it, and waits until it is ready or has ended.
-fn start(program: &Path, scratch: &Scratch, (told, socket): (&Path, &Path)) -> io::Result<bool> {
+fn start(program: &Path, scratch: &Scratch, told: &Path, socket: &Path) -> io::Result<bool> {
     let (mut heard, ready) = io::pipe()?;
     Command::new(program)
         .args(["--configure", "--mtu=65520", "--disable-host-loopback"])

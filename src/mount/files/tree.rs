@@ -13,7 +13,7 @@ use super::super::layer::stat_fs;
 use super::privilege::{without, without_after_chown};
 use super::{DiskFiles, WRITES, inode};
 use crate::error::Result;
-use crate::filesystem::ext4::mounted::{Allocation, Change, Need, Onto, Seek};
+use crate::filesystem::ext4::mounted::{Allocation, Change, Need, Onto, Place, Seek};
 
 /// Names that are asked for at a time.
 const LISTED: usize = 256;
@@ -155,8 +155,8 @@ impl Files for DiskFiles {
             _ => return Err(refused(libc::EINVAL)),
         };
         self.changed();
-        let old = (inode(from.parent), from.name.as_bytes());
-        let new = (inode(to.parent), to.name.as_bytes());
+        let old = Place::new(inode(from.parent), from.name.as_bytes());
+        let new = Place::new(inode(to.parent), to.name.as_bytes());
         self.done(self.fs.rename(old, new, onto))
     }
 
@@ -300,7 +300,7 @@ impl Files for DiskFiles {
         let number = handle as u32;
         let killed = (!caller.keeps_set_id()).then_some(caller);
         self.done(self.drop_privileges(number, killed))?;
-        self.done(self.fs.allocate(number, (offset, len), how, keep))
+        self.done(self.fs.allocate(number, offset, len, how, keep))
     }
 
     fn lseek(&self, handle: u64, offset: u64, whence: i32) -> io::Result<u64> {

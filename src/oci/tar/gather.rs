@@ -179,7 +179,7 @@ impl Gathering<'_> {
         entry.mode(stat.st_mode & 0o7777).map_err(failed)?;
         entry.uid(uid.into()).map_err(failed)?;
         entry.gid(gid.into()).map_err(failed)?;
-        time(&mut entry, (stat.st_mtime, stat.st_mtime_nsec as u32)).map_err(failed)?;
+        time(&mut entry, stat.st_mtime, stat.st_mtime_nsec as u32).map_err(failed)?;
         for key in attributes(own).map_err(|e| at(name, e))? {
             if self.how.upper && OVERLAYS.iter().any(|front| key.starts_with(front)) {
                 refuse_meaning(name, &key)?;

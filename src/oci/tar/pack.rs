@@ -198,7 +198,7 @@ impl Packing<'_> {
         entry.mode(u32::from(file.mode & 0o7777)).map_err(failed)?;
         entry.uid(file.uid.into()).map_err(failed)?;
         entry.gid(file.gid.into()).map_err(failed)?;
-        time(&mut entry, file.modified).map_err(failed)?;
+        time(&mut entry, file.modified.0, file.modified.1).map_err(failed)?;
         for name in self.fs.attribute_names(inode)? {
             let value = self.fs.attribute(inode, &name)?.unwrap_or_default();
             let key = std::str::from_utf8(&name).map_err(|e| unfit(path, e))?;
@@ -296,7 +296,8 @@ impl Packing<'_> {
 
 pub(super) fn time(
     entry: &mut EntryBuilder,
-    (seconds, nanoseconds): (i64, u32),
+    seconds: i64,
+    nanoseconds: u32,
 ) -> std::result::Result<(), tar_core::HeaderError> {
     let whole = u64::try_from(seconds).unwrap_or(0);
     entry.mtime(whole)?;

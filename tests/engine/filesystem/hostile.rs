@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vdisk::internals::filesystem::ext4::mounted::{
-    Allocation, Change, Mounted, Need, New, Onto, Options, ROOT, Seek,
+    Allocation, Change, Mounted, Need, New, Onto, Options, Place, ROOT, Seek,
 };
 
 use super::disk::{Disk, Event, formatted};
@@ -59,7 +59,11 @@ fn use_all(fs: &Mounted, dice: &mut Dice) {
                     left.push(name.inode);
                 }
                 if dice.once_in(6) && number != ROOT {
-                    let _ = fs.rename((number, &name.name), (ROOT, b"moved"), Onto::Replace);
+                    let _ = fs.rename(
+                        Place::new(number, &name.name),
+                        Place::new(ROOT, b"moved"),
+                        Onto::Replace,
+                    );
                 }
                 if dice.once_in(6) {
                     let _ = fs.unlink(number, &name.name);
@@ -71,8 +75,8 @@ fn use_all(fs: &Mounted, dice: &mut Dice) {
         let name = format!("a new name {seen} {}", "z".repeat(dice.below(200) as usize));
         let _ = fs.create(number, name.as_bytes(), &new);
         let _ = fs.write(number, dice.below(60_000), &bytes);
-        let _ = fs.allocate(number, (dice.below(60_000), 9000), Allocation::Punch, true);
-        let _ = fs.allocate(number, (dice.below(60_000), 9000), Allocation::Reserve, true);
+        let _ = fs.allocate(number, dice.below(60_000), 9000, Allocation::Punch, true);
+        let _ = fs.allocate(number, dice.below(60_000), 9000, Allocation::Reserve, true);
         let _ = fs.set_attribute(number, b"user.x", Some(&bytes[..300]), Need::Either);
         let size = Some(dice.below(50_000));
         let _ = fs.set_attributes(number, &Change { size, ..Change::default() });

@@ -93,13 +93,13 @@ fn a_hole_past_the_end_of_a_file_takes_its_last_block_whole() {
     let new = New { mode: 0x8000 | 0o644, ..New::default() };
     let file = fs.create(ROOT, b"file", &new).unwrap();
     fs.write(file, 0, &[1; 10_000]).unwrap();
-    fs.allocate(file, (5000, 90_000), Allocation::Punch, true).unwrap();
+    fs.allocate(file, 5000, 90_000, Allocation::Punch, true).unwrap();
     assert_eq!(fs.seek(file, 0, Seek::Hole).unwrap(), 8192);
     // And of an empty file, or past its end, there is nothing to take.
-    fs.allocate(file, (50_000, 10), Allocation::Punch, true).unwrap();
+    fs.allocate(file, 50_000, 10, Allocation::Punch, true).unwrap();
     let empty = fs.create(ROOT, b"empty", &new).unwrap();
-    fs.allocate(empty, (0, 10), Allocation::Punch, true).unwrap();
-    let past = fs.allocate(file, (u64::MAX - 10, 5), Allocation::Punch, true);
+    fs.allocate(empty, 0, 10, Allocation::Punch, true).unwrap();
+    let past = fs.allocate(file, u64::MAX - 10, 5, Allocation::Punch, true);
     assert_eq!(past.unwrap_err().raw_os_error(), Some(libc::EFBIG));
     fs.close().unwrap();
     is_clean(&disk.bytes(), "after the holes");

@@ -1,7 +1,7 @@
 //! Random operations on a file system and on its model.
 
 use vdisk::internals::filesystem::ext4::mounted::{
-    Allocation, Change, Mounted, Need, New, Onto, ROOT, Seek,
+    Allocation, Change, Mounted, Need, New, Onto, Place, ROOT, Seek,
 };
 
 use super::model::File;
@@ -145,7 +145,11 @@ impl Pair<'_> {
         let (from, to) = (self.directory(dice), self.directory(dice));
         let (old, new) = (name(dice), name(dice));
         let onto = dice.pick(&[Onto::Replace, Onto::Replace, Onto::Free, Onto::Exchange]);
-        let result = self.fs.rename((self.inodes[from], &old), (self.inodes[to], &new), onto);
+        let result = self.fs.rename(
+            Place::new(self.inodes[from], &old),
+            Place::new(self.inodes[to], &new),
+            onto,
+        );
         let moved = self.files[from].names.get(&old).copied();
         let other = self.files[to].names.get(&new).copied();
         let expected = self.judge(moved, other, (from, to), onto);
@@ -271,7 +275,7 @@ impl Pair<'_> {
         let keep = how == Allocation::Punch || dice.once_in(2);
         let offset = dice.below(self.longest);
         let len = (dice.below(40000) + 1).min(self.longest - offset).max(1);
-        let result = self.fs.allocate(self.inodes[file], (offset, len), how, keep);
+        let result = self.fs.allocate(self.inodes[file], offset, len, how, keep);
         if !self.extents && how != Allocation::Punch {
             assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EOPNOTSUPP));
             return;

@@ -214,7 +214,7 @@ impl Tx<'_> {
         }
         let Some(value) = value else {
             if there {
-                self.store_attributes(inode, (&inner, &outer), &before)?;
+                self.store_attributes(inode, &inner, &outer, &before)?;
             }
             return Ok(there);
         };
@@ -229,14 +229,15 @@ impl Tx<'_> {
                 return Err(no_space());
             }
         }
-        self.store_attributes(inode, (&inner, &outer), &before)?;
+        self.store_attributes(inode, &inner, &outer, &before)?;
         Ok(there)
     }
 
     fn store_attributes(
         &mut self,
         inode: &mut Inode,
-        (inner, outer): (&[Attribute], &[Attribute]),
+        inner: &[Attribute],
+        outer: &[Attribute],
         before: &(Vec<Attribute>, Vec<Attribute>),
     ) -> Result<()> {
         if inner != before.0

@@ -333,7 +333,8 @@ impl Mounted {
     pub fn allocate(
         &self,
         number: u32,
-        (offset, len): (u64, u64),
+        offset: u64,
+        len: u64,
         how: Allocation,
         keep_size: bool,
     ) -> Result<()> {
@@ -449,7 +450,7 @@ impl Mounted {
                         let run = want.min(u64::from(super::map::extents::LONGEST) - 1);
                         let (from, len) = (at as u32, run as u32);
                         let extent = Extent { at: from, len, place, written: false };
-                        tx.map_extents(&mut inode, (at, at + run), &[extent])?;
+                        tx.map_extents(&mut inode, at..at + run, &[extent])?;
                         run
                     }
                     Some(_) => want,

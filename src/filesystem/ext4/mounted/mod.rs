@@ -50,7 +50,7 @@ pub use create::New;
 pub use file::{Allocation, Seek};
 pub use format::grow::{grow, growable};
 pub use format::{Format, format};
-pub use names::{Name, Onto};
+pub use names::{Name, Onto, Place};
 pub use open::Options;
 pub use stat::{Attributes, Change, Statistics};
 

@@ -9,6 +9,35 @@ use crate::error::{Error, Result};
 /// Directories that may stand in each other.
 const DEEPEST: u32 = 1 << 20;
 
+/// Where a file stands: a directory, by the number of its inode, and a name in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// The directory.
+    pub directory: u32,
+    /// The name, as bytes.
+    pub name: &'a [u8],
+}
+
+impl<'a> Place<'a> {
+    /// A name in a directory.
+    pub fn new(directory: u32, name: &'a [u8]) -> Place<'a> {
+        Place { directory, name }
+    }
+}
+
+/// One of the two directories of a move, and the name in it.
+struct Side<'a> {
+    name: &'a [u8],
+    directory: Inode,
+}
+
+/// One of two files that change places.
+struct Swapped<'a> {
+    name: &'a [u8],
+    directory: Inode,
+    file: Inode,
+}
+
 /// One name in a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Name {
@@ -191,16 +220,16 @@ impl Mounted {
     }
 
     /// Gives a file another name, and what has that name as `onto` says.
-    pub fn rename(&self, from: (u32, &[u8]), to: (u32, &[u8]), onto: Onto) -> Result<()> {
-        for name in [from.1, to.1] {
+    pub fn rename(&self, from: Place<'_>, to: Place<'_>, onto: Onto) -> Result<()> {
+        for name in [from.name, to.name] {
             check_name(name).map_err(|error| match name {
                 b"." | b".." => errno(libc::EBUSY, "the directory itself"),
                 _ => error,
             })?;
         }
         let reap = self.change(|tx| {
-            let old = tx.end(from.0, from.1)?;
-            let new = tx.end(to.0, to.1)?;
+            let old = tx.end(from.directory, from.name)?;
+            let new = tx.end(to.directory, to.name)?;
             let moved = old.file.ok_or_else(|| errno(libc::ENOENT, "no such file"))?;
             match (onto, &new.file) {
                 (Onto::Free, Some(_)) => return Err(errno(libc::EEXIST, "the name is taken")),
@@ -213,25 +242,24 @@ impl Mounted {
             match (onto, new.file) {
                 (Onto::Exchange, Some(other)) => {
                     tx.check_circle(&other, &old.directory)?;
-                    let ends = ((from.1, old.directory, moved), (to.1, new.directory, other));
-                    self.exchange(tx, ends.0, ends.1)?;
+                    let one = Swapped { name: from.name, directory: old.directory, file: moved };
+                    let other = Swapped { name: to.name, directory: new.directory, file: other };
+                    self.exchange(tx, one, other)?;
                     Ok(None)
                 }
                 (_, other) => {
-                    let mut ends = (old.directory, new.directory);
-                    self.move_onto(tx, &mut ends, (from.1, to.1), &moved, other)
+                    let from = Side { name: from.name, directory: old.directory };
+                    let to = Side { name: to.name, directory: new.directory };
+                    self.move_onto(tx, from, to, &moved, other)
                 }
             }
         })?;
         reap.map_or(Ok(()), |number| self.reap(number))
     }
 
-    fn exchange(
-        &self,
-        tx: &mut Tx<'_>,
-        (name, mut parent, file): (&[u8], Inode, Inode),
-        (other_name, mut other_parent, other): (&[u8], Inode, Inode),
-    ) -> Result<()> {
+    fn exchange(&self, tx: &mut Tx<'_>, one: Swapped<'_>, another: Swapped<'_>) -> Result<()> {
+        let Swapped { name, directory: mut parent, file } = one;
+        let Swapped { name: other_name, directory: mut other_parent, file: other } = another;
         tx.replace(&parent, name, (other.number, kind_of(other.mode())))?;
         tx.replace(&other_parent, other_name, (file.number, kind_of(file.mode())))?;
         let apart = parent.number != other_parent.number;
@@ -255,11 +283,13 @@ impl Mounted {
     fn move_onto(
         &self,
         tx: &mut Tx<'_>,
-        (old, new): &mut (Inode, Inode),
-        (from, to): (&[u8], &[u8]),
+        from: Side<'_>,
+        to: Side<'_>,
         moved: &Inode,
         other: Option<Inode>,
     ) -> Result<Option<u32>> {
+        let Side { name: from, directory: mut old } = from;
+        let Side { name: to, directory: mut new } = to;
         let apart = old.number != new.number;
         let entry = (moved.number, kind_of(moved.mode()));
         if let Some(other) = &other {
@@ -271,24 +301,24 @@ impl Mounted {
                 }
                 _ => {}
             }
-            tx.replace(new, to, entry)?;
+            tx.replace(&new, to, entry)?;
         } else if apart {
-            tx.add(new, to, entry)?;
+            tx.add(&mut new, to, entry)?;
         } else {
-            tx.add(old, to, entry)?;
+            tx.add(&mut old, to, entry)?;
         }
-        tx.remove(old, from)?;
+        tx.remove(&old, from)?;
         if moved.is_directory() {
             if apart && other.is_none() {
-                tx.add_child(new)?;
+                tx.add_child(&mut new)?;
             }
             if apart || other.is_some() {
-                tx.remove_child(old);
+                tx.remove_child(&mut old);
             }
         }
-        tx.touch_directory(old)?;
+        tx.touch_directory(&mut old)?;
         if apart {
-            tx.touch_directory(new)?;
+            tx.touch_directory(&mut new)?;
         }
         tx.moved(moved, apart.then_some(new.number))?;
         let Some(other) = other else { return Ok(None) };

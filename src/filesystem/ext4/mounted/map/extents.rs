@@ -5,6 +5,8 @@
 //! are that. A node that overflows becomes several, one that is empty goes, and the keys above a
 //! node are always those of its first entry.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::filesystem::ext4::bytes::{le16, le32, put16, put32, wide};
 use crate::filesystem::ext4::checksum::checksum;
@@ -221,14 +223,15 @@ impl Tx<'_> {
         }
     }
 
-    /// Maps `from..to` of a file as `new` says, and as holes for the rest; returns what stood
+    /// Maps a range of a file as `new` says, and as holes for the rest; returns what stood
     /// there. The inode is changed and not stored.
     pub fn map_extents(
         &mut self,
         inode: &mut Inode,
-        (from, to): (u64, u64),
+        range: Range<u64>,
         new: &[Extent],
     ) -> Result<Vec<Extent>> {
+        let Range { start: from, end: to } = range;
         let goal = new.first().map_or_else(|| self.fs.goal_of(inode.number), |e| e.place);
         let (number, seed) = (inode.number, self.inode_seed(inode));
         let mut change = Change { from, to, new, old: Vec::new(), goal, nodes: 0, number, seed };

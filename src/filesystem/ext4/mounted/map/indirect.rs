@@ -1,6 +1,8 @@
 //! The older map of a file: numbers of blocks, and blocks of numbers (kernel:
 //! Documentation/filesystems/ext4/ifork.rst). ext2 and ext3 have no other.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::filesystem::ext4::bytes::{le32, put32};
 use crate::filesystem::ext4::mounted::Tx;
@@ -133,7 +135,7 @@ impl Tx<'_> {
             let slot = (DIRECT as usize + level) * 4;
             let node = u64::from(le32(inode.map(), slot));
             if low < high && node != 0 {
-                let range = (low - start, high - start);
+                let range = low - start..high - start;
                 if self.clear_node(inode, node, span, range, &mut gone)? {
                     put32(inode.map_mut(), slot, 0);
                 }
@@ -149,9 +151,10 @@ impl Tx<'_> {
         inode: &mut Inode,
         node: u64,
         span: u64,
-        (from, to): (u64, u64),
+        range: Range<u64>,
         gone: &mut Vec<u64>,
     ) -> Result<bool> {
+        let Range { start: from, end: to } = range;
         let per = self.per_block();
         let below = span / per;
         let bytes = self.read(node)?;
@@ -168,7 +171,7 @@ impl Tx<'_> {
                     true
                 }
                 _ => {
-                    let range = (from.max(start) - start, to.min(start + below) - start);
+                    let range = from.max(start) - start..to.min(start + below) - start;
                     self.clear_node(inode, place.into(), below, range, gone)?
                 }
             };

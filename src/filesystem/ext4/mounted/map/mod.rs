@@ -75,7 +75,7 @@ impl Tx<'_> {
         let size = self.fs.sb.block_size;
         if inode.has(FLAG_EXTENTS) {
             let extent = Extent { at: at as u32, len: len as u32, place, written };
-            self.map_extents(inode, (at, at + len), &[extent])?;
+            self.map_extents(inode, at..at + len, &[extent])?;
         } else {
             for step in 0..len {
                 self.set_indirect(inode, at + step, place + step)?;
@@ -105,7 +105,7 @@ impl Tx<'_> {
             left.push(Extent { at, len: run as u32, place: place + step, written: true });
             step += run;
         }
-        self.map_extents(inode, (at, at + len), &left).map(drop)
+        self.map_extents(inode, at..at + len, &left).map(drop)
     }
 
     /// Makes blocks `from..to` of a file a hole and gives back what stood there. The inode is not
@@ -118,7 +118,7 @@ impl Tx<'_> {
         let metadata = !inode.is_regular();
         let (mut count, size) = (0, self.fs.sb.block_size);
         if inode.has(FLAG_EXTENTS) {
-            for old in self.map_extents(inode, (from, to.min(MAX_BLOCKS + 1)), &[])? {
+            for old in self.map_extents(inode, from..to.min(MAX_BLOCKS + 1), &[])? {
                 self.free(old.place, old.len.into())?;
                 if metadata {
                     (0..old.len.into()).for_each(|n| self.st.blocks.forget(old.place + n));
