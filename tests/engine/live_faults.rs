@@ -245,13 +245,19 @@ fn a_crash_at_any_point_of_a_live_snapshot_shows_what_was_flushed() {
         let mut copies = std::mem::take(&mut *copies.lock().unwrap());
         assert!(copies.len() >= 5, "flushes and marks were seen");
         copies.push(last);
-        for copy in &copies {
+        for (number, copy) in copies.iter().enumerate() {
             let path = copy.path().join("disk.qcow2");
             let again = open_patiently(&path, &OpenOptions::writable()).unwrap();
             model.compare(&again).unwrap();
             drop(again);
-            let files = std::fs::read_dir(copy.path()).unwrap();
-            files.for_each(|file| check_layer(&file.unwrap().path(), false).unwrap());
+            for file in std::fs::read_dir(copy.path()).unwrap() {
+                let path = file.unwrap().path();
+                // What the flush before made free, the next one writes down.
+                check_leaks_only(&path);
+                if number + 1 == copies.len() {
+                    check_layer(&path, false).unwrap();
+                }
+            }
         }
     }
 }
