@@ -1,7 +1,7 @@
 //! What an instance without a terminal prints: kept in a file of bounded size, and in the one before.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -72,6 +72,17 @@ impl Tail {
                 });
             }
         }
+    }
+
+    /// The same from where it ends now.
+    ///
+    /// # Errors
+    /// As [`open`](Tail::open).
+    pub fn at_end(dir: &Path) -> io::Result<Tail> {
+        let path = dir.join("log");
+        let mut file = File::open(&path)?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(Tail { path, files: vec![file] })
     }
 
     /// Reads on; 0 where there is nothing new.

@@ -116,15 +116,22 @@ fn a_detached_container_is_listed_printed_stopped_and_waited_for() {
         let used: Value =
             serde_json::from_str(&room.vdisk("stats --json NAME").succeeds().out()).unwrap();
         assert!(used[0]["memory"].as_u64().unwrap() > 0 && used[0]["processes"].as_u64() > Some(2));
-        room.vdisk("attach NAME").fails(&["no terminal", "logs"]);
         let unit = room.vdisk("generate systemd NAME").succeeds().out();
         assert!(unit.contains(&format!(" run --name {} web.qcow2 -- sh -c", room.name)), "{unit}");
         let waiting = start(&work, who, ["wait", &room.name]);
         let following = start(&work, who, ["logs", "--follow", &room.name]);
+        let attached = start(&work, who, ["attach", &room.name]);
+        let open = format!("/proc/{}/fd", attached.pid());
+        eventually("it is attached", || {
+            let mut files = fs::read_dir(&open).into_iter().flatten().flatten();
+            files.any(|file| fs::read_link(file.path()).is_ok_and(|at| at.ends_with("log")))
+        });
         room.vdisk("stop NAME").succeeds();
         assert_eq!(waiting.wait().succeeds().out(), "7\n", "{who:?}");
         let followed = following.wait().succeeds().out();
         assert!(followed.ends_with("hello\nthere\nheard\nasked\n"), "{followed}");
+        let attached = attached.wait();
+        assert_eq!((attached.code, attached.out().as_str()), (Some(7), "asked\n"), "{who:?}");
         assert_eq!(room.vdisk("wait NAME").succeeds().out(), "7\n");
         let record = room.record().unwrap();
         assert_eq!((&record["phase"], &record["status"]), (&"exited".into(), &7.into()));

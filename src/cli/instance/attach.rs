@@ -1,4 +1,4 @@
-//! `vdisk attach`: the console of a virtual machine that runs as an instance.
+//! `vdisk attach`: the console of a virtual machine that runs as an instance, the output of a container.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -7,18 +7,20 @@ use std::os::unix::net::UnixStream;
 use clap::Args as ClapArgs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
-use vdisk::instance::{Kind, place};
+use vdisk::instance::{self, Kind, Record, Tail, place};
 use vdisk::{Error, ErrorKind, Result};
 
+use super::logs;
 use super::switches::CONSOLE;
+use crate::cli::terminal::stop;
 
 /// Ctrl-A: the next key is for vdisk.
 const ESCAPE: u8 = 1;
 
-/// Connect to the serial console of a virtual machine
+/// Connect to the serial console of a virtual machine, or to the output of a detached container
 ///
-/// Ctrl-A d leaves it; it goes on. What a detached container prints is in `vdisk logs`: it has no terminal to
-/// attach to.
+/// Ctrl-A d leaves a virtual machine; it goes on. A container is shown from now on until it ends, and its exit
+/// status is the command's; Ctrl-C leaves it. It reads nothing: `vdisk exec -t` is the way in.
 #[derive(ClapArgs)]
 pub struct AttachArgs {
     /// Its name, its id or the first digits, or its disk.
@@ -29,10 +31,7 @@ pub struct AttachArgs {
 pub fn attach(args: &AttachArgs) -> Result<u8> {
     let record = place::find(&args.instance)?;
     if record.kind == Kind::Container {
-        return Err(Error::unsupported(format!(
-            "{} is a container, which has no terminal to attach to: `vdisk logs {}` shows what it prints",
-            record.name, record.name
-        )));
+        return show(&record);
     }
     let console = place::of(&record)?.join(CONSOLE);
     let stream = UnixStream::connect(&console).map_err(|e| {
@@ -43,6 +42,26 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
     let ended = relay(stream).map_err(|e| Error::io("lost the console", e));
     drop(raw);
     ended.map(|()| 0)
+}
+
+/// Shows what a container prints, until it ends or the user leaves it.
+fn show(record: &Record) -> Result<u8> {
+    let asked = stop::on_signals()?;
+    let mut tail = logs::open(record, Tail::at_end)?;
+    let mut printed = Ok(());
+    let ended = instance::ended(record, &mut |_, _| {
+        printed = logs::print(&mut tail);
+        printed.is_ok() && !asked.asked()
+    });
+    printed?;
+    match ended {
+        Err(e) if e.kind() == ErrorKind::Interrupted => Ok(0),
+        ended => {
+            logs::print(&mut tail)?;
+            let lost = || Error::new(ErrorKind::Io, format!("{} was lost", record.name));
+            ended?.ok_or_else(lost)
+        }
+    }
 }
 
 /// The user's terminal, given back as it was.

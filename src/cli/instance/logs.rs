@@ -1,10 +1,11 @@
-//! `vdisk logs` and `vdisk attach`: what an instance prints, and its console.
+//! `vdisk logs`: what an instance prints.
 
-use std::io::ErrorKind as IoErrorKind;
+use std::io::{self, ErrorKind as IoErrorKind};
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args as ClapArgs;
-use vdisk::instance::{Tail, place};
+use vdisk::instance::{Record, Tail, place};
 use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::terminal::{output, stop};
@@ -28,26 +29,37 @@ pub struct LogsArgs {
 pub fn logs(args: &LogsArgs) -> Result<u8> {
     let record = place::find(&args.instance)?;
     let asked = stop::on_signals()?;
-    let dir = place::of(&record)?;
-    let failed = |e| Error::io("the log cannot be read", e).at_path(&dir);
-    let mut tail = Tail::open(&dir).map_err(|e| match e.kind() {
-        IoErrorKind::NotFound if !record.detached => {
-            let text = format!("{} prints where it was started: it has no log", record.name);
-            Error::new(ErrorKind::NotFound, text)
-        }
-        _ => failed(e),
-    })?;
-    let mut buffer = vec![0; 64 << 10];
+    let mut tail = open(&record, Tail::open)?;
     loop {
         // Before the log is read to its end: nothing is added then.
         let lives = || place::find(&record.id).is_ok_and(|now| now.lives());
         let goes_on = args.follow && !asked.asked() && lives();
-        while let length @ 1.. = tail.read(&mut buffer).map_err(failed)? {
-            output::bytes(buffer.get(..length).unwrap_or_default())?;
-        }
+        print(&mut tail)?;
         if !goes_on {
             return Ok(0);
         }
         std::thread::sleep(LOOK);
     }
+}
+
+/// Opens the log of an instance, which one in the foreground has not.
+pub(super) fn open(record: &Record, how: fn(&Path) -> io::Result<Tail>) -> Result<Tail> {
+    let dir = place::of(record)?;
+    how(&dir).map_err(|e| match e.kind() {
+        IoErrorKind::NotFound if !record.detached => {
+            let text = format!("{} prints where it was started: it has no log", record.name);
+            Error::new(ErrorKind::NotFound, text)
+        }
+        _ => Error::io("the log cannot be read", e).at_path(&dir),
+    })
+}
+
+/// Prints what is new in a log.
+pub(super) fn print(tail: &mut Tail) -> Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    let failed = |e| Error::io("the log cannot be read", e);
+    while let length @ 1.. = tail.read(&mut buffer).map_err(failed)? {
+        output::bytes(buffer.get(..length).unwrap_or_default())?;
+    }
+    Ok(())
 }
