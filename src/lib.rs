@@ -91,6 +91,7 @@ mod luks;
 #[cfg(feature = "mount")]
 mod mount;
 mod mountinfo;
+#[cfg(feature = "serve")]
 mod nbd;
 #[cfg(feature = "oci")]
 mod oci;
@@ -130,9 +131,15 @@ pub mod internals {
 
     #[cfg(feature = "vm")]
     open! { vm }
-    open! { addr block chain change copy error family filesystem formats image luks nbd open qcow2 storage }
+    #[cfg(feature = "serve")]
+    open! { nbd }
+    open! { addr block chain change copy error family filesystem formats image luks open qcow2 storage }
 }
 
+#[cfg(all(test, feature = "serve"))]
+#[allow(dead_code, reason = "the black-box tests use the rest")]
+#[path = "../tests/main/certificates.rs"]
+mod certificates;
 #[cfg(test)]
 #[allow(dead_code, reason = "the black-box tests use the rest")]
 #[path = "../tests/main/require.rs"]

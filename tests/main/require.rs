@@ -17,6 +17,8 @@ pub enum Need {
     QemuSystem,
     /// libnbd's tools: `nbdcopy` and `nbdinfo`.
     Nbd,
+    /// `openssl`: certificates.
+    Tls,
     /// The superuser, `umoci` and `skopeo`: other programs for images.
     Oci,
     /// The same, and `docker-registry` with what makes certificates and passwords for it.
@@ -46,6 +48,7 @@ impl Need {
             Need::Qemu => "qemu",
             Need::QemuSystem => "qemu-system",
             Need::Nbd => "nbd",
+            Need::Tls => "tls",
             Need::Oci => "oci",
             Need::Registry => "registry",
             Need::Xfs => "xfs",
@@ -67,6 +70,7 @@ impl Need {
             Need::Qemu => unrunnable("qemu-img").or_else(|| unrunnable("qemu-io")),
             Need::QemuSystem => unrunnable("qemu-system-x86_64"),
             Need::Nbd => unrunnable("nbdcopy").or_else(|| unrunnable("nbdinfo")),
+            Need::Tls => unfound("openssl"),
             Need::Oci => Need::Root
                 .missing()
                 .or_else(|| unrunnable("umoci"))
