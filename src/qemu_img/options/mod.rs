@@ -4,4 +4,5 @@ pub mod args;
 pub mod create;
 pub mod format;
 pub mod leftover;
+pub mod objects;
 pub mod opts;
