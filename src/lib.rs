@@ -136,10 +136,6 @@ pub mod internals {
     open! { addr block chain change copy error family filesystem formats image luks open qcow2 storage }
 }
 
-#[cfg(all(test, feature = "serve"))]
-#[allow(dead_code, reason = "the black-box tests use the rest")]
-#[path = "../tests/main/certificates.rs"]
-mod certificates;
 #[cfg(test)]
 #[allow(dead_code, reason = "the black-box tests use the rest")]
 #[path = "../tests/main/require.rs"]

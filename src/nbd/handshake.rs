@@ -198,10 +198,10 @@ impl<S: Plain> Session<'_, S> {
 
     /// A server that hangs up may have said why.
     fn send_option(&mut self, option: u32, data: &[u8]) -> Result<()> {
-        send(self.stream, &wire::option_bytes(option, data)).or_else(|e| {
+        send(self.stream, &wire::option_bytes(option, data)).map_err(|e| {
             match self.stream.read(&mut [0; 1]).map_err(lost) {
-                Err(said) if said.kind() == ErrorKind::Denied => Err(said),
-                _ => Err(e),
+                Err(said) if said.kind() == ErrorKind::Denied => said,
+                _ => e,
             }
         })
     }

@@ -127,12 +127,11 @@ impl TlsArgs {
         };
         let load = || ServerCredentials::load(dir, self.tls_verify_peer);
         match self.tls {
-            Some(TlsMode::Off) => Ok(Tls::Off),
             // Who comes without TLS shows no certificate.
-            Some(TlsMode::On) if self.tls_verify_peer => {
-                let text = "--tls-verify-peer keeps nobody out with --tls=on: --tls=require does";
-                Err(Error::invalid(text))
+            Some(TlsMode::On | TlsMode::Off) if self.tls_verify_peer => {
+                Err(Error::invalid("--tls-verify-peer keeps nobody out without --tls=require"))
             }
+            Some(TlsMode::Off) => Ok(Tls::Off),
             Some(TlsMode::On) => load().map(Tls::Offered),
             Some(TlsMode::Require) | None => load().map(Tls::Required),
         }

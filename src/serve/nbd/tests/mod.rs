@@ -12,6 +12,9 @@ use crate::nbd::wire::{self, Fields, Request, chunk, command, error, flag, optio
 use crate::storage::Storage;
 
 mod bench;
+#[allow(dead_code, reason = "the black-box tests use the rest")]
+#[path = "../../../../tests/main/certificates.rs"]
+mod certificates;
 mod tls;
 
 use bench::{BAD, Bench, DOOR, PATIENCE, Raw, SIZE};

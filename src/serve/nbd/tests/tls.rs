@@ -11,8 +11,8 @@ use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 use super::super::Tls;
 use super::bench::{Bench, PATIENCE, Raw};
+use super::certificates::{Authority, Wanted};
 use super::request;
-use crate::certificates::{Authority, Wanted};
 use crate::nbd::stream::{Hasty, Plain, Socket, Stream};
 use crate::nbd::tls::{ClientCredentials, ServerCredentials, Side};
 use crate::nbd::wire::{self, Request, command, error, option, reply};
