@@ -1,5 +1,5 @@
-//! TLS for connections: [`credentials`] reads certificates from a directory as `tls-creds-x509` of QEMU's
-//! and `--tls-certificates` of nbdkit's take it, [`channel`] is the connection. It knows no NBD.
+//! TLS for connections: `credentials` reads certificates from a directory as `tls-creds-x509` of QEMU's
+//! and `--tls-certificates` of nbdkit's take it, `channel` is the connection. It knows no NBD.
 //!
 //! Versions 1.2 and 1.3 (RFC 5246, RFC 8446), without resumption: each connection is checked anew.
 //! rustls has no pre-shared keys that were agreed on elsewhere (its issue 174), so there are none here.
