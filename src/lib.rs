@@ -91,6 +91,7 @@ mod luks;
 #[cfg(feature = "mount")]
 mod mount;
 mod mountinfo;
+#[cfg(feature = "serve")]
 mod nbd;
 #[cfg(feature = "oci")]
 mod oci;
@@ -130,7 +131,9 @@ pub mod internals {
 
     #[cfg(feature = "vm")]
     open! { vm }
-    open! { addr block chain change copy error family filesystem formats image luks nbd open qcow2 storage }
+    #[cfg(feature = "serve")]
+    open! { nbd }
+    open! { addr block chain change copy error family filesystem formats image luks open qcow2 storage }
 }
 
 #[cfg(test)]

@@ -6,13 +6,18 @@
 //! for people; no test depends on it. `cargo bench --bench compare peers` prints the table of single
 //! disks against QEMU alone, `trees` that of clones, snapshots and deep chains, `threads` that of many
 //! threads on one disk, `files` those of overlays and of files in a disk (only where it is asked for: they
-//! take the superuser), `images` that of images against podman (the same), `ratios` the rest.
+//! take the superuser), `images` that of images against podman (the same), `nbd` that of NBD with TLS
+//! against qemu-nbd, `ratios` the rest.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[allow(dead_code, reason = "the tests use the rest")]
+#[path = "../../tests/main/certificates.rs"]
+mod certificates;
 mod disks;
 mod files;
 mod images;
+mod nbd;
 mod peers;
 mod threads;
 mod trees;
@@ -197,6 +202,9 @@ fn main() {
     }
     if asked("threads") {
         threads::table();
+    }
+    if asked("nbd") {
+        nbd::table();
     }
     if words.iter().any(|w| w == "images") {
         images::table();

@@ -98,7 +98,7 @@ fn fill(piece: &mut [u8], state: &mut u64) {
 }
 
 /// A raw disk with data in each `every`th MiB.
-fn raw(dir: &Path, name: &str, size: u64, every: u64) {
+pub fn raw(dir: &Path, name: &str, size: u64, every: u64) {
     let file = File::create_new(dir.join(name)).unwrap();
     file.set_len(size).unwrap();
     let mut piece = vec![0; 1 << 20];

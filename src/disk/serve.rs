@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::block::BlockDevice;
 use crate::error::Result;
-use crate::serve::nbd::{Contexts, Export, Server};
+use crate::serve::nbd::{Contexts, Export, Server, Tls};
 use crate::serve::socket::Listener;
 
 /// A server of NBD for one disk. It ends when it is [stopped](NbdServer::stop) or dropped.
@@ -28,7 +28,7 @@ impl NbdServer {
             description: String::new(),
             contexts: Contexts::default(),
         };
-        Server::start(export, listener).map(NbdServer)
+        Server::start(export, listener, Tls::Off).map(NbdServer)
     }
 
     /// Takes no more requests, answers those that are under way, and makes all that was written durable.

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::stream::Stream;
+use super::stream::{Socket, Stream};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long to wait for a server to accept a connection.
@@ -37,6 +37,14 @@ impl fmt::Display for Address {
 }
 
 impl Address {
+    /// The name or address of the host, where there is one.
+    pub(super) fn host(&self) -> Option<&str> {
+        match self {
+            Address::Unix(_) => None,
+            Address::Tcp { host, .. } => Some(bare(host)),
+        }
+    }
+
     /// Connects.
     pub(super) fn connect(&self) -> Result<Stream> {
         let failed = |e: io::Error| {
@@ -45,9 +53,11 @@ impl Address {
         };
         let (host, port) = match self {
             Address::Unix(path) => {
-                return UnixStream::connect(path).map(Stream::Unix).map_err(failed);
+                return UnixStream::connect(path)
+                    .map(|stream| Stream::new(Socket::Unix(stream)))
+                    .map_err(failed);
             }
-            Address::Tcp { host, port } => (host, port),
+            Address::Tcp { host, port } => (bare(host), port),
         };
         let unresolved = |why: &str| {
             let text = format!("address resolution failed for {self}: {why}");
@@ -55,9 +65,7 @@ impl Address {
         };
         let port = port.parse::<u16>();
         let port = port.map_err(|_| unresolved("Servname not supported for ai_socktype"))?;
-        // An address in brackets is one of IPv6.
-        let name = host.trim_start_matches('[').trim_end_matches(']');
-        let all = (name, port).to_socket_addrs().map_err(|e| {
+        let all = (host, port).to_socket_addrs().map_err(|e| {
             let text = words(&e);
             unresolved(text.rsplit(": ").next().unwrap_or_default())
         })?;
@@ -66,13 +74,18 @@ impl Address {
             match TcpStream::connect_timeout(&address, CONNECT) {
                 Ok(stream) => {
                     stream.set_nodelay(true).map_err(failed)?;
-                    return Ok(Stream::Tcp(stream));
+                    return Ok(Stream::new(Socket::Tcp(stream)));
                 }
                 Err(e) => last = e,
             }
         }
         Err(failed(last))
     }
+}
+
+/// An address in brackets is one of IPv6.
+fn bare(host: &str) -> &str {
+    host.trim_start_matches('[').trim_end_matches(']')
 }
 
 /// The words of a failed system call, without the error number.

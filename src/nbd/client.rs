@@ -6,16 +6,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Target;
-use super::handshake::{self, Export, send};
+use super::handshake::{self, Export, send_all};
 use super::replies::{self, Wanted};
-use super::stream::Stream;
+use super::stream::{Hasty, Stream};
 use super::wire::{self, Request, command, flag};
 use crate::addr::Unit;
 use crate::block::{check_range, total, total_mut, window, window_mut};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
-/// How long a server may take to say something while it is haggled with.
+/// How long a server may take until all is agreed on.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 /// How long it may take to answer a request: to flush can take a slow disk minutes.
 const REPLY: Duration = Duration::from_secs(600);
@@ -85,12 +85,13 @@ impl Client {
     /// Connects to `target`.
     ///
     /// # Errors
-    /// [`ErrorKind::ReadOnly`] where the export is to be written and cannot be.
+    /// [`ErrorKind::ReadOnly`] where the export is to be written and cannot be; [`ErrorKind::Denied`]
+    /// where the server, or this client, is not the one that it should be.
     pub fn connect(target: &Target, write: bool) -> Result<Client> {
-        let mut stream = target.address.connect()?;
+        let side = target.side()?;
+        let stream = target.address.connect()?;
         let no_timeout = |e| Error::io("the socket takes no timeout", e);
-        stream.set_patience(Some(HANDSHAKE)).map_err(no_timeout)?;
-        let export = handshake::negotiate(&mut stream, target)?;
+        let export = handshake::negotiate(&mut Hasty::new(&stream, HANDSHAKE), target, side)?;
         stream.set_patience(Some(REPLY)).map_err(no_timeout)?;
         if write && export.flags & flag::READ_ONLY != 0 {
             // The words are the host's for what is not permitted, as other clients say it.
@@ -170,11 +171,10 @@ impl Client {
         }
         connection.cookie += 1;
         request.cookie = connection.cookie;
-        let stream = &mut connection.stream;
-        let sent = send(stream, &request.encode())
-            .and_then(|()| bufs.iter().try_for_each(|buf| send(stream, buf)));
+        let mut stream = &connection.stream;
+        let sent = send_all(&mut stream, &request.encode(), bufs);
         let structured = self.export.structured;
-        match sent.and_then(|()| replies::read(stream, request.cookie, structured, wanted)) {
+        match sent.and_then(|()| replies::read(&mut stream, request.cookie, structured, wanted)) {
             Ok(done) => done.map_err(|e| e.at_offset(request.offset)),
             Err(e) => {
                 connection.broken = true;
@@ -253,7 +253,8 @@ impl Drop for Client {
         let connection = self.connection.get_mut().unwrap_or_else(PoisonError::into_inner);
         let goodbye = request(command::DISCONNECT, 0, 0, 0);
         // The server notices either way.
-        let _ = send(&mut connection.stream, &goodbye.encode());
+        let _ = send_all(&mut &connection.stream, &goodbye.encode(), &[]);
+        connection.stream.close();
     }
 }
 

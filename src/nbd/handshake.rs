@@ -1,8 +1,10 @@
 //! Agreeing with a server on an export: the fixed newstyle handshake.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 
 use super::Target;
+use super::stream::{Plain, write_all};
+use super::tls::{self, Side};
 use super::wire::{self, Fields, option, reply};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -36,12 +38,13 @@ pub struct Export {
     pub context: Option<u32>,
 }
 
-/// Haggles on a fresh connection.
+/// Haggles on a fresh connection, with TLS before all else where `side` says so.
 ///
 /// # Errors
 /// [`ErrorKind::NotFound`] where there is no such export; [`ErrorKind::Unsupported`] for what this
-/// client does not speak; [`ErrorKind::Corrupt`] for what no server may say.
-pub fn negotiate(stream: &mut (impl Read + Write), target: &Target) -> Result<Export> {
+/// client does not speak; [`ErrorKind::Corrupt`] for what no server may say; [`ErrorKind::Denied`]
+/// where one end does not prove who it is.
+pub fn negotiate(stream: &mut impl Plain, target: &Target, side: Option<Side>) -> Result<Export> {
     let name = target.export.as_deref().unwrap_or_default();
     if name.len() > MAX_NAME {
         return Err(Error::invalid("export name too long to send to server"));
@@ -57,6 +60,9 @@ pub fn negotiate(stream: &mut (impl Read + Write), target: &Target) -> Result<Ex
     let answer = u16::from_be_bytes(number(stream)?) & (wire::FIXED | wire::NO_ZEROES);
     send(stream, &u32::from(answer).to_be_bytes())?;
     let mut session = Session { stream, no_zeroes: answer & wire::NO_ZEROES != 0 };
+    if let Some(side) = side {
+        session.start_tls(answer & wire::FIXED != 0, side)?;
+    }
     let mut export = Export { min_block: 1, max_block: MAX_BLOCK, ..Export::default() };
     if answer & wire::FIXED != 0 {
         export.structured = session.ask(option::STRUCTURED_REPLY, &[], |_, _| Ok(()))?.is_ok();
@@ -112,7 +118,10 @@ impl Refused {
             reply::PLATFORM => {
                 (ErrorKind::Unsupported, format!("Server lacks support for {option}"))
             }
-            reply::TLS => (ErrorKind::Unsupported, format!("Server requires TLS for {option}")),
+            reply::TLS => {
+                let text = format!("TLS negotiation required before {option}");
+                (ErrorKind::Unsupported, text + "\nDid you forget a valid tls-creds?")
+            }
             reply::SHUTDOWN => (ErrorKind::Io, format!("Server shutting down before {option}")),
             reply::BLOCK_SIZE => {
                 (ErrorKind::Unsupported, format!("Server requires INFO_BLOCK_SIZE for {option}"))
@@ -135,7 +144,21 @@ struct Session<'a, S> {
     no_zeroes: bool,
 }
 
-impl<S: Read + Write> Session<'_, S> {
+impl<S: Plain> Session<'_, S> {
+    /// Begins TLS. Nothing was said before that, so that nothing of what others may have said counts.
+    fn start_tls(&mut self, is_fixed: bool, side: Side) -> Result<()> {
+        let without = || Error::unsupported("Server does not support the option 5 (starttls)");
+        if !is_fixed {
+            return Err(without());
+        }
+        let only = |_, _: &[u8]| Err(Error::corrupt("Unexpected reply to 'starttls'"));
+        match self.ask(option::STARTTLS, &[], only)? {
+            Ok(()) => self.stream.secure(side).map_err(lost),
+            Err(refused) if refused.code == reply::UNSUPPORTED => Err(without()),
+            Err(refused) => Err(refused.error(option::STARTTLS)),
+        }
+    }
+
     /// Sends an option and hands its replies to `each`, up to the last one.
     fn ask(
         &mut self,
@@ -143,7 +166,7 @@ impl<S: Read + Write> Session<'_, S> {
         data: &[u8],
         mut each: impl FnMut(u32, &[u8]) -> Result<()>,
     ) -> Result<std::result::Result<(), Refused>> {
-        send(self.stream, &wire::option_bytes(option, data))?;
+        self.send_option(option, data)?;
         for _ in 0..MAX_REPLIES {
             let head: [u8; 20] = number(self.stream)?;
             let mut fields = Fields(&head);
@@ -171,6 +194,16 @@ impl<S: Read + Write> Session<'_, S> {
             }
         }
         Err(Error::corrupt("server does not come to an end of its replies to an option"))
+    }
+
+    /// A server that hangs up may have said why.
+    fn send_option(&mut self, option: u32, data: &[u8]) -> Result<()> {
+        send(self.stream, &wire::option_bytes(option, data)).map_err(|e| {
+            match self.stream.read(&mut [0; 1]).map_err(lost) {
+                Err(said) if said.kind() == ErrorKind::Denied => said,
+                _ => e,
+            }
+        })
     }
 
     /// Asks for the metadata context `wanted`; its number, where the server knows it.
@@ -227,7 +260,7 @@ impl<S: Read + Write> Session<'_, S> {
 
     /// Asks for the export the old way, to which there is no refusal but the end.
     fn export_name(&mut self, name: &str, export: &mut Export) -> Result<()> {
-        send(self.stream, &wire::option_bytes(option::EXPORT_NAME, name.as_bytes()))?;
+        self.send_option(option::EXPORT_NAME, name.as_bytes())?;
         let bytes: [u8; 10] = number(self.stream)?;
         let mut fields = Fields(&bytes);
         export.size = fields.u64().ok_or_else(short)?;
@@ -244,11 +277,15 @@ fn short() -> Error {
 }
 
 /// Writes all of `bytes`.
-pub(super) fn send(stream: &mut impl Write, bytes: &[u8]) -> Result<()> {
-    stream.write_all(bytes).map_err(|e| match e.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => silent(),
-        _ => Error::io("the connection to the server was lost", e),
-    })
+fn send(stream: &mut impl Write, bytes: &[u8]) -> Result<()> {
+    stream.write_all(bytes).map_err(lost)
+}
+
+/// Writes all of `head` and `bufs`, with one call where the socket takes it.
+pub(super) fn send_all(stream: &mut impl Write, head: &[u8], bufs: &[IoSlice<'_>]) -> Result<()> {
+    let mut all: Vec<IoSlice<'_>> =
+        [head].into_iter().chain(bufs.iter().map(|b| &**b)).map(IoSlice::new).collect();
+    write_all(stream, &mut all).map_err(lost)
 }
 
 /// Fills `bytes`.
@@ -258,9 +295,19 @@ pub(super) fn receive(stream: &mut impl Read, bytes: &mut [u8]) -> Result<()> {
             ErrorKind::Io,
             "Failed to read data: Unexpected end-of-file before all data were read",
         ),
+        _ => lost(e),
+    })
+}
+
+/// Why nothing can be said or heard any more.
+fn lost(e: io::Error) -> Error {
+    if let Some(text) = tls::words(&e) {
+        return Error::new(ErrorKind::Denied, text);
+    }
+    match e.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => silent(),
         _ => Error::io("the connection to the server was lost", e),
-    })
+    }
 }
 
 fn silent() -> Error {

@@ -5,6 +5,8 @@ use std::io::{self, Cursor, Read, Write};
 
 use super::handshake::{Export, negotiate};
 use super::replies::{self, Wanted};
+use super::stream::Plain;
+use super::tls::Side;
 use super::wire::{self, chunk, option, reply};
 use super::{Address, Target};
 
@@ -27,11 +29,18 @@ impl Write for Script {
     }
 }
 
+impl Plain for Script {
+    fn secure(&mut self, _: Side) -> io::Result<()> {
+        unreachable!("TLS was not asked for")
+    }
+}
+
 fn target(context: Option<&str>) -> Target {
     Target {
         address: Address::Unix("/nowhere".into()),
         export: Some("disk".into()),
         context: context.map(str::to_owned),
+        tls: None,
     }
 }
 
@@ -72,7 +81,7 @@ fn good(size: u64) -> Vec<u8> {
 }
 
 fn haggle(bytes: Vec<u8>, context: Option<&str>) -> crate::Result<Export> {
-    negotiate(&mut Script(Cursor::new(bytes)), &target(context))
+    negotiate(&mut Script(Cursor::new(bytes)), &target(context), None)
 }
 
 #[test]

@@ -18,6 +18,7 @@ pub mod option {
     pub const EXPORT_NAME: u32 = 1;
     pub const ABORT: u32 = 2;
     pub const LIST: u32 = 3;
+    pub const STARTTLS: u32 = 5;
     pub const INFO: u32 = 6;
     pub const GO: u32 = 7;
     pub const STRUCTURED_REPLY: u32 = 8;
@@ -30,6 +31,7 @@ pub mod option {
             EXPORT_NAME => "export name",
             ABORT => "abort",
             LIST => "list",
+            STARTTLS => "starttls",
             INFO => "info",
             GO => "go",
             STRUCTURED_REPLY => "structured reply",

@@ -21,7 +21,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, fchmod};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::nbd::stream::Stream;
+use crate::nbd::stream::{Socket, Stream};
 
 /// How long others may take to make their sockets in the same directory.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -59,17 +59,17 @@ impl Listener {
     /// Takes a connection; fails with [`WouldBlock`](IoErrorKind::WouldBlock) where none waits
     /// and the socket is [not to be waited for](Listener::set_nonblocking).
     pub(super) fn accept(&self) -> io::Result<Stream> {
-        let stream = match self {
-            Listener::Unix(socket) => Stream::Unix(socket.listener.accept()?.0),
+        let socket = match self {
+            Listener::Unix(socket) => Socket::Unix(socket.listener.accept()?.0),
             Listener::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
                 stream.set_nodelay(true)?;
                 // A host that is gone without a word is noticed by this alone.
                 setsockopt(&stream, sockopt::KeepAlive, &true)?;
-                Stream::Tcp(stream)
+                Socket::Tcp(stream)
             }
         };
-        Ok(stream)
+        Ok(Stream::new(socket))
     }
 
     /// Lets [`accept`](Listener::accept) return at once.

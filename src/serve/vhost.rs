@@ -6,15 +6,21 @@
 //! those of our own guests are, by [`crate::virtio`]. The guest is untrusted. The program that runs it
 //! shares its memory with us: by cutting it short it can end this process, and with it only what
 //! it is served itself.
+//!
+//! A server that ends can be followed by another one under a running guest. The requests of a queue are
+//! carried out one after the other, in their order, so those that are under way are all from the index
+//! of the used ring on, and that is where the other program has the next server begin: there is nothing
+//! to keep in memory that both share (`INFLIGHT_SHMFD`, which the crate does not offer either). It reads
+//! that index when it sees the connection end: none is ended while a request is carried out.
 
 use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::Listener;
@@ -60,12 +66,12 @@ pub struct Server {
 #[derive(Default)]
 struct State {
     stopping: AtomicBool,
-    /// Ends the connection that is served now.
-    connection: Mutex<Option<ShutdownHandle>>,
+    /// What ends the connection that is served now, and its device.
+    connection: Mutex<Option<(ShutdownHandle, Arc<Backend>)>>,
 }
 
 impl State {
-    fn connection(&self) -> MutexGuard<'_, Option<ShutdownHandle>> {
+    fn connection(&self) -> MutexGuard<'_, Option<(ShutdownHandle, Arc<Backend>)>> {
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -110,7 +116,9 @@ impl Server {
     fn finish(&mut self) {
         self.state.stopping.store(true, Ordering::SeqCst);
         drop(self.wake.take());
-        if let Some(connection) = self.state.connection().take() {
+        let connection = self.state.connection().take();
+        if let Some((connection, backend)) = connection {
+            backend.come_to_rest();
             connection.shutdown();
         }
         let _ = self.ended.recv_timeout(TO_END);
@@ -161,6 +169,8 @@ struct Backend {
     memory: Shared,
     /// Descriptors that the crate takes over and forgets to close.
     exits: Mutex<Vec<RawFd>>,
+    /// For each queue, held while requests of it are carried out: whether any were.
+    turns: Vec<Mutex<bool>>,
 }
 
 impl Drop for Backend {
@@ -177,7 +187,8 @@ impl Backend {
         let device = Mutex::new(Block::new(disk.clone(), id, queues));
         let (features, memory) = (AtomicU64::new(0), Shared::new(Memory::new()));
         let exits = Mutex::default();
-        Arc::new(Backend { state, disk, queues, device, features, memory, exits })
+        let turns = (0..queues).map(|_| Mutex::default()).collect();
+        Arc::new(Backend { state, disk, queues, device, features, memory, exits, turns })
     }
 
     fn device(&self) -> MutexGuard<'_, Block> {
@@ -191,8 +202,9 @@ impl Backend {
         let mut daemon =
             VhostUserDaemon::new("vhost-user".into(), self.clone(), memory).map_err(other)?;
         daemon.start(&mut Listener::from(socket.listener().try_clone()?)).map_err(other)?;
-        *self.state.connection() = daemon.shutdown_handle();
+        *self.state.connection() = daemon.shutdown_handle().map(|handle| (handle, self.clone()));
         if self.state.is_stopping() {
+            self.come_to_rest();
             daemon.request_shutdown();
         }
         let _ = daemon.wait();
@@ -206,21 +218,36 @@ impl Backend {
         Ok(())
     }
 
+    /// Waits until nothing is carried out; nothing more is begun by a server that stops.
+    fn come_to_rest(&self) {
+        let until = Instant::now() + TO_END;
+        for turn in &self.turns {
+            while matches!(turn.try_lock(), Err(TryLockError::WouldBlock)) && Instant::now() < until
+            {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
     /// Carries out what waits in a queue, until nothing does.
-    fn drain(&self, vring: &Vring) -> io::Result<()> {
+    fn drain(&self, vring: &Vring, queue: usize) -> io::Result<()> {
         let executor = self.device().executor(self.features.load(Ordering::SeqCst));
         loop {
             let mut ring = vring.get_mut();
+            let turn = self.turns.get(queue).ok_or(io::ErrorKind::InvalidInput)?;
+            let mut begun = turn.lock().unwrap_or_else(PoisonError::into_inner);
             if self.state.is_stopping() || !ring.is_enabled() || !ring.get_queue().ready() {
                 return Ok(());
             }
-            let told = Cell::new(false);
-            let turn = self.turn(ring.get_queue_mut(), &executor, || told.set(true));
+            // Another server may have carried out the last requests and ended before it said so.
+            let goes_on = ring.get_queue().next_avail() != 0;
+            let told = Cell::new(!std::mem::replace(&mut *begun, true) && goes_on);
+            let served = self.turn(ring.get_queue_mut(), &executor, || told.set(true));
             if told.get() {
                 // A full counter means that the interrupt is on its way already.
                 let _ = ring.signal_used_queue();
             }
-            match turn {
+            match served {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 Err(virtio::Broken) => {
@@ -321,7 +348,14 @@ impl VhostUserBackend for Backend {
         Some((consumer, notifier))
     }
 
-    fn handle_event(&self, event: u16, _: EventSet, vrings: &[Vring], _: usize) -> io::Result<()> {
-        vrings.get(usize::from(event)).map_or(Ok(()), |vring| self.drain(vring))
+    /// There is a thread for each queue, and it has that queue's number.
+    fn handle_event(
+        &self,
+        event: u16,
+        _: EventSet,
+        vrings: &[Vring],
+        thread: usize,
+    ) -> io::Result<()> {
+        vrings.get(usize::from(event)).map_or(Ok(()), |vring| self.drain(vring, thread))
     }
 }

@@ -12,12 +12,13 @@ use crate::twin::{noise, same_bytes};
 
 const SIZE: usize = 3 << 20;
 
-fn ours(work: &Work, words: &str) -> Done {
+/// The drop-in.
+pub fn ours(work: &Work, words: &str) -> Done {
     work.vdisk(&format!("qemu-img {words}"))
 }
 
 /// A server that goes with the test.
-struct Server(Running);
+pub struct Server(Running);
 
 impl Drop for Server {
     fn drop(&mut self) {
@@ -25,7 +26,8 @@ impl Drop for Server {
     }
 }
 
-fn serve(work: &Work, program: &str, words: &str, socket: &str) -> Server {
+/// Starts a server at a socket in the test's directory, where its words say `SOCKET`.
+pub fn serve(work: &Work, program: &str, words: &str, socket: &str) -> Server {
     // QEMU's server wants the whole path.
     let path = work.path(socket).display().to_string();
     let words = words.split_whitespace().map(|w| if w == "SOCKET" { &path } else { w });

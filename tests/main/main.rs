@@ -6,6 +6,7 @@
 // Clippy's leave for tests covers `#[test]` functions only; here the harness may panic too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod certificates;
 mod dice;
 mod host;
 mod identity;
@@ -15,6 +16,7 @@ mod same_calls;
 mod same_overlay;
 mod same_tree;
 mod someone;
+mod tls_clients;
 mod twin;
 
 mod about;
@@ -35,6 +37,7 @@ mod devices;
 mod drop_in;
 mod elsewhere;
 mod exports;
+mod exports_tls;
 mod files;
 mod filesystem;
 mod filesystem_twin;
@@ -65,6 +68,7 @@ mod secrets;
 mod serve;
 mod serve_contexts;
 mod serve_guest;
+mod serve_tls;
 mod snapshots;
 mod space;
 mod targets;

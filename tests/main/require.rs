@@ -19,6 +19,8 @@ pub enum Need {
     Nbd,
     /// nbdkit(1): a server with habits of its own.
     Nbdkit,
+    /// `openssl`: certificates.
+    Tls,
     /// The superuser, `umoci` and `skopeo`: other programs for images.
     Oci,
     /// The same, and `docker-registry` with what makes certificates and passwords for it.
@@ -49,6 +51,7 @@ impl Need {
             Need::QemuSystem => "qemu-system",
             Need::Nbd => "nbd",
             Need::Nbdkit => "nbdkit",
+            Need::Tls => "tls",
             Need::Oci => "oci",
             Need::Registry => "registry",
             Need::Xfs => "xfs",
@@ -71,6 +74,7 @@ impl Need {
             Need::QemuSystem => unrunnable("qemu-system-x86_64"),
             Need::Nbd => unrunnable("nbdcopy").or_else(|| unrunnable("nbdinfo")),
             Need::Nbdkit => unrunnable("nbdkit"),
+            Need::Tls => unfound("openssl"),
             Need::Oci => Need::Root
                 .missing()
                 .or_else(|| unrunnable("umoci"))

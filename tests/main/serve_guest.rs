@@ -54,10 +54,15 @@ fn bootable(mode: u8) -> (Work, Vec<u8>) {
 
 /// A virtual machine whose disk is served at the socket `sock`.
 fn machine(work: &Work, options: &str) -> Running {
+    machine_that("", work, options)
+}
+
+/// The same, with more to be said of the socket.
+fn machine_that(connects: &str, work: &Work, options: &str) -> Running {
     let words = format!(
         "-accel tcg -machine q35,memory-backend=mem -m 64M -nodefaults -display none -no-reboot \
          -object memory-backend-memfd,id=mem,size=64M,share=on \
-         -chardev socket,id=c,path=sock -device vhost-user-blk-pci,chardev=c,bootindex=1{options} \
+         -chardev socket,id=c,path=sock{connects} -device vhost-user-blk-pci,chardev=c,bootindex=1{options} \
          -device isa-debug-exit,iobase=0xf4,iosize=4"
     );
     work.command("qemu-system-x86_64", words.split_whitespace())
@@ -204,6 +209,49 @@ fn a_server_that_is_ended_or_killed_under_a_guest_leaves_a_disk_that_opens() {
         same_bytes("what nobody writes", &now[..TO], &bytes[..TO]);
         same_bytes("the rest", &now[EVER + LEN..], &bytes[EVER + LEN..]);
     }
+}
+
+/// QEMU has the next server begin where the last one came to, by what the guest sees: a request that
+/// was done behind the back of a closed connection was done twice, and the guest got two answers.
+#[test]
+fn a_guest_goes_on_when_its_server_is_ended_or_killed_and_started_again() {
+    if !can_run() {
+        return;
+    }
+    let (work, bytes) = bootable(b'L');
+    let start = || Served::start(&work, "vhost-user disk.qcow2 --socket sock --queues 1");
+    let mut served = start();
+    let mut guest = machine_that(",reconnect-ms=50", &work, "");
+    writes(&work);
+    // What the guest writes now, in place of what was there.
+    let number = || {
+        work.qemu_img("convert -U -O raw disk.qcow2 now.raw").succeeds();
+        work.bytes("now.raw")[EVER]
+    };
+    for round in 0..10 {
+        // In the midst of a request, mostly: the guest waits for nothing else.
+        if round % 2 == 0 {
+            served.stop();
+        } else {
+            served.signal(Signal::SIGKILL);
+            drop(served);
+        }
+        let last = number();
+        served = start();
+        soon("the guest writes on", || {
+            // It compares what it reads with what it wrote, and hears of what fails.
+            assert!(!guest.has_ended(), "the guest has ended after {round} servers");
+            number() != last
+        });
+    }
+    guest.signal(Signal::SIGKILL);
+    let _ = guest.wait();
+    served.stop();
+    let code = work.qemu_img("check disk.qcow2").code;
+    assert!(matches!(code, Some(0 | 3)), "qemu-img check ends with {code:?}");
+    let now = flat(&work, "disk.qcow2");
+    same_bytes("what was copied", &now[..EVER], &after(&bytes)[..EVER]);
+    same_bytes("the rest", &now[EVER + LEN..], &bytes[EVER + LEN..]);
 }
 
 #[test]

@@ -4,12 +4,13 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::{Args as ClapArgs, Subcommand};
+use clap::{Args as ClapArgs, Subcommand, ValueEnum};
 use nix::sys::signal::SigSet;
 use vdisk::chain::Chain;
 use vdisk::control;
 use vdisk::image::Mapping;
-use vdisk::serve::nbd::{Bitmap, Contexts, Export, MAX_BITMAPS, Server};
+use vdisk::nbd::tls::ServerCredentials;
+use vdisk::serve::nbd::{Bitmap, Contexts, Export, MAX_BITMAPS, Server, Tls};
 use vdisk::serve::socket::{Listener, UnixSocket};
 use vdisk::serve::vhost::{self, MAX_QUEUES};
 use vdisk::virtio::Id;
@@ -47,6 +48,8 @@ struct NbdArgs {
     disk: DiskArgs,
     #[command(flatten)]
     place: Place,
+    #[command(flatten)]
+    tls: TlsArgs,
     /// The export's name that clients have to ask for; none by default
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     export: String,
@@ -87,6 +90,51 @@ impl NbdArgs {
         };
         let bitmaps = self.bitmap.iter().map(bitmap).collect::<Result<_>>()?;
         Ok(Contexts { depth, bitmaps })
+    }
+}
+
+/// Whether what clients say is hidden from others, and who they are known.
+#[derive(ClapArgs)]
+struct TlsArgs {
+    /// Serve with TLS, by ca-cert.pem, server-cert.pem and server-key.pem in DIR, as qemu-nbd's
+    /// tls-creds-x509 and nbdkit's --tls-certificates take them; ca-crl.pem says what was revoked
+    #[arg(long, value_name = "DIR")]
+    tls_certs: Option<PathBuf>,
+    /// Who is served: only clients with TLS (require), others too (on), only others (off); require by
+    /// default where there is --tls-certs, else off
+    #[arg(long, value_name = "WHO")]
+    tls: Option<TlsMode>,
+    /// Serve only clients with a certificate that an authority in ca-cert.pem has signed: this is who
+    /// may read and write the disk. TLS alone hides what is said, and proves who the server is
+    #[arg(long, requires = "tls_certs")]
+    tls_verify_peer: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TlsMode {
+    Off,
+    On,
+    Require,
+}
+
+impl TlsArgs {
+    fn load(&self) -> Result<Tls> {
+        let Some(dir) = &self.tls_certs else {
+            return match self.tls {
+                None | Some(TlsMode::Off) => Ok(Tls::Off),
+                Some(_) => Err(Error::invalid("--tls-certs=DIR says where the certificates are")),
+            };
+        };
+        let load = || ServerCredentials::load(dir, self.tls_verify_peer);
+        match self.tls {
+            // Who comes without TLS shows no certificate.
+            Some(TlsMode::On | TlsMode::Off) if self.tls_verify_peer => {
+                Err(Error::invalid("--tls-verify-peer keeps nobody out without --tls=require"))
+            }
+            Some(TlsMode::Off) => Ok(Tls::Off),
+            Some(TlsMode::On) => load().map(Tls::Offered),
+            Some(TlsMode::Require) | None => load().map(Tls::Required),
+        }
     }
 }
 
@@ -133,7 +181,7 @@ struct Place {
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// Listen on HOST:PORT, or PORT of this host alone; NBD's port is 10809, and 0 is any that is
-    /// free. NBD has no password here: whoever reaches the port reads and writes the disk
+    /// free. Whoever reaches the port reads and writes the disk, unless --tls-verify-peer says who may
     #[arg(long, value_name = "ADDR", value_parser = address)]
     listen: Option<(String, u16)>,
 }
@@ -175,9 +223,10 @@ fn nbd(args: &NbdArgs) -> Result<u8> {
     }
     // Before any thread is started, so that the signals reach the one that waits for them.
     let signals = stop::hold_endings()?;
+    let tls = args.tls.load()?;
     let chain = args.disk.open()?;
     let listener = args.place.listen()?;
-    let uri = uri(&listener, &args.export)?;
+    let uri = uri(&listener, &args.export, !matches!(tls, Tls::Off))?;
     let export = Export {
         device: chain.clone(),
         name: args.export.clone(),
@@ -186,7 +235,7 @@ fn nbd(args: &NbdArgs) -> Result<u8> {
     };
     let control = args.disk.control(&chain, format!("served at {uri}"), "its client")?;
     drop(chain);
-    let server = Server::start(export, listener)?;
+    let server = Server::start(export, listener, tls)?;
     ready(&uri);
     wait(&signals)?;
     ended(server.stop(), control)
@@ -251,17 +300,18 @@ fn address(text: &str) -> std::result::Result<(String, u16), String> {
 }
 
 /// What clients connect to.
-fn uri(listener: &Listener, export: &str) -> Result<String> {
+fn uri(listener: &Listener, export: &str, secure: bool) -> Result<String> {
+    let scheme = if secure { "nbds" } else { "nbd" };
     let export = encoded(export.as_bytes());
     Ok(match listener {
         Listener::Unix(socket) => {
             let path = encoded(socket.path().as_os_str().as_encoded_bytes());
-            format!("nbd+unix:///{export}?socket={path}")
+            format!("{scheme}+unix:///{export}?socket={path}")
         }
         Listener::Tcp(listener) => {
             let address = listener.local_addr();
             let address = address.map_err(|e| Error::io("the port is not known", e))?;
-            format!("nbd://{address}/{export}")
+            format!("{scheme}://{address}/{export}")
         }
     })
 }

@@ -1,5 +1,4 @@
-//! `--object`: secrets that images are opened with. A command line defines them once, for all
-//! images it names.
+//! Secrets that images are opened with. A command line defines them once, for all images it names.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -10,38 +9,14 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use cbc::cipher::block_padding::Pkcs7;
 use cbc::cipher::{BlockModeDecrypt as _, KeyIvInit as _};
-use serde_json::Value;
 use vdisk::luks::Passphrase;
 use zeroize::Zeroizing;
 
 use crate::qemu_img::fail::{Fail, Outcome};
-use crate::qemu_img::options::opts::{self, List};
+use crate::qemu_img::options::opts::List;
 
 /// The longest secret, in bytes.
 const MAX_LEN: u64 = 8 << 20;
-/// Objects of other programs of QEMU's, which these commands have no use for.
-const OTHERS: &[&str] = &[
-    "authz-list",
-    "authz-list-file",
-    "authz-pam",
-    "authz-simple",
-    "cryptodev-backend",
-    "iothread",
-    "main-loop",
-    "memory-backend-file",
-    "memory-backend-memfd",
-    "memory-backend-ram",
-    "rng-builtin",
-    "rng-egd",
-    "rng-random",
-    "secret_keyring",
-    "throttle-group",
-    "tls-cipher-suites",
-    "tls-creds-anon",
-    "tls-creds-psk",
-    "tls-creds-x509",
-];
-
 /// What the command line defined so far, by id.
 static SECRETS: Mutex<Vec<(String, Passphrase)>> = Mutex::new(Vec::new());
 
@@ -49,46 +24,16 @@ fn secrets() -> MutexGuard<'static, Vec<(String, Passphrase)>> {
     SECRETS.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Defines what one `--object` says.
-pub fn define(text: &str) -> Outcome<()> {
-    if text == "help" {
-        println!("List of user creatable objects:\n  secret");
-        return Err(Fail::silent(0));
-    }
-    let list = match text.starts_with('{') {
-        true => from_json(text)?,
-        false => List::parse(text, Some("qom-type")),
-    };
-    let kind = list.get("qom-type").ok_or_else(|| missing("qom-type"))?;
-    if opts::asks_for_help(text) {
-        println!(
-            "{kind} options:\n  data=<string>\n  file=<string>\n  format=<QCryptoSecretFormat>\n  \
-             iv=<string>\n  keyid=<string>"
-        );
-        return Err(Fail::silent(0));
-    }
-    if OTHERS.contains(&kind) {
-        return Err(Fail::new(format!("invalid object type: {kind}")));
-    }
-    if kind != "secret" {
-        return Err(Fail::new(format!("Parameter 'qom-type' does not accept value '{kind}'")));
-    }
-    let id = list.get("id").ok_or_else(|| missing("id"))?.to_owned();
-    if !is_identifier(&id) {
-        return Err(Fail::new(
-            "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, '-', '.', \
-             '_', starting with a letter.",
-        ));
-    }
-    let value = Passphrase::new(value(&list)?);
-    let mut all = secrets();
-    if all.iter().any(|(known, _)| *known == id) {
-        return Err(Fail::new(format!(
-            "attempt to add duplicate property '{id}' to object (type 'container')"
-        )));
-    }
-    all.push((id, value));
+/// Defines the secret called `id`, which no other is.
+pub fn define(id: &str, list: &List) -> Outcome<()> {
+    let value = Passphrase::new(value(list)?);
+    secrets().push((id.to_owned(), value));
     Ok(())
+}
+
+/// Whether there is a secret called `id`.
+pub fn is_known(id: &str) -> bool {
+    secrets().iter().any(|(known, _)| known == id)
 }
 
 /// The secret called `id`, as the text that it must be.
@@ -103,27 +48,6 @@ pub fn lookup(id: &str) -> Outcome<Passphrase> {
 fn find(id: &str) -> Outcome<Passphrase> {
     let found = secrets().iter().find(|(known, _)| known == id).map(|(_, value)| value.clone());
     found.ok_or_else(|| Fail::new(format!("No secret with id '{id}'")))
-}
-
-fn missing(name: &str) -> Fail {
-    Fail::new(format!("Parameter '{name}' is missing"))
-}
-
-fn is_identifier(text: &str) -> bool {
-    text.starts_with(|c: char| c.is_ascii_alphabetic())
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
-}
-
-/// The members of a JSON object.
-fn from_json(text: &str) -> Outcome<List> {
-    let bad = || Fail::new("JSON parse error, invalid object");
-    let value: Value = serde_json::from_str(text).map_err(|_| bad())?;
-    let members = value.as_object().ok_or_else(bad)?.iter();
-    let pairs = members.map(|(key, value)| match value {
-        Value::String(text) => (key.clone(), text.clone()),
-        other => (key.clone(), other.to_string()),
-    });
-    Ok(List(pairs.collect()))
 }
 
 /// The bytes that the options of a secret give or name.
@@ -240,11 +164,8 @@ mod tests {
 
     #[test]
     fn a_secret_may_be_encrypted_by_another() {
-        define(
-            "secret,id=master-of-the-test,format=base64,\
-             data=AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
-        )
-        .unwrap();
+        let master = "secret,format=base64,data=AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+        define("master-of-the-test", &List::parse(master, Some("qom-type"))).unwrap();
         // openssl enc -aes-256-cbc -K 0001..1f -iv 00..00, of "hunter2".
         let text = "secret,id=x,keyid=master-of-the-test,iv=AAAAAAAAAAAAAAAAAAAAAA==,\
                     format=base64,data=nMlq0khtTouaTDh6cQDvCA==";

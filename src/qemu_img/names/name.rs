@@ -270,7 +270,9 @@ pub fn protocol(text: &str) -> Outcome<Protocol> {
     let (scheme, rest) = text.split_once(':').unwrap_or(("", text));
     match scheme {
         "file" => Ok(Protocol::File(PathBuf::from(rest))),
-        "nbd" | "nbd+tcp" | "nbd+unix" => nbd::from_name(text).map(Protocol::Nbd),
+        "nbd" | "nbd+tcp" | "nbd+unix" | "nbds" | "nbds+tcp" | "nbds+unix" => {
+            nbd::from_name(text).map(Protocol::Nbd)
+        }
         "null-co" | "null-aio" if rest.starts_with("//") => Ok(Protocol::Null(NULL)),
         "blkdebug" => {
             let (config, image) = rest

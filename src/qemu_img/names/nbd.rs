@@ -2,44 +2,88 @@
 
 use std::path::PathBuf;
 
-use vdisk::nbd::{Address, Target};
+use vdisk::nbd::tls::ClientCredentials;
+use vdisk::nbd::{Address, Target, Tls};
 
 use crate::qemu_img::fail::{Fail, Outcome};
+use crate::qemu_img::names::credentials;
 use crate::qemu_img::names::tree::Tree;
 
 /// Where servers listen unless told otherwise.
 const PORT: &str = "10809";
 
-/// The export that a name means, which begins with the scheme `nbd`, `nbd+tcp` or `nbd+unix`.
+/// The export that a name means, which begins with the scheme `nbd` or, with TLS, `nbds`: alone, or with
+/// `+tcp` or `+unix` behind.
 pub fn from_name(text: &str) -> Outcome<Target> {
     match text.split_once("://") {
-        Some((scheme, rest)) => from_uri(scheme == "nbd+unix", rest),
-        None => from_old_name(text),
+        Some((scheme, rest)) => from_uri(scheme, rest),
+        None if text.starts_with("nbd:") => from_old_name(text),
+        None => Err(no_url()),
     }
+}
+
+fn no_url() -> Fail {
+    Fail::new("No valid URL specified")
 }
 
 fn target(address: Address, export: Option<String>) -> Target {
-    Target { address, export, context: None }
+    Target { address, export, context: None, tls: None }
 }
 
-/// `nbd://host[:port]/export`, `nbd+unix:///export?socket=path`.
-fn from_uri(is_unix: bool, rest: &str) -> Outcome<Target> {
-    let invalid = || Fail::new("No valid URL specified");
+/// `nbd://host[:port]/export`, `nbd+unix:///export?socket=path`; `nbds` with `tls-certificates=dir`.
+fn from_uri(scheme: &str, rest: &str) -> Outcome<Target> {
     let (rest, query) = rest.split_once('?').map_or((rest, None), |(a, b)| (a, Some(b)));
     let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
     let named = |text: &str| Some(decoded(text)).filter(|t| !t.is_empty());
-    if is_unix {
-        let socket = query.and_then(|q| q.strip_prefix("socket=")).filter(|s| !s.is_empty());
-        let socket =
-            socket.filter(|s| server.is_empty() && !s.contains('&')).ok_or_else(invalid)?;
-        return Ok(target(Address::Unix(PathBuf::from(decoded(socket))), named(path)));
+    let mut query = Query::parse(query)?;
+    let mut target = if scheme.ends_with("+unix") {
+        let socket = query.take("socket").filter(|s| !s.is_empty() && server.is_empty());
+        target(Address::Unix(PathBuf::from(socket.ok_or_else(no_url)?)), named(path))
+    } else {
+        if server.is_empty() {
+            return Err(no_url());
+        }
+        let (host, port) = host_and_port(server).unwrap_or((server, PORT));
+        let address = Address::Tcp { host: decoded(host), port: port.to_owned() };
+        target(address, named(path.trim_start_matches('/')))
+    };
+    if scheme.starts_with("nbds") {
+        target.tls = Some(query.tls()?);
     }
-    if server.is_empty() || query.is_some() {
-        return Err(invalid());
+    match query.0.is_empty() {
+        true => Ok(target),
+        false => Err(no_url()),
     }
-    let (host, port) = host_and_port(server).unwrap_or((server, PORT));
-    let address = Address::Tcp { host: decoded(host), port: port.to_owned() };
-    Ok(target(address, named(path.trim_start_matches('/'))))
+}
+
+/// What stands behind the `?` of an URI: names and values.
+struct Query(Vec<(String, String)>);
+
+impl Query {
+    fn parse(text: Option<&str>) -> Outcome<Query> {
+        let parts = text.into_iter().flat_map(|text| text.split('&'));
+        let pair = |part: &str| part.split_once('=').map(|(name, v)| (decoded(name), decoded(v)));
+        parts.map(pair).collect::<Option<_>>().map(Query).ok_or_else(no_url)
+    }
+
+    fn take(&mut self, name: &str) -> Option<String> {
+        let at = self.0.iter().position(|(known, _)| known == name)?;
+        Some(self.0.remove(at).1)
+    }
+
+    /// As "NBD URI" says it.
+    fn tls(&mut self) -> Outcome<Tls> {
+        let verify_peer = match self.take("tls-verify-peer").as_deref() {
+            None | Some("1" | "true" | "on" | "yes") => true,
+            Some("0" | "false" | "off" | "no") => false,
+            Some(_) => return Err(no_url()),
+        };
+        let dir = self.take("tls-certificates").ok_or_else(|| {
+            Fail::new("tls-certificates=DIR behind the '?' says where ca-cert.pem is")
+        })?;
+        let credentials = ClientCredentials { dir: dir.into(), verify_peer };
+        Ok(Tls { credentials, hostname: self.take("tls-hostname") })
+    }
 }
 
 /// A text in which `%` and two hexadecimal digits stand for a byte.
@@ -88,11 +132,12 @@ fn from_old_name(text: &str) -> Outcome<Target> {
 
 /// The export that the options of the driver `nbd` describe.
 pub fn from_options(tree: &mut Tree) -> Outcome<Target> {
+    let (creds, hostname) = (tree.take("tls-creds"), tree.take("tls-hostname"));
+    let credentials = creds.map(|id| credentials::lookup(&id)).transpose()?;
+    let tls = credentials.map(|credentials| Tls { credentials, hostname });
     if let Some(name) = tree.take("filename") {
-        return from_name(&name);
-    }
-    if tree.take("tls-creds").is_some() {
-        return Err(Fail::new("TLS is not supported"));
+        let target = from_name(&name)?;
+        return Ok(Target { tls: tls.or(target.tls), ..target });
     }
     let (export, context) = (tree.take("export"), tree.take("x-dirty-bitmap"));
     let mut server = tree.below("server");
@@ -119,7 +164,7 @@ pub fn from_options(tree: &mut Tree) -> Outcome<Target> {
         }
         (true, (None, None, None)) => return Err(Fail::new("NBD server address missing")),
     };
-    Ok(Target { address, export, context })
+    Ok(Target { address, export, context, tls })
 }
 
 fn from_server(server: &mut Tree) -> Outcome<Address> {
@@ -155,8 +200,25 @@ mod tests {
             ("nbd:unix", "error parsing address 'unix'"),
             ("nbd://", "No valid URL specified"),
             ("nbd+unix:///x", "No valid URL specified"),
+            ("nbd+unix:///x?socket=/s&colour=red", "No valid URL specified"),
+            ("nbd://host?tls-certificates=d", "No valid URL specified"),
+            ("nbds:host:1", "No valid URL specified"),
         ] {
             assert_eq!(from_name(name).unwrap_err().text(), why, "{name}");
         }
+    }
+
+    #[test]
+    fn an_uri_with_tls_says_where_the_certificates_are() {
+        for (name, dir, verify_peer, hostname) in [
+            ("nbds://host/e?tls-certificates=/a%20b", "/a b", true, None),
+            ("nbds+unix:///?socket=/s&tls-certificates=d&tls-hostname=h", "d", true, Some("h")),
+            ("nbds://h?tls-verify-peer=false&tls-certificates=d", "d", false, None),
+        ] {
+            let tls = from_name(name).unwrap().tls.unwrap();
+            let credentials = ClientCredentials { dir: dir.into(), verify_peer };
+            assert_eq!(tls, Tls { credentials, hostname: hostname.map(str::to_owned) }, "{name}");
+        }
+        assert!(from_name("nbds://host").unwrap_err().text().contains("tls-certificates"));
     }
 }

@@ -1,8 +1,8 @@
 //! The options of one command as getopt reads them: short ones in clusters, long ones by any
 //! unambiguous beginning, operands anywhere between.
 
-use crate::qemu_img::encryption::secret;
 use crate::qemu_img::fail::{Fail, Outcome};
+use crate::qemu_img::options::objects;
 
 /// An option that a command knows.
 #[derive(Clone, Copy)]
@@ -66,7 +66,7 @@ pub fn parse(args: &[String], known: &[Opt]) -> Outcome<Given> {
         }
     }
     for text in given.all("object") {
-        secret::define(text).map_err(|e| e.with_code(object_status(known)))?;
+        objects::define(text).map_err(|e| e.with_code(object_status(known)))?;
     }
     Ok(given)
 }

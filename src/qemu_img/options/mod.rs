@@ -6,4 +6,5 @@ pub mod create;
 pub mod format;
 pub mod known;
 pub mod leftover;
+pub mod objects;
 pub mod opts;

@@ -7,17 +7,16 @@
 
 use std::io::{BufRead, BufReader, IoSlice, Read};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
+use super::contexts::Contexts;
+use super::export::{Export, Gone};
 use super::handshake::Terms;
 use super::reply::Failure;
-use super::{Contexts, Export, Gone, request};
+use super::request;
 use crate::block::BlockDevice;
 use crate::nbd::stream::Stream;
 use crate::nbd::wire::{self, REQUEST_LEN, Request, command};
@@ -183,8 +182,7 @@ impl<'a> Connection<'a> {
         if !alike || !reader.from.buffer().is_empty() {
             return false;
         }
-        let mut more = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-        poll(&mut more, PollTimeout::ZERO) == Ok(0)
+        !self.stream.has_more()
     }
 
     fn carry_out_timed(&self, taken: Taken, buffer: &mut Vec<u8>) -> Result<(), Gone> {

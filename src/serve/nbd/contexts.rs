@@ -81,10 +81,9 @@ impl Contexts {
         &self,
         id: u32,
         device: &dyn BlockDevice,
-        (offset, len): (u64, u32),
+        range: Range<u64>,
         limit: usize,
     ) -> Result<Vec<(u32, u32)>> {
-        let range = offset..offset.saturating_add(len.into());
         match (id, &self.depth) {
             (DEPTH_ID, Some(depth)) => depths(depth, range, limit),
             (ALLOCATION_ID | DEPTH_ID, _) => allocation(device, range, limit),

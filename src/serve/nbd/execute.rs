@@ -6,8 +6,8 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use super::Gone;
 use super::connection::{Connection, PIECE, Taken};
+use super::export::Gone;
 use super::reply::{self, Failure, Part};
 use crate::block::BlockStatus;
 use crate::nbd::wire::{self, Request, command, error};
@@ -187,7 +187,7 @@ impl Connection<'_> {
         let limit = if request.flags & wire::REQ_ONE != 0 { 1 } else { MAX_STRETCHES };
         let mut ids = self.terms.contexts.ids().peekable();
         while let Some(id) = ids.next() {
-            let range = (request.offset, request.len);
+            let range = request.offset..request.offset.saturating_add(request.len.into());
             match self.contexts.stretches(id, self.device, range, limit) {
                 Ok(found) => {
                     self.part(request, Part::Status(id, &found), ids.peek().is_none())?;

@@ -1,11 +1,14 @@
 //! Agreeing with a client on an export, from the server's side: the fixed newstyle handshake.
 //!
-//! It reads a disk's properties, and none of its bytes.
+//! It reads a disk's properties, and none of its bytes. What was agreed on in plain may be another's
+//! words: it is forgotten when TLS begins.
 
 use std::io::{Read, Write};
 
 use super::contexts::{Chosen, means};
-use super::{Export, Gone};
+use super::export::{Export, Gone, Tls};
+use crate::nbd::stream::{Hasty, Plain};
+use crate::nbd::tls::Side;
 use crate::nbd::wire::{self, Fields, flag, option, reply};
 
 /// The longest option that is read. Names have 4096 bytes at most, and queries are short.
@@ -18,6 +21,7 @@ pub(super) const MAX_BLOCK: u32 = 32 << 20;
 const MAX_PREFERRED: u32 = 1 << 20;
 /// The least, which file systems use.
 const MIN_PREFERRED: u32 = 4096;
+
 /// What was agreed on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Terms {
@@ -28,8 +32,8 @@ pub struct Terms {
 }
 
 /// Haggles on a fresh connection. `None` where the client leaves in good order.
-pub fn negotiate(stream: impl Read + Write, export: &Export) -> Result<Option<Terms>, Gone> {
-    let mut session = Session { stream, export, terms: Terms::default(), no_zeroes: false };
+pub fn negotiate(stream: Hasty<'_>, export: &Export, tls: &Tls) -> Result<Option<Terms>, Gone> {
+    let mut session = Session { stream, export, tls, terms: Terms::default(), no_zeroes: false };
     let greeting = [
         &wire::GREETING.to_be_bytes()[..],
         &wire::HAVE_OPTIONS.to_be_bytes(),
@@ -69,14 +73,15 @@ enum Next {
     Nothing,
 }
 
-struct Session<'a, S> {
-    stream: S,
+struct Session<'a> {
+    stream: Hasty<'a>,
     export: &'a Export,
+    tls: &'a Tls,
     terms: Terms,
     no_zeroes: bool,
 }
 
-impl<S: Read + Write> Session<'_, S> {
+impl Session<'_> {
     fn send(&mut self, bytes: &[u8]) -> Result<(), Gone> {
         Ok(self.stream.write_all(bytes)?)
     }
@@ -97,7 +102,14 @@ impl<S: Read + Write> Session<'_, S> {
     }
 
     fn answer(&mut self, number: u32, data: &[u8]) -> Result<Next, Gone> {
+        let is_plain = matches!(self.tls, Tls::Required(_)) && !self.stream.is_secure();
         match number {
+            // To this one there is no refusal but the end.
+            option::EXPORT_NAME if is_plain => Err(Gone),
+            number if is_plain && !matches!(number, option::ABORT | option::STARTTLS) => {
+                self.refuse(number, reply::TLS, "this server asks for TLS first")
+            }
+            option::STARTTLS => self.start_tls(data),
             option::EXPORT_NAME => self.export_name(data),
             option::ABORT => {
                 // The client need not wait for that.
@@ -120,6 +132,23 @@ impl<S: Read + Write> Session<'_, S> {
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.contexts(number, data),
             _ => self.refuse(number, reply::UNSUPPORTED, "this option is not known here"),
         }
+    }
+
+    fn start_tls(&mut self, data: &[u8]) -> Result<Next, Gone> {
+        let number = option::STARTTLS;
+        let (Tls::Offered(own) | Tls::Required(own)) = self.tls else {
+            return self.refuse(number, reply::POLICY, "this server has no TLS");
+        };
+        if self.stream.is_secure() {
+            return self.refuse(number, reply::INVALID, "TLS has begun already");
+        }
+        if !data.is_empty() {
+            return self.refuse(number, reply::INVALID, "this option has no data");
+        }
+        self.reply(number, reply::ACK, &[])?;
+        self.stream.secure(Side::Server(own.config()))?;
+        self.terms = Terms::default();
+        Ok(Next::Option)
     }
 
     fn is_ours(&self, name: &[u8]) -> bool {

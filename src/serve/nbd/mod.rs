@@ -2,10 +2,10 @@
 //!
 //! [`handshake`] agrees with a client on the export, [`connection`] takes its requests, [`request`]
 //! checks them, [`execute`] carries them out, [`reply`] writes the answers; the numbers and layouts are the client's own, in
-//! [`crate::nbd`]. Specification: "The NBD protocol" (fixed newstyle, structured replies, metadata
-//! contexts, write zeroes, info).
+//! [`crate::nbd`], as is TLS. Specification: "The NBD protocol" (fixed newstyle, structured replies,
+//! metadata contexts, write zeroes, info, TLS).
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -17,13 +17,13 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::socket::Listener;
-use crate::block::BlockDevice;
 use crate::error::{Error, Result};
-use crate::nbd::stream::Stream;
+use crate::nbd::stream::{Hasty, Stream};
 
 mod connection;
 mod contexts;
 mod execute;
+mod export;
 mod handshake;
 mod reply;
 mod request;
@@ -32,6 +32,8 @@ mod tests;
 
 use connection::Connection;
 pub use contexts::{Bitmap, Contexts, MAX_BITMAPS};
+use export::Gone;
+pub use export::{Export, Tls};
 
 /// Clients at a time.
 const MAX_CONNECTIONS: usize = 32;
@@ -44,28 +46,6 @@ const TO_END: Duration = Duration::from_secs(60);
 /// How long to wait when the host has no more files or memory for another client.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// A connection that is of no use any more: the client left, or said what none may say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Gone;
-
-impl From<io::Error> for Gone {
-    fn from(_: io::Error) -> Gone {
-        Gone
-    }
-}
-
-/// What is served.
-pub struct Export {
-    /// The disk. Its size may change: whoever connects afterwards is told the new one.
-    pub device: Arc<dyn BlockDevice>,
-    /// The name that clients ask for; the default export has an empty one.
-    pub name: String,
-    /// Words for people.
-    pub description: String,
-    /// What more is told of the disk.
-    pub contexts: Contexts,
-}
-
 /// A running server; it ends when this is [stopped](Server::stop) or dropped.
 pub struct Server {
     shared: Arc<Shared>,
@@ -76,6 +56,7 @@ pub struct Server {
 
 struct Shared {
     export: Export,
+    tls: Tls,
     stopping: AtomicBool,
     /// Who is connected, by number.
     clients: Mutex<Vec<(u64, Arc<Stream>)>>,
@@ -85,13 +66,14 @@ struct Shared {
 }
 
 impl Server {
-    /// Serves `export` to all who connect to `listener`.
-    pub fn start(export: Export, listener: Listener) -> Result<Server> {
+    /// Serves `export` to all who connect to `listener`, and fulfil what `tls` asks for.
+    pub fn start(export: Export, listener: Listener, tls: Tls) -> Result<Server> {
         let failed = |e| Error::io("cannot start to serve", e);
         listener.set_nonblocking().map_err(failed)?;
         let (wake, woken) = UnixStream::pair().map_err(failed)?;
         let shared = Arc::new(Shared {
             export,
+            tls,
             stopping: AtomicBool::new(false),
             clients: Mutex::default(),
             left: Condvar::new(),
@@ -190,13 +172,14 @@ impl Shared {
         let _ = thread::Builder::new().name("nbd".into()).spawn(move || {
             // A client that left, or was cut off, is nobody's failure.
             let _ = guest.shared.converse(&stream);
-            let _ = stream.shutdown(Shutdown::Both);
+            stream.close();
         });
     }
 
     fn converse(&self, stream: &Stream) -> std::result::Result<(), Gone> {
-        let hasty = Hasty { stream, until: Instant::now() + HANDSHAKE };
-        let Some(terms) = handshake::negotiate(hasty, &self.export)? else { return Ok(()) };
+        let hasty = Hasty::new(stream, HANDSHAKE);
+        let agreed = handshake::negotiate(hasty, &self.export, &self.tls)?;
+        let Some(terms) = agreed else { return Ok(()) };
         stream.set_patience(None)?;
         Connection::new(stream, &self.export, terms, &self.stopping).serve();
         Ok(())
@@ -213,38 +196,5 @@ impl Drop for Guest {
     fn drop(&mut self) {
         self.shared.clients().retain(|(number, _)| *number != self.number);
         self.shared.left.notify_all();
-    }
-}
-
-/// A connection on which all that is said has to be said until some moment.
-struct Hasty<'a> {
-    stream: &'a Stream,
-    until: Instant,
-}
-
-impl Hasty<'_> {
-    fn stream(&self) -> io::Result<&Stream> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.stream.set_patience(Some(left))?;
-        Ok(self.stream)
-    }
-}
-
-impl Read for Hasty<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.stream()?.read(buf)
-    }
-}
-
-impl Write for Hasty<'_> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.stream()?.write(buf)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

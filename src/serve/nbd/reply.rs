@@ -2,8 +2,9 @@
 
 use std::io::{IoSlice, Write};
 
-use super::Gone;
+use super::export::Gone;
 use crate::error::{Error, ErrorKind};
+use crate::nbd::stream::write_all;
 use crate::nbd::wire::{self, chunk, error};
 
 /// The longest text of an error that is told, in bytes.
@@ -126,16 +127,5 @@ fn head(cookie: u64, kind: u16, len: usize, done: bool) -> [u8; 20] {
 
 /// Writes both, with one call where the socket takes it.
 fn write_both(stream: &mut impl Write, head: &[u8], data: &[u8]) -> Result<(), Gone> {
-    let mut bufs = [IoSlice::new(head), IoSlice::new(data)];
-    let mut left = &mut bufs[..];
-    IoSlice::advance_slices(&mut left, 0);
-    while !left.is_empty() {
-        match stream.write_vectored(left) {
-            Ok(0) => return Err(Gone),
-            Ok(n) => IoSlice::advance_slices(&mut left, n),
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(())
+    Ok(write_all(stream, &mut [IoSlice::new(head), IoSlice::new(data)])?)
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use super::super::{Contexts, Export, Server};
+use super::super::{Contexts, Export, Server, Tls};
 use crate::block::{BlockDevice, BlockExtent, BlockStatus, check_range, total, total_mut};
 use crate::nbd::wire::{self, Fields, Request, chunk, option, reply};
 use crate::nbd::{Address, Client, Target};
@@ -119,6 +119,10 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(read_only: bool) -> Bench {
+        Bench::with(read_only, Tls::Off)
+    }
+
+    pub fn with(read_only: bool, tls: Tls) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let disk = Arc::new(Ram {
             bytes: Mutex::new(vec![0; SIZE]),
@@ -131,7 +135,7 @@ impl Bench {
         let (name, description) = ("disk".to_owned(), "words".to_owned());
         let contexts = Contexts::default();
         let export = Export { device: disk.clone(), name, description, contexts };
-        Bench { server: Server::start(export, listener).unwrap(), dir, disk }
+        Bench { server: Server::start(export, listener, tls).unwrap(), dir, disk }
     }
 
     pub fn path(&self) -> PathBuf {
@@ -143,6 +147,7 @@ impl Bench {
             address: Address::Unix(self.path()),
             export: Some("disk".into()),
             context: None,
+            tls: None,
         };
         Client::connect(&target, false).unwrap()
     }
@@ -161,7 +166,7 @@ impl Bench {
 }
 
 /// A client of the plainest kind.
-pub struct Raw(pub UnixStream);
+pub struct Raw<S = UnixStream>(pub S);
 
 impl Raw {
     pub fn greeted(path: &Path) -> Raw {
@@ -175,7 +180,9 @@ impl Raw {
         raw.send(&3u32.to_be_bytes());
         raw
     }
+}
 
+impl<S: Read + Write> Raw<S> {
     pub fn send(&mut self, bytes: &[u8]) {
         self.0.write_all(bytes).unwrap();
     }

@@ -2,7 +2,7 @@
 //! what no client should, and ones that ask for much at a time. Real clients are met in the black-box
 //! tests.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
@@ -12,6 +12,10 @@ use crate::nbd::wire::{self, Fields, Request, chunk, command, error, flag, optio
 use crate::storage::Storage;
 
 mod bench;
+#[allow(dead_code, reason = "the black-box tests use the rest")]
+#[path = "../../../../tests/main/certificates.rs"]
+mod certificates;
+mod tls;
 
 use bench::{BAD, Bench, DOOR, PATIENCE, Raw, SIZE};
 
@@ -104,8 +108,9 @@ fn options_are_answered_by_the_letter() {
     let go = |name: &str, infos: &[u8]| [wire::counted(name), infos.to_vec()].concat();
     assert_eq!(raw.option(option::LIST, &[])[0], (reply::SERVER, wire::counted("disk")));
     assert_eq!(code(&raw.option(option::LIST, &[1])), reply::INVALID);
-    // TLS, a length that NBD does not know yet, and nonsense.
-    for unknown in [5, 11, 12345] {
+    assert_eq!(code(&raw.option(option::STARTTLS, &[])), reply::POLICY);
+    // A length that NBD does not know yet, and nonsense.
+    for unknown in [11, 12345] {
         assert_eq!(code(&raw.option(unknown, &[7; 100])), reply::UNSUPPORTED);
     }
     assert_eq!(code(&raw.option(option::INFO, &go("other", &[0, 0]))), reply::UNKNOWN);
