@@ -27,6 +27,6 @@ mod linger;
 mod sys;
 mod wire;
 
-pub use server::{Caching, Options, Server};
+pub use server::{Caching, Options, Server, Waiting};
 pub use tree::Tree;
 pub use volume::Volume;
