@@ -30,6 +30,7 @@ use vmm_sys_util::event::{
 use super::socket::UnixSocket;
 use crate::block::BlockDevice;
 use crate::error::{Error, Result};
+use crate::jail;
 use crate::virtio::{self, Block, Executor, Id, Memory, VirtioDevice};
 
 /// The most queues that a device can have.
@@ -52,8 +53,8 @@ pub struct Server {
     disk: Arc<dyn BlockDevice>,
     /// Closed to wake the thread that accepts.
     wake: Option<UnixStream>,
-    /// Says that the thread has ended.
-    ended: mpsc::Receiver<()>,
+    /// The thread has ended, and gives the socket back: to remove its file may not be the thread's right.
+    ended: mpsc::Receiver<UnixSocket>,
 }
 
 /// What the threads share.
@@ -91,10 +92,10 @@ impl Server {
         thread::Builder::new()
             .name("vhost".into())
             .spawn(move || {
+                jail::narrow(jail::Thread::Connection);
                 accept_all(&own, &device, (id, queues), &socket, &woken);
-                drop(socket);
                 drop(device);
-                let _ = told.send(());
+                let _ = told.send(socket);
             })
             .map_err(failed)?;
         Ok(Server { state, disk, wake: Some(wake), ended })
@@ -113,7 +114,7 @@ impl Server {
         if let Some(connection) = self.state.connection().take() {
             connection.shutdown();
         }
-        let _ = self.ended.recv_timeout(TO_END);
+        drop(self.ended.recv_timeout(TO_END));
     }
 }
 
