@@ -9,6 +9,7 @@
 mod dice;
 mod host;
 mod identity;
+mod puppet;
 mod registry_server;
 mod require;
 mod same_calls;
@@ -44,6 +45,7 @@ mod images_hostile;
 mod inspect;
 mod instances;
 mod interop;
+mod jail;
 mod labels;
 mod links;
 mod live;

@@ -3,6 +3,7 @@
 //! The command starts a process that serves the disk and returns when the mount can be used.
 
 pub mod daemon;
+pub mod end;
 pub mod helper;
 pub mod overlay;
 pub mod snapshots;
@@ -20,7 +21,7 @@ use vdisk::mount::table;
 use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::open::options::Opening;
-use crate::cli::open::{memory, passphrase};
+use crate::cli::open::{jail, memory, passphrase};
 use daemon::READY;
 use overlay::{OfDisk, Wanted};
 
@@ -159,6 +160,7 @@ pub fn serve_apart(verb: &str, words: Vec<OsString>) -> Result<u8> {
         .arg(verb)
         .args(passphrase::words())
         .args(memory::words())
+        .args(jail::words())
         .args(words)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
