@@ -40,7 +40,7 @@ impl Work {
             Work::Machine => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL, GUEST]),
             Work::Server => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL]),
             Work::Files => (&[BASIC, NAMES, SOCKETS, APART], &[PLAIN, CHANNEL]),
-            Work::Command => (&[BASIC, NAMES], &[PLAIN, TERMINAL]),
+            Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
         };
         Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec() }
     }
@@ -87,10 +87,13 @@ const BASIC: &[i64] = &[
 const NAMES: &[i64] = &[
     SYS_chmod, SYS_chown, SYS_creat, SYS_fchmod, SYS_fchmodat, SYS_fchmodat2, SYS_fchown,
     SYS_fchownat, SYS_fremovexattr, SYS_fsetxattr, SYS_lchown, SYS_link, SYS_linkat,
-    SYS_lremovexattr, SYS_lsetxattr, SYS_mkdir, SYS_mkdirat, SYS_open, SYS_openat, SYS_openat2,
+    SYS_lremovexattr, SYS_lsetxattr, SYS_mkdir, SYS_mkdirat, SYS_open, SYS_openat,
     SYS_removexattr, SYS_rename, SYS_renameat, SYS_renameat2, SYS_rmdir, SYS_setxattr, SYS_sync,
     SYS_syncfs, SYS_truncate, SYS_umask, SYS_unlink, SYS_unlinkat, SYS_utimensat,
 ];
+
+/// A file below a directory, and not by way of a link: for what an archive names.
+const BENEATH: &[i64] = &[SYS_openat2];
 
 /// Connections that others make to sockets which are open.
 #[rustfmt::skip]
@@ -113,6 +116,11 @@ const TERMINAL: &[u64] =
 /// Of KVM: KVM_RUN, KVM_GET_REGS and KVM_IRQ_LINE.
 const GUEST: &[u64] = &[0xae80, 0x8090_ae81, 0x4008_ae61];
 
+/// Of descriptors: to make another, flags, locks, the size of a pipe, what a memory file is sealed against. None
+/// that has signals sent.
+const DESCRIPTORS: &[u64] =
+    &[0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, F_DUPFD_CLOEXEC as u64, 1031, 1032, 1034];
+
 /// FUSE_DEV_IOC_CLONE: one more channel to the kernel.
 const CHANNEL: &[u64] = &[0x8004_e500];
 
@@ -125,6 +133,8 @@ const THREAD: u64 = (CLONE_VM | CLONE_THREAD | CLONE_SIGHAND) as u64;
 const STREAM: u64 = SOCK_STREAM as u64;
 /// The bits of a socket's type that are not flags.
 const TYPE: u64 = 0xf;
+/// Set-user-id and set-group-id.
+const SET_ID: u64 = 0o6000;
 const SET_NAME: u64 = PR_SET_NAME as u64;
 /// PR_SET_IO_FLUSHER: the kernel may wait for this thread to make room.
 const SET_IO_FLUSHER: u64 = 57;
@@ -142,12 +152,22 @@ fn conditional(process: u32, ioctls: &[&[u64]]) -> Vec<(i64, Vec<Vec<Condition>>
     let ioctls: Vec<u64> = ioctls.iter().flat_map(|list| list.iter().copied()).collect();
     let operations =
         [SET_NAME, PR_GET_NAME as u64, SET_VMA, PR_SET_NO_NEW_PRIVS as u64, SET_IO_FLUSHER];
+    // A file that is made or changed runs with the rights of whoever runs it.
+    let mode = |argument| vec![vec![(argument, MaskedEq(SET_ID), 0)]];
     vec![
+        (SYS_chmod, mode(1)),
+        (SYS_creat, mode(1)),
+        (SYS_fchmod, mode(1)),
+        (SYS_fchmodat, mode(2)),
+        (SYS_fchmodat2, mode(2)),
+        (SYS_open, mode(2)),
+        (SYS_openat, mode(3)),
         (SYS_mmap, vec![vec![(2, executable.clone(), 0)]]),
         (SYS_mprotect, vec![vec![(2, executable, 0)]]),
         // A thread, and no process.
         (SYS_clone, vec![vec![(0, MaskedEq(THREAD | NAMESPACES), THREAD)]]),
         (SYS_ioctl, is(1, &ioctls)),
+        (SYS_fcntl, is(1, DESCRIPTORS)),
         (SYS_prctl, is(0, &operations)),
         // A further filter takes away, and gives nothing.
         (SYS_seccomp, is(0, &[u64::from(SECCOMP_SET_MODE_FILTER)])),
@@ -169,9 +189,9 @@ pub(super) fn program(calls: &Calls, process: u32) -> seccompiler::Result<BpfPro
     for number in calls.plain.iter().flat_map(|list| list.iter()) {
         rules.insert(*number, Vec::new());
     }
-    let apart = rules.contains_key(&SYS_unshare);
     for (number, cases) in conditional(process, &calls.ioctls) {
-        if number == SYS_unshare && !apart {
+        let of_a_list = NAMES.contains(&number) || APART.contains(&number);
+        if of_a_list && !rules.contains_key(&number) {
             continue;
         }
         let cases = cases.into_iter().map(rule).collect::<Result<_, _>>()?;

@@ -70,6 +70,9 @@ fn attacks(prey: &Prey) -> Vec<Attack<'_>> {
             libc::SYS_process_vm_writev,
             vec![Is(1), Is(0), Is(0), Is(0), Is(0)],
         ),
+        ("lend its rights to all", libc::SYS_chmod, vec![At(&prey.secret), Is(0o4755)]),
+        // F_SETSIG.
+        ("have a signal sent", libc::SYS_fcntl, vec![Is(0), Is(10), Is(9)]),
         ("signal a process", libc::SYS_kill, vec![Is(1), Is(0)]),
         // An empty one, where it could be made.
         ("run a program", libc::SYS_execve, vec![At(&prey.program)]),
@@ -329,7 +332,7 @@ fn on_a_kernel_without_landlock_a_command_goes_on_and_says_so_once_unless_it_is_
     let ending = run("best");
     assert_eq!(ending.status, 0);
     assert_bounded(ending.process());
-    // Files are not bounded, and all else is.
+    // Which files are opened is not bounded, and all else is.
     let through = let_through(&prey, |number, words| ending.call(number, words));
     let names: Vec<_> = through.iter().map(|(name, _)| *name).collect();
     assert_eq!(names, ["read a file", "write the base", "make a file", "remove a file"]);
