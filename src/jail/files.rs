@@ -13,6 +13,8 @@ const NEWEST: ABI = ABI::V9;
 /// What can be done to a file, or to a directory and all below it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
+    /// Directories are listed, and no file is opened.
+    List,
     /// Files are read, and directories listed.
     Read,
     /// A file that is there is written too.
@@ -30,6 +32,7 @@ impl Reach {
         let list = BitFlags::from(AccessFs::ReadDir);
         let read = list | AccessFs::ReadFile;
         match self {
+            Reach::List => list,
             Reach::Read => read,
             Reach::Write => read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev,
             Reach::Change => {

@@ -354,3 +354,30 @@ fn a_command_that_works_in_no_jail_refuses_one_that_is_required() {
         work.vdisk(words).succeeds();
     }
 }
+
+#[test]
+fn a_served_device_grows_and_the_devices_beside_it_are_out_of_reach() {
+    if !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    work.put("file", vec![0; SIZE]);
+    work.put("other", vec![0; SIZE]);
+    let attach = |name: &str| {
+        let done = work.run("losetup", ["-f", "--show", name]).succeeds();
+        PathBuf::from(done.out().trim_end())
+    };
+    let (device, other) = (attach("file"), attach("other"));
+    let named = device.display();
+    work.vdisk(&format!("create {named} 4M --yes")).succeeds();
+    let words = format!("nbd {named} --socket sockets/sock --jail require");
+    let served = Served::start(&work, &words);
+    assert_jailed(served.pid(), &["vdisk", "nbd-accept", "control"], &prey);
+    work.vdisk(&format!("resize {named} +1M")).succeeds();
+    work.vdisk(&format!("compact {named}")).succeeds();
+    work.vdisk(&format!("check {named}")).succeeds();
+    assert!(
+        opens(served.pid(), &device, libc::O_RDWR) && !opens(served.pid(), &other, libc::O_RDONLY)
+    );
+    served.stop();
+}

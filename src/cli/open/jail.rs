@@ -109,7 +109,9 @@ pub fn admit(jail: &mut Jail, layer: &Layer, write: bool) {
             jail.reach(directory(&full), reach);
             jail.reach(directory(&path), reach);
         } else {
-            // A device: what stands beside it are the host's other devices.
+            // A device: what stands beside it are the host's other devices. Who looks for files of the
+            // disk's there finds none.
+            jail.reach(directory(&full), Reach::List);
             jail.reach(&full, if write { Reach::Write } else { Reach::Read });
         }
     }
