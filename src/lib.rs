@@ -85,6 +85,8 @@ mod formats;
 mod image;
 #[cfg(feature = "instance")]
 mod instance;
+#[cfg(feature = "jail")]
+mod jail;
 #[cfg(feature = "vm")]
 mod kernel;
 mod luks;

@@ -22,6 +22,6 @@ pub mod volume;
 mod filesystem;
 mod sys;
 
-pub use server::{Caching, Options, Server};
+pub use server::{Caching, Options, Server, Waiting};
 pub use tree::Tree;
 pub use volume::Volume;

@@ -57,6 +57,77 @@ pub struct Serving {
     pub threads: usize,
 }
 
+/// A tree that is mounted and not served yet: no thread runs for it, and whoever looks at it waits.
+/// Dropped, it leaves a mount that says that its server is gone.
+pub struct Waiting(Box<dyn FnOnce() -> io::Result<Server>>);
+
+impl Waiting {
+    /// As [`Server::mount`].
+    ///
+    /// # Errors
+    /// Where it cannot be mounted there.
+    pub fn mount(tree: Arc<Tree>, directory: &Path, options: &Options) -> io::Result<Waiting> {
+        if !mount::privileged() {
+            return Waiting::through_fusermount(tree, directory, options);
+        }
+        let (session, root) = Server::session(tree, options)?;
+        move_mount(&root, "", CWD, directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+        Ok(Waiting(Box::new(|| Ok(Server { workers: start(session)? }))))
+    }
+
+    fn through_fusermount(
+        tree: Arc<Tree>,
+        directory: &Path,
+        options: &Options,
+    ) -> io::Result<Waiting> {
+        let mut config = config(options);
+        config.mount_options = vec![
+            MountOption::FSName(shown(&options.name).replace(',', "_")),
+            MountOption::CUSTOM(format!("subtype={SUBTYPE}")),
+            MountOption::DefaultPermissions,
+            MountOption::NoSuid,
+            MountOption::NoDev,
+        ];
+        let fs = VolumeFs::new(tree, options.caching);
+        let session = Session::new(fs, directory, &config)?;
+        Ok(Waiting(Box::new(|| {
+            let mut session = session.spawn()?;
+            let nothing = std::thread::Builder::new().spawn(|| Ok(()))?;
+            let workers = std::mem::replace(&mut session.guard, nothing);
+            // Dropped, it would unmount the path, whatever may be mounted there by then. Forgotten,
+            // it costs a descriptor until the process ends.
+            std::mem::forget(session);
+            Ok(Server { workers })
+        })))
+    }
+
+    /// As [`Server::files`].
+    ///
+    /// # Errors
+    /// Where it cannot be mounted there.
+    pub fn files(
+        files: Arc<dyn Files>,
+        directory: &Path,
+        serving: &Serving,
+    ) -> io::Result<Waiting> {
+        let device = mount::open(directory, &serving.mount)?;
+        let (directory, serving) = (directory.to_owned(), serving.clone());
+        Ok(Waiting(Box::new(move || {
+            let workers = session::serve(device, files, serving.keeping, serving.threads);
+            let workers = workers.inspect_err(|_| mount::take_back(&directory, &serving.mount))?;
+            Ok(Server { workers })
+        })))
+    }
+
+    /// Serves it from now on.
+    ///
+    /// # Errors
+    /// Where no threads can be had.
+    pub fn serve(self) -> io::Result<Server> {
+        self.0()
+    }
+}
+
 /// A tree being served by threads of this process. Dropping it ends nothing: the threads end
 /// when the kernel lets go of the file system, that is when it is unmounted and no file in it
 /// is open.
@@ -68,35 +139,7 @@ impl Server {
     /// Serves `tree` at `directory`, as any user who may mount there (through `fusermount3`
     /// where the kernel asks for more rights than the process has).
     pub fn mount(tree: Arc<Tree>, directory: &Path, options: &Options) -> io::Result<Server> {
-        if !mount::privileged() {
-            return Server::through_fusermount(tree, directory, options);
-        }
-        let (server, root) = Server::detached(tree, options)?;
-        move_mount(&root, "", CWD, directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-        Ok(server)
-    }
-
-    fn through_fusermount(
-        tree: Arc<Tree>,
-        directory: &Path,
-        options: &Options,
-    ) -> io::Result<Server> {
-        let mut config = config(options);
-        config.mount_options = vec![
-            MountOption::FSName(shown(&options.name).replace(',', "_")),
-            MountOption::CUSTOM(format!("subtype={SUBTYPE}")),
-            MountOption::DefaultPermissions,
-            MountOption::NoSuid,
-            MountOption::NoDev,
-        ];
-        let fs = VolumeFs::new(tree, options.caching);
-        let mut session = Session::new(fs, directory, &config)?.spawn()?;
-        let nothing = std::thread::Builder::new().spawn(|| Ok(()))?;
-        let workers = std::mem::replace(&mut session.guard, nothing);
-        // Dropped, it would unmount the path, whatever may be mounted there by then. Forgotten,
-        // it costs a descriptor until the process ends.
-        std::mem::forget(session);
-        Ok(Server { workers })
+        Waiting::mount(tree, directory, options)?.serve()
     }
 
     /// Serves a tree of files at `directory`, as [`mount`](Server::mount) does.
@@ -104,10 +147,7 @@ impl Server {
     /// # Errors
     /// Where it cannot be mounted there.
     pub fn files(files: Arc<dyn Files>, directory: &Path, serving: &Serving) -> io::Result<Server> {
-        let device = mount::open(directory, &serving.mount)?;
-        let workers = session::serve(device, files, serving.keeping, serving.threads);
-        let workers = workers.inspect_err(|_| mount::take_back(directory, &serving.mount))?;
-        Ok(Server { workers })
+        Waiting::files(files, directory, serving)?.serve()
     }
 
     /// Serves `tree` in a mount that stands in no mount namespace and returns its root, through
@@ -116,12 +156,17 @@ impl Server {
     /// The mount lives as long as its root or a file in it is open anywhere, and leaves nothing
     /// behind when this process is killed.
     pub fn detached(tree: Arc<Tree>, options: &Options) -> io::Result<(Server, OwnedFd)> {
+        let (session, root) = Server::session(tree, options)?;
+        Ok((Server { workers: start(session)? }, root))
+    }
+
+    /// The same, not served yet.
+    fn session(tree: Arc<Tree>, options: &Options) -> io::Result<(Session<VolumeFs>, OwnedFd)> {
         let mounting = MountOptions { source: options.name.clone(), ..MountOptions::default() };
         let (device, root) = mount::detached(&mounting)?;
         let (filesystem, config) = (VolumeFs::new(tree, options.caching), config(options));
         let session = Session::from_fd(filesystem, device.into(), SessionACL::Owner, config)?;
-        let server = Server { workers: start(session)? };
-        Ok((server, root))
+        Ok((session, root))
     }
 
     /// Waits until the kernel lets go of the file system and every thread has ended.

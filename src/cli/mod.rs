@@ -24,8 +24,8 @@ use clap::{FromArgMatches, Parser, Subcommand};
 use crate::{qemu_img, say};
 use disk::{bytes, clone, commit, compact, convert, create, rebase, resize, rm};
 use instance::{attach, exec, list, logs, run, serve, start, stats, steer, systemd};
-use mount::{daemon as mount_daemon, overlay, umount};
-use open::{limit, memory, passphrase, turn};
+use mount::{daemon as mount_daemon, end as mount_end, overlay, umount};
+use open::{jail, limit, memory, passphrase, turn};
 use report::{check, compare, info, map, tree};
 use terminal::size;
 
@@ -42,6 +42,9 @@ struct Cli {
     /// Seconds to wait for another command that has the disk for a moment.
     #[arg(long, global = true, value_name = "S", default_value = "10", value_parser = turn::seconds)]
     wait: Duration,
+    /// Bound what this process can do while it works on disks, which may be hostile: docs/jail.md
+    #[arg(long, global = true, value_name = "require|best|off", value_enum, default_value_t = jail::Mode::Best, hide_possible_values = true)]
+    jail: jail::Mode,
     #[arg(long = start::OPTION, hide = true, value_name = "ROLE")]
     instance_role: Option<std::ffi::OsString>,
     #[command(subcommand)]
@@ -56,6 +59,8 @@ enum Verb {
     Mount(mount::Args),
     #[command(hide = true)]
     MountDaemon(mount::Args),
+    #[command(name = mount_end::VERB, hide = true)]
+    MountEnd,
     #[command(name = overlay::DAEMON, hide = true)]
     OverlayDaemon(overlay::Args),
     Ls(files::ListArgs),
@@ -124,7 +129,31 @@ impl Verb {
         )
     }
 
+    /// Whether it works in a jail, or says itself where it does not.
+    fn is_jailed(&self) -> bool {
+        matches!(
+            self,
+            Verb::Boot(_)
+                | Verb::Cat(_)
+                | Verb::Check(_)
+                | Verb::Compare(_)
+                | Verb::Convert(_)
+                | Verb::Import(_)
+                | Verb::Info(_)
+                | Verb::Ls(_)
+                | Verb::Map(_)
+                | Verb::Mount(mount::Args { overlay: None, .. })
+                | Verb::MountDaemon(_)
+                | Verb::Read(_)
+                | Verb::Serve(_)
+        )
+    }
+
     fn run(&self) -> vdisk::Result<ExitCode> {
+        if !self.is_jailed() {
+            jail::refuse("this command works without")?;
+        }
+
         let status = match self {
             Verb::Boot(args) => boot::run(args),
             Verb::Kernel(args) => boot::keep::run(args),
@@ -135,6 +164,7 @@ impl Verb {
             Verb::Cp(args) => files::copy(args),
             Verb::Apply(args) => files::apply(args),
             Verb::MountDaemon(args) => mount_daemon::run(args),
+            Verb::MountEnd => mount_end::run(),
             Verb::OverlayDaemon(args) => overlay::serve(args),
             Verb::Clone(args) => clone::run(args),
             Verb::Unseal(args) => clone::unseal(args),
@@ -235,6 +265,7 @@ fn run() -> ExitCode {
     start::keep_role(cli.instance_role);
     passphrase::keep(cli.passphrase_file);
     memory::keep(cli.cache_size);
+    jail::keep(cli.jail);
     turn::queue(cli.verb.stays(), cli.wait);
     let failed = if let Verb::Run(_) | Verb::Exec(_) = cli.verb { run::FAILED } else { FAILED };
     told(turn::take(cli.wait, || cli.verb.run()), failed)

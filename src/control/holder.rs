@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::place;
-use super::server::{Names, Server, Service};
+use super::server::{Bound, Names, Server, Service};
 use super::wire::{Named, Request};
 use crate::block::BlockDevice;
 use crate::chain::Layer;
@@ -53,16 +53,16 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Listens for commands about the disk `live`.
-    pub fn listen(live: Live, kind: Arc<dyn Kind>) -> Result<Server> {
+    /// Makes a socket for commands about the disk `live`.
+    pub fn bind(live: Live, kind: Arc<dyn Kind>) -> Result<Bound> {
         let prefix = place::prefix(live.path())?;
         let name = socket(&prefix);
         let (names, prefix) = (OnceLock::new(), Mutex::new(prefix));
         live.held_for(kind.doing());
         let holder = Arc::new(Holder { live, kind, names, prefix });
-        let server = Server::listen(&name, holder.clone())?;
-        let _ = holder.names.set(server.names());
-        Ok(server)
+        let bound = Server::bind(&name, holder.clone())?;
+        let _ = holder.names.set(bound.names());
+        Ok(bound)
     }
 
     /// Lets the disk be found by what it is called now.

@@ -46,6 +46,37 @@ pub trait Service: Send + Sync {
     fn serve(&self, request: &Request, told: &mut Progress<'_>) -> Result<Value>;
 }
 
+/// A control socket that is there, and not served yet: who connects waits.
+pub struct Bound {
+    server: Server,
+    listener: UnixListener,
+    woken: UnixStream,
+}
+
+impl Bound {
+    /// Makes it answer to another name as well.
+    pub fn also(&self, name: &str) -> Result<()> {
+        self.server.also(name)
+    }
+
+    /// What can give it more names, as long as it lives.
+    pub fn names(&self) -> Names {
+        self.server.names()
+    }
+
+    /// Serves it from now on.
+    pub fn serve(self) -> Result<Server> {
+        let Bound { mut server, listener, woken } = self;
+        let own = server.shared.clone();
+        let acceptor = std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || accept_all(&own, &listener, &woken))
+            .map_err(|e| Error::io("cannot serve the control socket", e))?;
+        server.acceptor = Some(acceptor);
+        Ok(server)
+    }
+}
+
 /// A control socket, served by threads of this process until [`end`](Server::end).
 pub struct Server {
     shared: Arc<Shared>,
@@ -68,8 +99,13 @@ struct Shared {
 }
 
 impl Server {
-    /// Listens for questions about what `service` holds.
+    /// Listens for questions about what `service` holds, and serves them.
     pub fn listen(name: &str, service: Arc<dyn Service>) -> Result<Server> {
+        Server::bind(name, service)?.serve()
+    }
+
+    /// Makes a socket for questions about what `service` holds.
+    pub fn bind(name: &str, service: Arc<dyn Service>) -> Result<Bound> {
         let dir = place::directory()?;
         remove_stale(&dir);
         let path = dir.join(name);
@@ -87,12 +123,8 @@ impl Server {
             ended: Condvar::new(),
             connections: AtomicUsize::new(0),
         });
-        let own = shared.clone();
-        let acceptor = std::thread::Builder::new()
-            .name("control".into())
-            .spawn(move || accept_all(&own, &listener, &woken))
-            .map_err(failed)?;
-        Ok(Server { shared, acceptor: Some(acceptor), wake: Some(wake) })
+        let server = Server { shared, acceptor: None, wake: Some(wake) };
+        Ok(Bound { server, listener, woken })
     }
 
     /// Makes it answer to another name as well.

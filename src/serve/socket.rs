@@ -56,6 +56,14 @@ impl Listener {
         Err(failed(last))
     }
 
+    /// Where it is in the file system, if it is there.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Listener::Unix(socket) => Some(socket.path()),
+            Listener::Tcp(_) => None,
+        }
+    }
+
     /// Takes a connection; fails with [`WouldBlock`](IoErrorKind::WouldBlock) where none waits
     /// and the socket is [not to be waited for](Listener::set_nonblocking).
     pub(super) fn accept(&self) -> io::Result<Stream> {

@@ -36,6 +36,7 @@ use vmm_sys_util::event::{
 use super::socket::UnixSocket;
 use crate::block::BlockDevice;
 use crate::error::{Error, Result};
+use crate::jail;
 use crate::virtio::{self, Block, Executor, Id, Memory, VirtioDevice};
 
 /// The most queues that a device can have.
@@ -58,8 +59,8 @@ pub struct Server {
     disk: Arc<dyn BlockDevice>,
     /// Closed to wake the thread that accepts.
     wake: Option<UnixStream>,
-    /// Says that the thread has ended.
-    ended: mpsc::Receiver<()>,
+    /// The thread has ended, and gives the socket back: to remove its file may not be the thread's right.
+    ended: mpsc::Receiver<UnixSocket>,
 }
 
 /// What the threads share.
@@ -97,10 +98,10 @@ impl Server {
         thread::Builder::new()
             .name("vhost".into())
             .spawn(move || {
+                jail::narrow(jail::Thread::Connection);
                 accept_all(&own, &device, (id, queues), &socket, &woken);
-                drop(socket);
                 drop(device);
-                let _ = told.send(());
+                let _ = told.send(socket);
             })
             .map_err(failed)?;
         Ok(Server { state, disk, wake: Some(wake), ended })
@@ -121,7 +122,7 @@ impl Server {
             backend.come_to_rest();
             connection.shutdown();
         }
-        let _ = self.ended.recv_timeout(TO_END);
+        drop(self.ended.recv_timeout(TO_END));
     }
 }
 

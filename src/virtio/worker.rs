@@ -12,6 +12,7 @@ use super::request::Unanswerable;
 use super::ring::Ring;
 use super::{ActiveQueue, Interrupt, Memory};
 use crate::error::{Error, Result};
+use crate::jail;
 
 /// What is done with each chain of a queue; it returns how many bytes it has written.
 pub(super) trait Serve: Send + 'static {
@@ -96,6 +97,7 @@ struct Served<S> {
 
 impl<S: Serve> Served<S> {
     fn run(mut self) {
+        jail::narrow(jail::Thread::Queue);
         loop {
             match self.kick.read() {
                 Ok(_) => {}

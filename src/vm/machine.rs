@@ -19,6 +19,7 @@ use super::control::{Control, Ended};
 use super::mmio::{self, Transport};
 use super::{cpu, i8042, kvm_error, memory, power};
 use crate::error::{Error, ErrorKind, Result};
+use crate::jail;
 use crate::virtio::Memory;
 
 /// Three pages below the firmware that Intel processors need for themselves.
@@ -222,6 +223,7 @@ struct Runner {
 
 impl Runner {
     fn run(mut self) {
+        jail::narrow(jail::Thread::Processor);
         let _alarm = Alarm(Arc::clone(&self.control));
         loop {
             self.control.gate();

@@ -366,11 +366,11 @@ fn what_is_typed_reaches_the_guest() {
 }
 
 /// A `vdisk boot` that is killed with this guard.
-struct Booted(Child);
+pub struct Booted(Child);
 
 impl Booted {
     /// Starts a guest that writes and then sleeps; returns when it says that it has written.
-    fn waiting(work: &Work) -> Booted {
+    pub fn waiting(work: &Work) -> Booted {
         Booted::test(work, "wait")
     }
 
@@ -388,13 +388,19 @@ impl Booted {
         booted
     }
 
-    fn signal(&self, signal: Signal) {
+    /// The process that runs it.
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.0.id()).unwrap());
         nix::sys::signal::kill(pid, signal).unwrap();
     }
 
     /// Its exit status, once it has ended.
-    fn status(&mut self) -> Option<i32> {
+    pub fn status(&mut self) -> Option<i32> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if let Some(status) = self.0.try_wait().unwrap() {

@@ -65,7 +65,7 @@ fn is_sound(work: &Work) {
 }
 
 /// The process that serves the mount at a directory.
-fn server(at: &Path) -> Option<Pid> {
+pub fn server(at: &Path) -> Option<Pid> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let at = at.to_str().unwrap();
@@ -79,11 +79,11 @@ fn server(at: &Path) -> Option<Pid> {
 
 /// Waits until the process that serves a mount has ended.
 #[track_caller]
-fn is_left_alone(at: &Path) {
+pub fn is_left_alone(at: &Path) {
     soon("the end of the serving process", || server(at).is_none());
 }
 
-fn is_mounted(at: &Path) -> bool {
+pub fn is_mounted(at: &Path) -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     table.lines().any(|line| line.split(' ').nth(4) == at.to_str())
 }

@@ -37,6 +37,8 @@ pub enum Need {
     Slirp,
     /// The superuser, podman(1) and crun(1).
     Podman,
+    /// Landlock in the kernel.
+    Landlock,
     /// The superuser: loop devices, and file systems of the kernel's own.
     Root,
 }
@@ -60,6 +62,7 @@ impl Need {
             Need::Passt => "passt",
             Need::Slirp => "slirp",
             Need::Podman => "podman",
+            Need::Landlock => "landlock",
             Need::Root => "root",
         }
     }
@@ -95,6 +98,7 @@ impl Need {
             Need::Podman => {
                 Need::Root.missing().or_else(|| unfound("podman")).or_else(|| unfound("crun"))
             }
+            Need::Landlock => landlock(),
             Need::Root => (!is_root()).then(|| "not the superuser".to_owned()),
         }
     }
@@ -139,6 +143,17 @@ fn unrunnable(tool: &str) -> Option<String> {
         Ok(output) => Some(format!("{tool} --version ended with {}", output.status)),
         Err(error) => Some(format!("{tool}: {error}")),
     }
+}
+
+/// The kernel says which security modules it was started with, where somebody has mounted that; its list of
+/// names says at least which were built.
+fn landlock() -> Option<String> {
+    let has = match std::fs::read_to_string("/sys/kernel/security/lsm") {
+        Ok(modules) => modules.split(',').any(|module| module.trim() == "landlock"),
+        Err(_) => std::fs::read_to_string("/proc/kallsyms")
+            .is_ok_and(|names| names.contains(" __x64_sys_landlock_create_ruleset\n")),
+    };
+    (!has).then(|| "the kernel has no Landlock, or does not say so".to_owned())
 }
 
 /// For programs that have no harmless option.

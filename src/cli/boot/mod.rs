@@ -16,8 +16,9 @@ use clap::Args as ClapArgs;
 use nix::sys::signal::{SigSet, Signal};
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
-use vdisk::control::Server;
+use vdisk::control::Bound;
 use vdisk::instance::Kind;
+use vdisk::jail::{Jail, Work};
 use vdisk::open::{Format, follow_links};
 use vdisk::vm::{Config, Disk, Ended, Guest, Handle, MAX_DISKS, MAX_QUEUES, Streams};
 use vdisk::{Error, ErrorKind, Result};
@@ -28,8 +29,9 @@ use crate::cli::image::Which;
 use crate::cli::instance::holding::{self, Whole};
 use crate::cli::instance::named::Named;
 use crate::cli::instance::start::{self, About, Keeping, Part};
-use crate::cli::instance::switches::{KILLED, OfMachine};
+use crate::cli::instance::switches::{Doors, KILLED, OfMachine};
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::open::options::{self as opening, Opening};
 use crate::cli::terminal::{size, stop};
 
@@ -163,14 +165,19 @@ fn boot(args: &Args, named: &Named, instance: Option<&Path>) -> Result<u8> {
         network: args.net.plug(&named.disk)?,
         console: streams()?,
     })?;
+    let controls = control(args, named, &guest, &chains)?;
+    let doors = instance.map(Doors::open).transpose()?;
+    enclose(&chains, &controls)?;
+    drop(chains);
     heed(signals, guest.handle())?;
     if let Some(seconds) = args.timeout {
         end_after(seconds, guest.handle())?;
     }
-    let controls = control(args, named, &guest, chains)?;
+    let serve = |bound: Bound| bound.serve();
+    let controls = controls.into_iter().flatten().map(serve).collect::<Result<Vec<_>>>()?;
     let switches = OfMachine::of(guest.handle());
-    if let Some(dir) = instance {
-        switches.serve(dir)?;
+    if let Some(doors) = doors {
+        switches.serve(doors)?;
     }
     let ended = guest.run();
     let done = ended.as_ref().map(drop).map_err(|e| Error::new(e.kind(), e.to_string()));
@@ -226,21 +233,30 @@ fn streams() -> Result<Streams> {
     })
 }
 
-/// Lets commands reach the disks that the guest writes.
+/// The sockets at which commands reach the disks: those that the guest writes.
 fn control(
     args: &Args,
     named: &Named,
     guest: &Guest,
-    chains: Vec<Arc<Chain>>,
-) -> Result<Vec<Server>> {
+    chains: &[Arc<Chain>],
+) -> Result<Vec<Option<Bound>>> {
     let paths = std::iter::once(&named.disk).chain(&args.more);
     let serve = |(number, (path, chain)): (usize, (&PathBuf, &Arc<Chain>))| {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
         let doing = format!("disk {number} of a guest");
         let kind = Whole::new(doing, "the guest", guest.announce_size(number));
-        holding::serve(chain, &path, Arc::new(kind)).transpose()
+        holding::bind(chain, &path, Arc::new(kind))
     };
-    paths.zip(&chains).enumerate().filter_map(serve).collect()
+    paths.zip(chains).enumerate().map(serve).collect()
+}
+
+/// Closes the jail around the guest. No thread runs yet.
+fn enclose(chains: &[Arc<Chain>], controls: &[Option<Bound>]) -> Result<()> {
+    let mut jail = Jail::new(Work::Machine);
+    for (chain, control) in chains.iter().zip(controls) {
+        jail::disk(&mut jail, chain, control.is_some())?;
+    }
+    jail::close(jail)
 }
 
 fn open_disks(args: &Args, named: &Named) -> Result<(Vec<Disk>, Vec<Arc<Chain>>)> {

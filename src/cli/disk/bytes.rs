@@ -8,6 +8,7 @@ use vdisk::block::{BlockDevice, check_range};
 use vdisk::{Error, Result};
 
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::open::options::{Moment, Opening};
 use crate::cli::terminal::size;
 
@@ -49,6 +50,7 @@ pub struct WriteArgs {
 pub fn read(args: &ReadArgs) -> Result<u8> {
     let using = Use { accept_base: args.accept_base, ..args.opening.reading(&args.moment) };
     let disk = disk::open(&args.disk, &using)?;
+    jail::close_on_open_files()?;
     check_range(args.offset, args.length, disk.size()).map_err(|e| e.at_path(&args.disk))?;
     let mut out = std::io::stdout().lock();
     let mut buf = vec![0; args.length.min(CHUNK) as usize];

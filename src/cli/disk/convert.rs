@@ -5,15 +5,19 @@ use std::path::{Path, PathBuf};
 use clap::{Args as ClapArgs, ValueEnum};
 use vdisk::addr::Unit;
 use vdisk::block::BlockDevice;
+use vdisk::chain::Chain;
 use vdisk::copy;
 use vdisk::copy::{Copying, Target};
 use vdisk::image::Label;
+use vdisk::jail::{Jail, Reach, Work};
 use vdisk::open::Format;
 use vdisk::qcow2::{Compression, CreateOptions, Extension};
+use vdisk::storage::name::directory;
 use vdisk::{Error, Result};
 
 use crate::cli::disk::device;
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::open::options::{self as opening, Links, Moment, Opening};
 use crate::cli::terminal::output::Progress;
 use crate::cli::terminal::size;
@@ -71,6 +75,7 @@ pub fn run(args: &Args) -> Result<u8> {
     let using = Use { accept_base: args.accept_base, ..opening.reading(&args.moment) };
     let source = disk::open(&args.source, &using)?;
     let device = device::taken(&args.target, args.yes)?;
+    enclose(args, &source, device.is_some())?;
     let progress = Progress::new("converting", source.size());
     let progress = |done| progress.at(done);
     let how = Copying { compress: args.compress, bitmaps: &[], progress: &progress };
@@ -79,6 +84,18 @@ pub fn run(args: &Args) -> Result<u8> {
         None => copy::convert(&*source, &args.target, &target, &how)?,
     }
     Ok(0)
+}
+
+/// Closes the jail around a copy whose source is open: a new file can be made where it is to be.
+fn enclose(args: &Args, source: &Chain, device: bool) -> Result<()> {
+    let mut jail = Jail::new(Work::Command);
+    // It is opened again where another command was at work on the target.
+    jail::disk(&mut jail, source, false)?;
+    match device {
+        true => jail.reach(&args.target, Reach::Write),
+        false => jail.reach(directory(&args.target), Reach::Change),
+    }
+    jail::close(jail)
 }
 
 /// Copies all that a disk shows into a new disk that stands on nothing; `bitmaps` too, if asked.

@@ -11,6 +11,7 @@ use vdisk::{Error, Result};
 
 use super::target::in_disk;
 use super::{BLOCK, CHARACTER, DIRECTORY, FIFO, LINK, PIECE, REGULAR, SOCKET, TYPE, Which};
+use crate::cli::open::jail;
 use crate::cli::terminal::output;
 
 /// List the files in a directory of a disk
@@ -51,7 +52,9 @@ struct Row {
 /// Runs `vdisk ls`.
 pub fn run(args: &ListArgs) -> Result<u8> {
     let (disk, at) = in_disk(&args.target)?;
-    let fs = args.which.open(&disk, false)?;
+    let chain = args.which.disk(&disk, false)?;
+    jail::close_on_open_files()?;
+    let fs = args.which.files(chain, &disk, false)?;
     let rows = rows(&fs, &at, args.recursive).map_err(|e| e.at_path(&disk))?;
     if args.json {
         let rows: Vec<Value> = rows.iter().map(row).collect();
@@ -195,9 +198,14 @@ fn row(row: &Row) -> Value {
 /// Runs `vdisk cat`.
 pub fn cat(args: &CatArgs) -> Result<u8> {
     let mut out = std::io::stdout().lock();
-    for word in &args.targets {
+    let open = |word| {
         let (disk, at) = in_disk(word)?;
-        let fs = args.which.open(&disk, false)?;
+        Ok((args.which.disk(&disk, false)?, disk, at))
+    };
+    let targets = args.targets.iter().map(open).collect::<Result<Vec<_>>>()?;
+    jail::close_on_open_files()?;
+    for (chain, disk, at) in targets {
+        let fs = args.which.files(chain, &disk, false)?;
         let known = path::file(&fs, &at, true).map_err(|e| e.at_path(&disk))?;
         let mut buf = vec![0; PIECE];
         let mut offset = 0;

@@ -9,8 +9,10 @@ mod out;
 pub mod remove;
 mod target;
 
+use std::path::Path;
 use std::sync::Arc;
 
+use vdisk::chain::Chain;
 use vdisk::filesystem;
 use vdisk::filesystem::ext4::mounted::Mounted;
 use vdisk::{Error, Result};
@@ -51,13 +53,22 @@ pub struct Which {
 
 impl Which {
     /// Opens the file system in a disk.
-    fn open(&self, disk: &std::path::Path, write: bool) -> Result<Mounted> {
+    fn open(&self, disk: &Path, write: bool) -> Result<Mounted> {
+        let chain = self.disk(disk, write)?;
+        self.files(chain, disk, write)
+    }
+
+    /// Opens a disk.
+    fn disk(&self, disk: &Path, write: bool) -> Result<Arc<Chain>> {
         if write && self.moment.name().is_some() {
             return Err(Error::invalid("a snapshot is only read"));
         }
         let using = if write { self.opening.writing() } else { self.opening.reading(&self.moment) };
-        let chain = disk::open(disk, &using)?;
-        let device: Arc<dyn vdisk::block::BlockDevice> = chain;
-        filesystem::open(device, self.partition, !write).map_err(|e| e.at_path(disk))
+        disk::open(disk, &using)
+    }
+
+    /// Opens the file system in `chain`, which is the disk at `disk`.
+    fn files(&self, chain: Arc<Chain>, disk: &Path, write: bool) -> Result<Mounted> {
+        filesystem::open(chain, self.partition, !write).map_err(|e| e.at_path(disk))
     }
 }

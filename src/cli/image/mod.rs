@@ -10,11 +10,13 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::{Value, json};
+use vdisk::jail::{Jail, Reach, Work};
 use vdisk::oci::config::for_clones;
 use vdisk::oci::import::{self, ImportOptions, Imported, Source};
 use vdisk::oci::store::{Record, Store, Unused};
 use vdisk::{Error, ErrorKind, Result};
 
+use crate::cli::open::jail;
 use crate::cli::terminal::output;
 use crate::cli::terminal::{ask, size, stop};
 
@@ -171,8 +173,21 @@ pub fn import(args: &ImportArgs) -> Result<u8> {
     let root = nix::unistd::geteuid().is_root();
     let source = source(&args.source, args.owners.map_or(!root, |o| o == Owners::Root))?;
     let options = ImportOptions { size: args.size };
+    enclose(&source, &store)?;
     let done = import::import(&store, &source, &args.name, options, &mut |_, _| !stop.asked())?;
     say(&store, &done, args.json)
+}
+
+/// Closes the jail around an import: all that it opens is known before anything is read.
+fn enclose(source: &Source, store: &Store) -> Result<()> {
+    let mut jail = Jail::new(Work::Command);
+    match source {
+        Source::Layout(path, _) | Source::Archive(path, _) => jail.reach(path, Reach::Read),
+        Source::Tar(path) | Source::Directory { path, .. } => jail.reach(path, Reach::Read),
+        Source::Stdin => {}
+    }
+    jail.reach(store.dir(), Reach::Change);
+    jail::close(jail)
 }
 
 /// Says what was imported.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use vdisk::chain::Chain;
 use vdisk::change::live::{Live, Quiesce};
 use vdisk::change::merge::Progress;
-use vdisk::control::{self, Holder, Kind, Named, Request, Server, Service};
+use vdisk::control::{self, Bound, Holder, Kind, Named, Request, Server, Service};
 use vdisk::filesystem::ext4::mounted::Mounted;
 use vdisk::storage::{fsfreeze, loopdev};
 use vdisk::{Error, ErrorKind, Result};
@@ -25,15 +25,20 @@ const BELIEF: Duration = Duration::from_millis(1200);
 /// Serves commands about `chain`, the disk at `path`, which is written for `kind`; nothing where its
 /// changes go elsewhere.
 pub fn serve(chain: &Arc<Chain>, path: &Path, kind: Arc<dyn Kind>) -> Result<Option<Server>> {
+    bind(chain, path, kind)?.map(Bound::serve).transpose()
+}
+
+/// The same, not served yet: no thread is started.
+pub fn bind(chain: &Arc<Chain>, path: &Path, kind: Arc<dyn Kind>) -> Result<Option<Bound>> {
     match Live::new(chain.clone(), path) {
         Ok(live) => {
-            let server = Holder::listen(live, kind)?;
+            let bound = Holder::bind(live, kind)?;
             if let Some(dir) = control::elsewhere() {
                 let text = "control sockets are here, since the usual directory cannot be used: commands \
                             find this disk's user only where TMPDIR is the same";
                 eprintln!("vdisk: warning: {}: {text}", dir.display());
             }
-            Ok(Some(server))
+            Ok(Some(bound))
         }
         Err(e) if matches!(e.kind(), ErrorKind::ReadOnly | ErrorKind::Invalid) => Ok(None),
         Err(e) => Err(e),
@@ -188,11 +193,15 @@ pub struct UserSpaceFiles {
 }
 
 impl UserSpaceFiles {
-    /// The file system `fs`, mounted at a directory there.
+    /// The file system `fs`, mounted at a directory there, and served.
     pub fn new(doing: String, at: At<'_>, fs: Arc<Mounted>) -> Result<UserSpaceFiles> {
-        let (place, at) = (at.0.clone(), at.1.to_path_buf());
-        let device = apart(&place, || device_of(&open(&at)?))?;
-        Ok(UserSpaceFiles { doing, place, at, device, fs })
+        let device = apart(at.0, || device_of(&open(at.1)?))?;
+        Ok(UserSpaceFiles::on(device, doing, at, fs))
+    }
+
+    /// The same, on the device of this number.
+    pub fn on(device: u64, doing: String, at: At<'_>, fs: Arc<Mounted>) -> UserSpaceFiles {
+        UserSpaceFiles { doing, place: at.0.clone(), at: at.1.to_path_buf(), device, fs }
     }
 }
 

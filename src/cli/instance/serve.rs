@@ -1,14 +1,15 @@
 //! `vdisk serve`: a disk for other people's guests and tools, over a socket.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args as ClapArgs, Subcommand, ValueEnum};
 use nix::sys::signal::SigSet;
 use vdisk::chain::Chain;
-use vdisk::control;
+use vdisk::control::{self, Bound};
 use vdisk::image::Mapping;
+use vdisk::jail::{Jail, Work};
 use vdisk::nbd::tls::ServerCredentials;
 use vdisk::serve::nbd::{Bitmap, Contexts, Export, MAX_BITMAPS, Server, Tls};
 use vdisk::serve::socket::{Listener, UnixSocket};
@@ -18,6 +19,7 @@ use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::instance::holding::{self, Whole};
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::open::options::Opening;
 use crate::cli::terminal::stop;
 
@@ -203,10 +205,26 @@ fn vhost_user(args: &VhostArgs) -> Result<u8> {
     let processors = || std::thread::available_parallelism().map_or(1, usize::from);
     let queues = args.queues.unwrap_or_else(|| processors().min(MAX_QUEUES.into()) as u16);
     let control = args.disk.control(&chain, format!("served at {place}"), "the guest")?;
+    let control = enclose(&chain, control, Some(socket.path()))?;
     let server = vhost::Server::start(chain, id, queues, socket)?;
     ready(&place);
     wait(&signals)?;
     ended(server.stop(), control)
+}
+
+/// Closes the jail around a server of this disk, whose socket is at a path, and lets commands reach it.
+fn enclose(
+    chain: &Chain,
+    control: Option<Bound>,
+    socket: Option<&Path>,
+) -> Result<Option<control::Server>> {
+    let mut jail = Jail::new(Work::Server);
+    jail::disk(&mut jail, chain, control.is_some())?;
+    if let Some(path) = socket {
+        jail::socket(&mut jail, path);
+    }
+    jail::close(jail)?;
+    control.map(Bound::serve).transpose()
 }
 
 /// Tells who waits for the end of the server how it ended.
@@ -234,6 +252,7 @@ fn nbd(args: &NbdArgs) -> Result<u8> {
         contexts: args.contexts(&chain)?,
     };
     let control = args.disk.control(&chain, format!("served at {uri}"), "its client")?;
+    let control = enclose(&chain, control, listener.path())?;
     drop(chain);
     let server = Server::start(export, listener, tls)?;
     ready(&uri);
@@ -258,16 +277,16 @@ impl DiskArgs {
         disk::open(&self.disk, &self.opening.holding(using))
     }
 
-    /// Lets commands reach the disk.
+    /// The socket at which commands reach the disk.
     fn control(
         &self,
         chain: &Arc<Chain>,
         doing: String,
         user: &'static str,
-    ) -> Result<Option<control::Server>> {
+    ) -> Result<Option<Bound>> {
         let path = std::path::absolute(&self.disk).unwrap_or_else(|_| self.disk.clone());
         // Nobody can be told of a new size: a client learns it when it connects again.
-        holding::serve(chain, &path, Arc::new(Whole::new(doing, user, || {})))
+        holding::bind(chain, &path, Arc::new(Whole::new(doing, user, || {})))
     }
 }
 

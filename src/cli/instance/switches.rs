@@ -41,6 +41,24 @@ impl Switches for OfContainer {
     }
 }
 
+/// How those outside come to a virtual machine that is an instance.
+pub struct Doors {
+    console: UnixListener,
+    keeper: Link,
+}
+
+impl Doors {
+    /// Those of the instance in this directory. Nobody is let in yet.
+    pub fn open(dir: &Path) -> Result<Doors> {
+        let console = dir.join(CONSOLE);
+        // An earlier turn's.
+        let _ = std::fs::remove_file(&console);
+        let failed = |e| Error::io("cannot show the console", e).at_path(dir);
+        let console = UnixListener::bind(&console).map_err(failed)?;
+        Ok(Doors { console, keeper: Link::connect(dir)? })
+    }
+}
+
 /// A virtual machine's.
 #[derive(Clone)]
 pub struct OfMachine {
@@ -59,13 +77,9 @@ impl OfMachine {
         self.killed.load(Ordering::SeqCst)
     }
 
-    /// Lets the keeper of the instance in this directory, and who attaches to it, reach the guest.
-    pub fn serve(&self, dir: &Path) -> Result<()> {
-        let failed = |e| Error::io("cannot show the console", e).at_path(dir);
-        let console = dir.join(CONSOLE);
-        // An earlier turn's.
-        let _ = std::fs::remove_file(&console);
-        let listener = UnixListener::bind(console).map_err(failed)?;
+    /// Lets the keeper of the instance, and who attaches to it, reach the guest.
+    pub fn serve(&self, Doors { console: listener, keeper: link }: Doors) -> Result<()> {
+        let failed = |e| Error::io("cannot show the console", e);
         let handle = self.handle.clone();
         let attach = move || {
             for stream in listener.incoming().flatten() {
@@ -74,7 +88,6 @@ impl OfMachine {
             }
         };
         std::thread::Builder::new().name("attach".into()).spawn(attach).map_err(failed)?;
-        let link = Link::connect(dir)?;
         link.serve(Arc::new(self.clone()))?;
         link.started();
         Ok(())

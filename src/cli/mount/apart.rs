@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use vdisk::mount::table;
 use vdisk::{Error, ErrorKind, Result};
 
-use crate::cli::open::{memory, passphrase};
+use crate::cli::open::{jail, memory, passphrase};
 
 /// What a process says on its stdout once what it serves can be used.
 pub const READY: &str = "ready";
@@ -30,6 +30,7 @@ pub fn serve_apart(verb: &str, words: Vec<OsString>) -> Result<u8> {
         .arg(verb)
         .args(passphrase::words())
         .args(memory::words())
+        .args(jail::words())
         .args(words)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

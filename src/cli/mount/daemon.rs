@@ -2,15 +2,17 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use nix::sys::signal::SigSet;
+use nix::unistd::geteuid;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 use vdisk::control::{self, Kind, place};
+use vdisk::jail::{Jail, Reach, Work};
 use vdisk::mount::volume::{DeviceVolume, Lost};
-use vdisk::mount::{AttachOptions, Attached, attach, table, unmount};
+use vdisk::mount::{AttachOptions, Attached, attach, table};
 use vdisk::{Error, ErrorKind, Result};
 use vdisk_fuse::apart::Apart;
 use vdisk_fuse::{Caching, Options, Server};
@@ -18,10 +20,12 @@ use vdisk_fuse::{Caching, Options, Server};
 use crate::cli::instance::holding::{self, Bystander, Files, UserSpaceFiles, Whole};
 use crate::cli::mount::apart::READY;
 use crate::cli::mount::args::Args;
+use crate::cli::mount::end::{Unmounter, unmount_ours};
 use crate::cli::mount::snapshots::Shown;
 use crate::cli::mount::umount;
 use crate::cli::mount::user_space::UserSpace;
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::terminal::stop;
 
 /// How many requests on a raw mount are worked on at a time.
@@ -33,38 +37,12 @@ pub fn run(args: &Args) -> Result<u8> {
     leave_caller();
     let ending = stop::hold_endings()?;
     let chain = open(args)?;
-    let device: Arc<dyn BlockDevice> = chain.clone();
     let shown = Arc::new(Shown::new(&chain, &args.disk, args.opening.options()?)?);
-    let (mount, number) = if args.raw {
-        let mount = Raw::mount(device, shown.clone(), args)?;
-        let number = table::at(&args.dir).map(|mount| mount.device);
-        (Mount::Raw(mount), number)
-    } else if args.user_space {
-        let mount = UserSpace::mount(device, args).map_err(|e| e.at_path(&args.disk))?;
-        let number = table::at(&args.dir).map(|mount| mount.device);
-        (Mount::UserSpace(mount), number)
-    } else {
-        let name = args.disk.to_string_lossy().into_owned();
-        let (read_only, partition) = (args.read_only, args.partition);
-        let options =
-            AttachOptions { read_only, partition, inert: true, name, ..AttachOptions::default() };
-        let mount = attach(device, &options, &args.dir).map_err(|e| e.at_path(&args.disk))?;
-        let number = mount.loop_device();
-        (Mount::Files(mount), Some(number))
-    };
-    let number = number
-        .ok_or_else(|| Error::new(ErrorKind::Io, "the mount is gone already").at_path(&args.dir));
-    let started = number.and_then(|number| {
-        let control = listen(&chain, shown, args, &mount, &number)?;
-        unmount_when_asked(ending, args.dir.clone(), number)?;
-        announced(control)
-    });
-    let control = match started {
-        Ok(control) => control,
-        Err(error) => {
-            mount.abandon(&args.dir);
-            return Err(error);
-        }
+    // The superuser's mounts ask who their users are of all processes, and the kernel's are made by
+    // threads that serve already.
+    let (mount, control) = match args.raw || args.user_space && !geteuid().is_root() {
+        true => jailed(args, ending, &chain, shown)?,
+        false => free(args, ending, &chain)?,
     };
     drop(chain);
     let result = mount.wait();
@@ -72,29 +50,150 @@ pub fn run(args: &Args) -> Result<u8> {
     result.map(|()| 0)
 }
 
-/// Makes the mount's control socket: for `umount`, and for whoever wants something of the disk.
-fn listen(
+/// Mounts and begins to serve.
+fn free(args: &Args, ending: SigSet, chain: &Arc<Chain>) -> Result<(Mount, control::Server)> {
+    jail::refuse("what the superuser mounts, but for --raw, is served without")?;
+    let device: Arc<dyn BlockDevice> = chain.clone();
+    let named = |e: Error| e.at_path(&args.disk);
+    let (mount, number, files) = if args.user_space {
+        let mount = UserSpace::mount(device, args).and_then(UserSpace::serve).map_err(named)?;
+        let files = mount.file_system();
+        (Mount::UserSpace(mount), number_at(&args.dir), Some(files))
+    } else {
+        let name = args.disk.to_string_lossy().into_owned();
+        let (read_only, partition) = (args.read_only, args.partition);
+        let options =
+            AttachOptions { read_only, partition, inert: true, name, ..AttachOptions::default() };
+        let mount = attach(device, &options, &args.dir).map_err(named)?;
+        let number = mount.loop_device();
+        (Mount::Files(mount), Ok(number), None)
+    };
+    let started = number.and_then(|number| {
+        let (doing, at) = (doing(args), (&Apart::here(), args.dir.as_path()));
+        let kind: Arc<dyn Kind> = match files {
+            Some(files) => Arc::new(UserSpaceFiles::new(doing, at, files)?),
+            None => Arc::new(Files::new(doing, at, &number)?),
+        };
+        let control = bind(chain, args, &number, kind)?.serve()?;
+        let dir = args.dir.clone();
+        when_asked(ending, move || unmount_ours(&dir, &number))?;
+        announced(control)
+    });
+    match started {
+        Ok(control) => Ok((mount, control)),
+        Err(error) => {
+            mount.abandon(&args.dir);
+            Err(error)
+        }
+    }
+}
+
+/// Mounts, and begins to serve in a jail.
+fn jailed(
+    args: &Args,
+    ending: SigSet,
     chain: &Arc<Chain>,
     shown: Arc<Shown>,
-    args: &Args,
-    mount: &Mount,
-    number: &str,
-) -> Result<control::Server> {
-    let doing = format!("mounted at {}", args.dir.display());
-    let kind: Arc<dyn Kind> = match mount {
-        Mount::Raw(_) => Arc::new(
-            // What cannot be read leaves the names that there were.
-            Whole::new(doing, "who uses its file", || {}).showing(move || drop(shown.refresh())),
-        ),
-        Mount::Files(_) => Arc::new(Files::new(doing, (&Apart::here(), &args.dir), number)?),
-        Mount::UserSpace(mount) => {
-            Arc::new(UserSpaceFiles::new(doing, (&Apart::here(), &args.dir), mount.file_system())?)
+) -> Result<(Mount, control::Server)> {
+    let mut jail = Jail::new(Work::Files);
+    // What is mounted here is looked at to bring it to rest.
+    jail.reach(&args.dir, Reach::Read);
+    jail.reach(Path::new("/dev/fuse"), Reach::Write);
+    jail.reach(Path::new("/dev/null"), Reach::Write);
+    let device: Arc<dyn BlockDevice> = chain.clone();
+    let waiting = if args.raw {
+        Waiting::Raw(Raw::mount(device, shown.clone(), args)?)
+    } else {
+        // In which groups who makes a request is.
+        jail.reach(Path::new("/proc"), Reach::Read);
+        Waiting::UserSpace(UserSpace::mount(device, args).map_err(|e| e.at_path(&args.disk))?)
+    };
+    let closed = number_at(&args.dir).and_then(|number| {
+        let kind = waiting.kind(args, &number, shown)?;
+        let bound = bind(chain, args, &number, kind)?;
+        let unmounter = Unmounter::start(&args.dir, &number)?;
+        jail::disk(&mut jail, chain, !chain.read_only() && !args.ephemeral)?;
+        jail.reach(&place::directory()?, Reach::Sockets);
+        jail::close(jail)?;
+        Ok((bound, unmounter))
+    });
+    let (bound, mut unmounter) = match closed {
+        Ok(closed) => closed,
+        Err(error) => {
+            let _ = umount::detach(&args.dir);
+            return Err(error);
         }
     };
+    let mount = waiting.serve().inspect_err(|_| unmounter.detach())?;
+    match bound.serve().and_then(announced) {
+        Ok(control) => {
+            when_asked(ending, move || unmounter.unmount())?;
+            Ok((mount, control))
+        }
+        Err(error) => {
+            unmounter.detach();
+            let _ = mount.wait();
+            Err(error)
+        }
+    }
+}
+
+/// The number of the device that is mounted at a directory.
+fn number_at(dir: &Path) -> Result<String> {
+    let gone = || Error::new(ErrorKind::Io, "the mount is gone already").at_path(dir);
+    Ok(table::at(dir).ok_or_else(gone)?.device)
+}
+
+fn doing(args: &Args) -> String {
+    format!("mounted at {}", args.dir.display())
+}
+
+/// Makes the mount's control socket: for `umount`, and for whoever wants something of the disk.
+fn bind(
+    chain: &Arc<Chain>,
+    args: &Args,
+    number: &str,
+    kind: Arc<dyn Kind>,
+) -> Result<control::Bound> {
     let own = place::mount(number);
-    match holding::serve(chain, &args.disk, kind)? {
-        None => control::Server::listen(&own, Arc::new(Bystander)),
-        Some(server) => server.also(&own).map(|()| server),
+    match holding::bind(chain, &args.disk, kind)? {
+        None => control::Server::bind(&own, Arc::new(Bystander)),
+        Some(bound) => bound.also(&own).map(|()| bound),
+    }
+}
+
+/// What is mounted, and not served yet.
+enum Waiting {
+    UserSpace(UserSpace<vdisk_fuse::Waiting>),
+    Raw(Raw<vdisk_fuse::Waiting>),
+}
+
+impl Waiting {
+    /// What it will have to do when its disk changes.
+    fn kind(&self, args: &Args, number: &str, shown: Arc<Shown>) -> Result<Arc<dyn Kind>> {
+        let doing = doing(args);
+        let files = match self {
+            // What cannot be read leaves the names that there were.
+            Waiting::Raw(_) => {
+                let whole = Whole::new(doing, "who uses its file", || {});
+                return Ok(Arc::new(whole.showing(move || drop(shown.refresh()))));
+            }
+            Waiting::UserSpace(files) => files.file_system(),
+        };
+        let parts = number.split_once(':').and_then(|(major, minor)| {
+            Some(nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?))
+        });
+        let device = parts.ok_or_else(|| Error::invalid("a mount without a number"))?;
+        let at = (&Apart::here(), args.dir.as_path());
+        Ok(Arc::new(UserSpaceFiles::on(device, doing, at, files)))
+    }
+
+    /// Serves it from now on.
+    fn serve(self) -> Result<Mount> {
+        match self {
+            Waiting::UserSpace(files) => files.serve().map(Mount::UserSpace),
+            Waiting::Raw(raw) => raw.serve().map(Mount::Raw),
+        }
     }
 }
 
@@ -119,14 +218,9 @@ impl Mount {
     fn abandon(self, dir: &Path) {
         match self {
             Mount::Files(attached) => drop(attached.detach()),
-            Mount::UserSpace(files) => {
+            served => {
                 if umount::detach(dir).is_ok() {
-                    let _ = files.wait();
-                }
-            }
-            Mount::Raw(raw) => {
-                if umount::detach(dir).is_ok() {
-                    let _ = raw.wait();
+                    let _ = served.wait();
                 }
             }
         }
@@ -134,14 +228,14 @@ impl Mount {
 }
 
 /// A disk shown as a file.
-struct Raw {
-    server: Server,
+struct Raw<S = Server> {
+    server: S,
     device: Arc<dyn BlockDevice>,
     lost: Arc<Lost>,
 }
 
-impl Raw {
-    fn mount(device: Arc<dyn BlockDevice>, shown: Arc<Shown>, args: &Args) -> Result<Raw> {
+impl Raw<vdisk_fuse::Waiting> {
+    fn mount(device: Arc<dyn BlockDevice>, shown: Arc<Shown>, args: &Args) -> Result<Self> {
         let volume = DeviceVolume::new(device.clone(), args.read_only);
         let lost = volume.lost();
         let options = Options {
@@ -151,10 +245,19 @@ impl Raw {
         };
         let failed = |e| Error::io("cannot mount over FUSE", e).at_path(&args.dir);
         shown.tree().add("disk.raw", Arc::new(volume)).map_err(failed)?;
-        let server = Server::mount(shown.tree().clone(), &args.dir, &options).map_err(failed)?;
+        let tree = shown.tree().clone();
+        let server = vdisk_fuse::Waiting::mount(tree, &args.dir, &options).map_err(failed)?;
         Ok(Raw { server, device, lost })
     }
 
+    fn serve(self) -> Result<Raw> {
+        let Raw { server, device, lost } = self;
+        let server = server.serve().map_err(|e| Error::io("cannot serve over FUSE", e))?;
+        Ok(Raw { server, device, lost })
+    }
+}
+
+impl Raw {
     fn wait(self) -> Result<()> {
         self.server.join().map_err(|e| Error::io("the FUSE server failed", e))?;
         if !self.device.read_only() {
@@ -192,14 +295,10 @@ pub fn leave_session() {
 
 /// Unmounts when somebody asks this process to end. While the mount is in use it is served on:
 /// to end then would lose what its users have written.
-pub fn unmount_when_asked(ending: SigSet, dir: PathBuf, number: String) -> Result<()> {
+pub fn when_asked(ending: SigSet, mut unmount: impl FnMut() + Send + 'static) -> Result<()> {
     let wait = move || {
         while ending.wait().is_ok() {
-            // Somebody else's mount may stand on ours.
-            let here = table::at(&dir).and_then(|mount| table::ours(&mount));
-            if here.is_some_and(|kind| kind.device() == number) {
-                let _ = unmount(&Apart::here(), &dir);
-            }
+            unmount();
         }
     };
     std::thread::Builder::new()

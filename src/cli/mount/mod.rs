@@ -5,6 +5,7 @@
 mod apart;
 mod args;
 pub mod daemon;
+pub mod end;
 pub mod helper;
 pub mod overlay;
 pub mod snapshots;

@@ -22,6 +22,7 @@ use vdisk_fuse::server::{OVERLAY_SUBTYPE, Serving};
 
 use crate::cli::instance::holding::Bystander;
 use crate::cli::mount::apart::{directory, serve_apart};
+use crate::cli::mount::end::unmount_ours;
 use crate::cli::mount::{daemon as mount_daemon, umount};
 use crate::cli::open::disk::{self, Use};
 use crate::cli::open::options::Opening;
@@ -395,7 +396,8 @@ pub fn serve(args: &Args) -> Result<u8> {
     let failed = |e| Error::io("cannot mount over FUSE", e).at_path(&wanted.dir);
     let server = Server::files(overlay, &wanted.dir, &serving).map_err(failed)?;
     let started = listen(&wanted.dir).and_then(|(control, number)| {
-        mount_daemon::unmount_when_asked(ending, wanted.dir.clone(), number)?;
+        let dir = wanted.dir.clone();
+        mount_daemon::when_asked(ending, move || unmount_ours(&dir, &number))?;
         mount_daemon::announced(control)
     });
     let control = match started {

@@ -73,7 +73,8 @@ fn release(dir: &Path, kind: &Kind) -> Result<()> {
     release_once(dir, kind)
 }
 
-fn release_once(dir: &Path, kind: &Kind) -> Result<()> {
+/// The same, where nobody is waited for.
+pub fn release_once(dir: &Path, kind: &Kind) -> Result<()> {
     match unmount(&Apart::here(), dir) {
         Err(error) if matches!(kind, Kind::Raw(_)) && error.raw_os_error() == Some(libc::EPERM) => {
             fusermount(dir, &["-u"])

@@ -8,10 +8,10 @@ use vdisk::filesystem;
 use vdisk::filesystem::ext4::mounted::Mounted;
 use vdisk::mount::files::DiskFiles;
 use vdisk::{Error, Result};
-use vdisk_fuse::Server;
 use vdisk_fuse::files::Keeping;
 use vdisk_fuse::mount::MountOptions;
 use vdisk_fuse::server::Serving;
+use vdisk_fuse::{Server, Waiting};
 
 use crate::cli::mount::args::Args;
 
@@ -20,16 +20,16 @@ const THREADS: usize = 8;
 /// How long the kernel may believe what it was told: nobody changes it but through the kernel.
 const BELIEF: Duration = Duration::from_secs(3600);
 
-/// The files in a disk, served over FUSE.
-pub struct UserSpace {
-    server: Server,
+/// The files in a disk, served over FUSE: by a `Server`, or mounted and [`Waiting`] for one.
+pub struct UserSpace<S = Server> {
+    server: S,
     files: Arc<DiskFiles>,
     fs: Arc<Mounted>,
 }
 
-impl UserSpace {
+impl UserSpace<Waiting> {
     /// Mounts the file system in `device` as `args` say.
-    pub fn mount(device: Arc<dyn BlockDevice>, args: &Args) -> Result<UserSpace> {
+    pub fn mount(device: Arc<dyn BlockDevice>, args: &Args) -> Result<UserSpace<Waiting>> {
         let fs = filesystem::open(device, args.partition, args.read_only)?;
         let fs = Arc::new(fs);
         let files = Arc::new(DiskFiles::new(fs.clone(), THREADS));
@@ -45,16 +45,27 @@ impl UserSpace {
         };
         let keeping = Keeping { ttl: BELIEF, writeback: !fs.read_only() };
         let serving = Serving { mount, keeping, threads: THREADS };
-        let server = Server::files(files.clone(), &args.dir, &serving)
+        let server = Waiting::files(files.clone(), &args.dir, &serving)
             .map_err(|e| Error::io("cannot mount over FUSE", e).at_path(&args.dir))?;
         Ok(UserSpace { server, files, fs })
     }
 
+    /// Serves it from now on.
+    pub fn serve(self) -> Result<UserSpace> {
+        let UserSpace { server, files, fs } = self;
+        let server = server.serve().map_err(|e| Error::io("cannot serve over FUSE", e))?;
+        Ok(UserSpace { server, files, fs })
+    }
+}
+
+impl<S> UserSpace<S> {
     /// The file system.
     pub fn file_system(&self) -> Arc<Mounted> {
         self.fs.clone()
     }
+}
 
+impl UserSpace {
     /// Returns when it is unmounted and everything is durable.
     pub fn wait(self) -> Result<()> {
         self.server.join().map_err(|e| Error::io("the FUSE server failed", e))?;

@@ -9,12 +9,13 @@ use vdisk::chain::Layer;
 use vdisk::change;
 use vdisk::control::Request;
 use vdisk::image::{Check, Repair};
+use vdisk::jail::{Jail, Work};
 use vdisk::open;
 use vdisk::open::{Format, OpenOptions};
 use vdisk::{Error, ErrorKind, Result};
 
-use crate::cli::open::held;
 use crate::cli::open::options::{Moment, Opening};
+use crate::cli::open::{held, jail};
 use crate::cli::terminal::output;
 
 /// Exit status for an image with lost data, or data loss to come.
@@ -118,12 +119,17 @@ fn run_layers(args: &Args) -> Result<Vec<Report>> {
     let looking = OpenOptions { unprotected: true, passphrase: None, ..options };
     let mending = OpenOptions { read_only: false, repair, ..looking.clone() };
     if !args.chain {
+        let layer = open::open_image(&disk, &looking)?;
+        enclose(std::slice::from_ref(&layer), repair)?;
         if repair {
+            // Closed first: it is read under a lock that keeps writers out.
+            drop(layer);
             return Ok(vec![mend(args, &disk, &mending)?]);
         }
-        return Ok(vec![check(args, &open::open_image(&disk, &looking)?)?]);
+        return Ok(vec![check(args, &layer)?]);
     }
     let layers = change::open(&disk, &looking)?.all_layers();
+    enclose(&layers, repair)?;
     let checked = layers.iter().filter(|l| l.image.capabilities().check.is_some());
     if !repair {
         return checked.map(|layer| check(args, layer)).collect();
@@ -136,6 +142,15 @@ fn run_layers(args: &Args) -> Result<Vec<Report>> {
         mend(args, &path, &options)
     };
     names.into_iter().map(mend).collect()
+}
+
+/// Closes the jail around a check of these layers, which are open.
+fn enclose(layers: &[Layer], repair: bool) -> Result<()> {
+    let mut jail = Jail::new(Work::Command);
+    if repair {
+        layers.iter().for_each(|layer| jail::admit(&mut jail, layer, true));
+    }
+    jail::close(jail)
 }
 
 /// Mends who owns which cluster. What the guest sees stays, and the clones of a base with it.

@@ -10,6 +10,7 @@ use vdisk::copy;
 use vdisk::open::Format;
 
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::open::options::{self as opening, Moment, Opening};
 use crate::cli::terminal::output::{self, Progress};
 
@@ -84,6 +85,7 @@ fn compare(args: &Args) -> Result<u8> {
     };
     let a = open(&args.a, args.format_a, &args.snapshot_a)?;
     let b = open(&args.b, args.format_b, &args.snapshot_b)?;
+    jail::close_on_open_files()?;
     let (size_a, size_b) = (a.size(), b.size());
     let found = if args.strict && size_a != size_b {
         copy::Difference { offset: None, sizes_differ: true }

@@ -14,13 +14,14 @@ use vdisk::family;
 use vdisk::family::forest::Node;
 use vdisk::family::tree::Family;
 use vdisk::image::{self, Identity, Role};
+use vdisk::jail::{Jail, Reach, Work};
 use vdisk::open;
 use vdisk::open::{Format, OpenOptions};
 use vdisk::storage::{FileOptions, FileStorage, Storage, holders};
 use vdisk::{ErrorKind, Result};
 
-use crate::cli::open::held;
 use crate::cli::open::options::{Moment, Opening};
+use crate::cli::open::{held, jail};
 use crate::cli::snapshot::show;
 use crate::cli::terminal::{output, size};
 
@@ -119,7 +120,7 @@ struct Snapshot {
     filename: String,
 }
 
-#[derive(Serialize)]
+#[derive(Clone, Serialize)]
 struct Holder {
     pid: u32,
     command: String,
@@ -128,15 +129,20 @@ struct Holder {
 pub fn run(args: &Args) -> Result<u8> {
     let (disk, options) = args.opening.file_at(&args.disk, &args.moment)?;
     let options = OpenOptions { shared: true, passphrase: None, ..options };
-    let mut report = look(args, &disk, &options);
+    let held = Held::of(&disk)?;
+    // Which files a disk names is what is looked for: any of them is read, and none written.
+    let mut jail = Jail::new(Work::Command);
+    jail.reach(Path::new("/"), Reach::Read);
+    jail::close(jail)?;
+    let mut report = look(args, &disk, &options, &held);
     for _ in 1..LOOKS {
         let Err(error) = &report else { break };
-        if error.kind() == ErrorKind::Unsupported || !is_in_use(&disk) {
+        if error.kind() == ErrorKind::Unsupported || held.holders.is_empty() {
             break;
         }
         // Its layers may have been exchanged between a look at one and a look at the next.
         std::thread::sleep(PAUSE);
-        report = look(args, &disk, &options);
+        report = look(args, &disk, &options, &held);
     }
     let report = report?;
     if args.json {
@@ -151,17 +157,26 @@ pub fn run(args: &Args) -> Result<u8> {
 const LOOKS: usize = 5;
 const PAUSE: Duration = Duration::from_millis(20);
 
-fn is_in_use(disk: &Path) -> bool {
-    let options = FileOptions { access: None, write: false };
-    FileStorage::open(disk, options).is_ok_and(|file| !holders(file.file()).is_empty())
+/// Who holds the disk: what is asked of other processes, and not of the disk.
+#[derive(Clone)]
+struct Held {
+    holders: Vec<Holder>,
+    /// What cannot be asked is shown as its file says.
+    answer: Option<serde_json::Value>,
 }
 
-fn look(args: &Args, disk: &Path, options: &OpenOptions) -> Result<Report> {
+impl Held {
+    fn of(disk: &Path) -> Result<Held> {
+        let file = FileStorage::open(disk, FileOptions { access: None, write: false })?;
+        let holders = holders(file.file()).into_iter();
+        let holders = holders.map(|h| Holder { pid: h.pid, command: h.command }).collect();
+        Ok(Held { holders, answer: held::ask(disk, &Request::Info).unwrap_or_default() })
+    }
+}
+
+fn look(args: &Args, disk: &Path, options: &OpenOptions, held: &Held) -> Result<Report> {
     let head = open::open_image(disk, options)?;
-    let holders = holders(head.file.file())
-        .into_iter()
-        .map(|h| Holder { pid: h.pid, command: h.command })
-        .collect();
+    let Held { holders, answer: held } = held.clone();
     let layers = match args.chain {
         false => None,
         true => {
@@ -172,8 +187,6 @@ fn look(args: &Args, disk: &Path, options: &OpenOptions) -> Result<Report> {
     // What is no qcow2 image has no family, whatever its guest wrote.
     let family = if head.format == Format::Qcow2 { Family::read(disk)? } else { None };
     let kept = family.as_ref().map_or(Ok(None), snapshot::kept_aside)?;
-    // What cannot be asked is shown as its file says.
-    let held = held::ask(disk, &Request::Info).unwrap_or_default();
     let mut layer = LayerReport::of(&head)?;
     if let Some(size) = held.as_ref().and_then(|h| h.get("virtual_size")?.as_u64()) {
         layer.virtual_size = size;

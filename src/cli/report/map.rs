@@ -12,6 +12,7 @@ use vdisk::chain::{Chain, Layer, MapExtent};
 use vdisk::image::{Mapping, Role};
 
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::open::options::{Moment, Opening};
 use crate::cli::report::picture::map::Grid;
 use crate::cli::terminal::output;
@@ -92,6 +93,7 @@ pub fn run(args: &Args) -> Result<u8> {
     let using = Use { accept_base: args.accept_base, ..args.opening.reading(&args.moment) };
     let disk = disk::open(&args.disk, &Use { tables: true, ..using })?;
     let layers = disk.all_layers();
+    jail::close_on_open_files()?;
     if args.svg {
         return picture(&disk, &layers, &args.disk);
     }

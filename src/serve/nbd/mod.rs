@@ -18,6 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::socket::Listener;
 use crate::error::{Error, Result};
+use crate::jail;
 use crate::nbd::stream::{Hasty, Stream};
 
 mod connection;
@@ -49,7 +50,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// A running server; it ends when this is [stopped](Server::stop) or dropped.
 pub struct Server {
     shared: Arc<Shared>,
-    acceptor: Option<JoinHandle<()>>,
+    /// It gives the listener back: to remove a socket's file may not be its right.
+    acceptor: Option<JoinHandle<Listener>>,
     /// Closed to wake the thread that accepts.
     wake: Option<UnixStream>,
 }
@@ -82,7 +84,11 @@ impl Server {
         let own = shared.clone();
         let acceptor = thread::Builder::new()
             .name("nbd-accept".into())
-            .spawn(move || own.accept_all(&listener, &woken))
+            .spawn(move || {
+                jail::narrow(jail::Thread::Connection);
+                own.accept_all(&listener, &woken);
+                listener
+            })
             .map_err(failed)?;
         Ok(Server { shared, acceptor: Some(acceptor), wake: Some(wake) })
     }

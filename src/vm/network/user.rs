@@ -2,10 +2,12 @@
 //! length in four bytes, big-endian (passt's "UNIX domain" protocol, QEMU's `-netdev stream`).
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
@@ -17,6 +19,8 @@ const PROGRAM: &str = "passt";
 /// What the guest is told to use: its buffers hold no longer frames.
 const MTU: &str = "1500";
 const LENGTH: usize = 4;
+/// How long the program may take to end.
+const TO_END: Duration = Duration::from_secs(2);
 
 /// A stream to a program that ends with it.
 struct Stream {
@@ -29,9 +33,13 @@ struct Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let program = self.program.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // It may have ended by itself.
+        // It ends when the stream does, and has to where a jail lets no signal out.
+        let _ = self.socket.shutdown(Shutdown::Both);
         let _ = program.kill();
-        let _ = program.wait();
+        let until = Instant::now() + TO_END;
+        while matches!(program.try_wait(), Ok(None)) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 

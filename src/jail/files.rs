@@ -1,0 +1,96 @@
+//! Which files can be named: rules for Landlock.
+
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
+    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
+};
+
+/// The newest of Landlock that there are rules for; what a kernel does not know of it is left out.
+const NEWEST: ABI = ABI::V9;
+
+/// What can be done to a file, or to a directory and all below it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// Directories are listed, and no file is opened.
+    List,
+    /// Files are read, and directories listed.
+    Read,
+    /// A file that is there is written too.
+    Write,
+    /// Files are written too, made and removed, and directories with them.
+    Change,
+    /// Sockets are named there, and anything is removed.
+    Sockets,
+    /// Anything is removed there, and nothing made.
+    Remove,
+}
+
+impl Reach {
+    fn access(self) -> BitFlags<AccessFs> {
+        let list = BitFlags::from(AccessFs::ReadDir);
+        let read = list | AccessFs::ReadFile;
+        match self {
+            Reach::List => list,
+            Reach::Read => read,
+            Reach::Write => read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev,
+            Reach::Change => {
+                read | make_bitflags!(AccessFs::{
+                    WriteFile | Truncate | MakeReg | MakeDir | RemoveFile | RemoveDir | Refer
+                })
+            }
+            Reach::Sockets => list | AccessFs::MakeSock | AccessFs::RemoveFile,
+            Reach::Remove => list | AccessFs::RemoveFile,
+        }
+    }
+}
+
+/// What is let through: what stood there when it was added, whatever is mounted over it since.
+#[derive(Default)]
+pub(super) struct Files(Vec<Place>);
+
+struct Place {
+    path: PathBuf,
+    at: PathFd,
+    access: BitFlags<AccessFs>,
+}
+
+impl Files {
+    /// Adds a place. What is not there, or cannot be looked at, is not let through.
+    pub(super) fn add(&mut self, path: &Path, reach: Reach) {
+        let file = if path.is_dir() { BitFlags::all() } else { AccessFs::from_file(NEWEST) };
+        let access = reach.access() & file;
+        match self.0.iter_mut().find(|place| place.path == path) {
+            Some(place) => place.access |= access,
+            None => {
+                let Ok(at) = PathFd::new(path) else { return };
+                self.0.push(Place { path: path.to_path_buf(), at, access });
+            }
+        }
+    }
+
+    /// Bounds this thread, and those that it starts, to them.
+    pub(super) fn restrict(self) -> Result<(), String> {
+        let done = self.enforce().map_err(|e| format!("files cannot be bounded ({e})"))?;
+        match done {
+            RulesetStatus::NotEnforced => {
+                Err("this kernel has no Landlock, and files are not bounded".to_owned())
+            }
+            RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(()),
+        }
+    }
+
+    fn enforce(self) -> Result<RulesetStatus, RulesetError> {
+        let mut rules = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(NEWEST))?
+            .handle_access(AccessNet::from_all(NEWEST))?
+            .scope(Scope::from_all(NEWEST))?
+            .create()?;
+        for Place { at, access, .. } in self.0 {
+            rules = rules.add_rule(PathBeneath::new(at, access))?;
+        }
+        Ok(rules.restrict_self()?.ruleset)
+    }
+}

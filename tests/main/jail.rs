@@ -1,0 +1,383 @@
+//! The jail around work on disks: calls are made in place of each process and each of its threads, as code
+//! that took it over would make them, and are refused.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use nix::libc;
+use nix::sys::signal::Signal;
+
+use crate::boot::{Booted, can_boot};
+use crate::host::{VDISK, Work};
+use crate::mount::{is_left_alone, is_mounted, server, soon};
+use crate::puppet::{Ending, Puppet, Word, threads};
+use crate::require::{Need, have};
+use crate::serve::Served;
+use crate::someone::{Ids, USER, Who, give, start_program};
+
+const SIZE: usize = 8 << 20;
+
+/// What an attacker is after: a file of the user's, the base of the disk, and a place for a program of his.
+struct Prey {
+    secret: PathBuf,
+    base: PathBuf,
+    program: PathBuf,
+}
+
+/// A disk in a directory of its own, on a base in another; and what is elsewhere.
+fn scene() -> (Work, Prey) {
+    let work = Work::new();
+    for dir in ["bases", "disks", "elsewhere", "out", "sockets"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    work.put("bases/base.raw", vec![0x11; SIZE]);
+    work.put("elsewhere/secret", "a key");
+    work.vdisk("clone bases/base.raw disks/clone.qcow2").succeeds();
+    let prey = Prey {
+        secret: work.path("elsewhere/secret"),
+        base: work.path("bases/base.raw"),
+        program: work.path("elsewhere/program"),
+    };
+    (work, prey)
+}
+
+/// A call: what it is for, its number, what it is given.
+type Attack<'a> = (&'static str, i64, Vec<Word<'a>>);
+
+/// Calls that code would make that has taken over a process, none of which does harm where it is let through.
+fn attacks(prey: &Prey) -> Vec<Attack<'_>> {
+    use Word::{Is, Path as At, Stack};
+    let here = Is(i64::from(libc::AT_FDCWD));
+    let is = |flags: i32| Is(i64::from(flags));
+    let executable = is(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC);
+    let anonymous = is(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let made = is(libc::O_CREAT | libc::O_RDWR);
+    let internet = is(libc::AF_INET);
+    vec![
+        ("read a file", libc::SYS_openat, vec![here, At(&prey.secret), is(libc::O_RDONLY)]),
+        ("write the base", libc::SYS_openat, vec![here, At(&prey.base), is(libc::O_RDWR)]),
+        ("make a file", libc::SYS_openat, vec![here, At(&prey.program), made, Is(0o700)]),
+        ("map code", libc::SYS_mmap, vec![Is(0), Is(4096), executable, anonymous, Is(-1)]),
+        ("make a stack code", libc::SYS_mprotect, vec![Stack, Is(4096), executable]),
+        ("a socket to the world", libc::SYS_socket, vec![internet, is(libc::SOCK_STREAM)]),
+        ("a socket to the host", libc::SYS_socket, vec![is(libc::AF_UNIX), is(libc::SOCK_STREAM)]),
+        // PTRACE_SEIZE of nobody, and what no process can be given.
+        ("trace a process", libc::SYS_ptrace, vec![Is(0x4206), Is(0)]),
+        (
+            "write to a process",
+            libc::SYS_process_vm_writev,
+            vec![Is(1), Is(0), Is(0), Is(0), Is(0)],
+        ),
+        ("lend its rights to all", libc::SYS_chmod, vec![At(&prey.secret), Is(0o4755)]),
+        // F_SETSIG.
+        ("have a signal sent", libc::SYS_fcntl, vec![Is(0), Is(10), Is(9)]),
+        ("signal a process", libc::SYS_kill, vec![Is(1), Is(0)]),
+        // An empty one, where it could be made.
+        ("run a program", libc::SYS_execve, vec![At(&prey.program)]),
+        ("remove a file", libc::SYS_unlink, vec![At(&prey.secret)]),
+        ("enter a namespace", libc::SYS_setns, vec![Is(-1), Is(0)]),
+        ("leave a namespace", libc::SYS_unshare, vec![Is(0)]),
+        ("mount", libc::SYS_mount, vec![]),
+        ("load a kernel's program", libc::SYS_bpf, vec![Is(-1)]),
+        ("a ring of calls", libc::SYS_io_uring_setup, vec![Is(0)]),
+        ("a key", libc::SYS_keyctl, vec![Is(-1)]),
+        ("type for the user", libc::SYS_ioctl, vec![Is(0), Is(0x5412)]),
+    ]
+}
+
+/// Which of the attacks are not refused. To be refused is another thing than to fail.
+fn let_through(prey: &Prey, call: impl Fn(i64, &[Word<'_>]) -> i64) -> Vec<(&'static str, i64)> {
+    let made = attacks(prey).into_iter().map(|(what, number, words)| (what, call(number, &words)));
+    let refused = [-i64::from(libc::EPERM), -i64::from(libc::EACCES)];
+    made.filter(|(_, result)| !refused.contains(result)).collect()
+}
+
+/// Requires that all threads of a process are jailed, among them such.
+fn assert_jailed(process: u32, kinds: &[&str], prey: &Prey) {
+    // A thread has its name a moment after its start.
+    let is_there = |kind: &&str| threads(process).iter().any(|(name, _)| name == kind);
+    for kind in kinds {
+        soon(&format!("a thread {kind}"), || is_there(kind));
+    }
+    assert_bounded(process);
+    for (name, thread) in threads(process) {
+        let puppet = Puppet::stop(process, thread);
+        let through = let_through(prey, |number, words| puppet.call(number, words));
+        assert!(through.is_empty(), "{name}: {through:?}");
+    }
+    assert!(!prey.program.exists());
+}
+
+/// Requires what the kernel says of every thread: it gains no rights, and its calls are filtered.
+fn assert_bounded(process: u32) {
+    for (name, thread) in threads(process) {
+        let status = fs::read_to_string(format!("/proc/{process}/task/{thread}/status")).unwrap();
+        let says = |line: &str| status.lines().any(|l| l.split_whitespace().eq(line.split(' ')));
+        assert!(says("NoNewPrivs: 1") && says("Seccomp: 2"), "{name}: {status}");
+    }
+}
+
+/// Requires that threads of these kinds cannot open even what the process can.
+fn assert_narrow(process: u32, kinds: &[&str], open: &Path) {
+    let of_kind = |name: &str| kinds.contains(&name);
+    let narrow = threads(process).into_iter().filter(|(name, _)| of_kind(name));
+    for (name, thread) in narrow {
+        // It comes after the process's two.
+        soon("a filter of its own", || filters(process, thread) > 2);
+        let puppet = Puppet::stop(process, thread);
+        let words = [Word::Is(i64::from(libc::AT_FDCWD)), Word::Path(open), Word::Is(0)];
+        assert_eq!(puppet.call(libc::SYS_openat, &words), -i64::from(libc::EPERM), "{name}");
+    }
+}
+
+/// How many filters a thread's calls go through.
+fn filters(process: u32, thread: i32) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{process}/task/{thread}/status")).unwrap();
+    let count = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
+    count.unwrap().trim().parse().unwrap()
+}
+
+/// What a thread may open, it opens: the same calls are let through where there is reason to.
+fn opens(process: u32, path: &Path, flags: i32) -> bool {
+    let puppet = Puppet::stop(process, i32::try_from(process).unwrap());
+    let here = Word::Is(i64::from(libc::AT_FDCWD));
+    puppet.call(libc::SYS_openat, &[here, Word::Path(path), Word::Is(flags.into())]) >= 0
+}
+
+#[test]
+fn a_server_of_nbd_is_jailed_and_serves_on() {
+    if !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    let served = Served::start(&work, "nbd disks/clone.qcow2 --socket sockets/sock --jail require");
+    let client = UnixStream::connect(work.path("sockets/sock")).unwrap();
+    assert_jailed(served.pid(), &["vdisk", "nbd-accept", "nbd", "control"], &prey);
+    let disk = work.path("disks/clone.qcow2");
+    assert_narrow(served.pid(), &["nbd-accept", "nbd"], &disk);
+    assert!(opens(served.pid(), &disk, libc::O_RDWR), "its tree can change");
+    assert!(opens(served.pid(), &prey.base, libc::O_RDONLY), "its base can be read");
+    drop(client);
+    work.vdisk("snapshot create disks/clone.qcow2 one").succeeds();
+    work.vdisk("resize disks/clone.qcow2 +1M").succeeds();
+    work.vdisk("snapshot merge disks/clone.qcow2 one").succeeds();
+    served.stop();
+    assert!(!work.path("sockets/sock").exists());
+}
+
+#[test]
+fn without_a_jail_the_attacks_go_through() {
+    let (work, prey) = scene();
+    let served = Served::start(&work, "nbd disks/clone.qcow2 --socket sockets/sock --jail off");
+    let puppet = Puppet::stop(served.pid(), i32::try_from(served.pid()).unwrap());
+    let through = let_through(&prey, |number, words| puppet.call(number, words));
+    drop(puppet);
+    let done: Vec<_> = through.iter().filter(|(_, result)| *result >= 0).map(|(n, _)| *n).collect();
+    for what in ["read a file", "write the base", "make a file", "remove a file", "map code"] {
+        assert!(done.contains(&what), "{what}: {through:?}");
+    }
+    let tried = |what| through.iter().any(|(name, _)| *name == what);
+    assert!(tried("trace a process") && tried("a socket to the host"), "{through:?}");
+    served.stop();
+}
+
+#[test]
+fn a_server_of_vhost_user_is_jailed() {
+    if !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    let served =
+        Served::start(&work, "vhost-user disks/clone.qcow2 --socket sockets/sock --jail require");
+    assert_jailed(served.pid(), &["vdisk", "vhost", "control"], &prey);
+    assert_narrow(served.pid(), &["vhost"], &work.path("disks/clone.qcow2"));
+    served.stop();
+    assert!(!work.path("sockets/sock").exists());
+}
+
+#[test]
+fn the_process_that_runs_a_guest_is_jailed_and_the_guest_goes_on() {
+    if !can_boot() || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    // In a directory of its own: what stands beside it, and below that, is in reach.
+    let own = Work::below(&work.path("disks"));
+    own.vdisk("clone ../../bases/base.raw clone.qcow2").succeeds();
+    let mut booted = Booted::waiting(&own);
+    let kinds = ["vdisk", "vcpu-0", "virtio-blk-0", "control", "signals"];
+    assert_jailed(booted.pid(), &kinds, &prey);
+    assert_narrow(booted.pid(), &["vcpu-0", "virtio-blk-0"], &own.path("clone.qcow2"));
+    assert!(opens(booted.pid(), &own.path("clone.qcow2"), libc::O_RDWR));
+    own.vdisk("snapshot create clone.qcow2 one").succeeds();
+    booted.signal(Signal::SIGTERM);
+    assert_eq!(booted.status(), Some(0));
+}
+
+#[test]
+fn commands_that_read_disks_are_jailed_when_they_read() {
+    if !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    work.vdisk("create disks/plain.qcow2 8M").succeeds();
+    for words in [
+        "read disks/clone.qcow2 0 4096",
+        "map disks/clone.qcow2",
+        "check disks/clone.qcow2",
+        "check disks/plain.qcow2 --repair all",
+        "compare disks/clone.qcow2 bases/base.raw",
+        "convert disks/clone.qcow2 out/flat.qcow2",
+        "convert disks/clone.qcow2 out/flat.raw --format raw",
+    ] {
+        let words: Vec<_> = words.split(' ').chain(["--jail", "require"]).collect();
+        let ending = Ending::of(VDISK, &words, work.dir(), None);
+        assert_bounded(ending.process());
+        let through = let_through(&prey, |number, words| ending.call(number, words));
+        assert!(through.is_empty(), "{words:?}: {through:?}");
+    }
+    // It follows names wherever they lead, and writes nowhere.
+    let ending = Ending::of(VDISK, &["info", "disks/clone.qcow2", "--chain"], work.dir(), None);
+    let through = let_through(&prey, |number, words| ending.call(number, words));
+    assert!(matches!(through[..], [("read a file", 0..)]), "{through:?}");
+}
+
+#[test]
+fn an_import_is_jailed_when_it_reads() {
+    if !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    let tar = work.run("tar", ["-cf", "root.tar", "disks"]).succeeds();
+    drop(tar);
+    let words = ["import", "root.tar", "some", "--size", "64M", "--store", "store"];
+    let ending = Ending::of(VDISK, &words, work.dir(), None);
+    assert_bounded(ending.process());
+    let through = let_through(&prey, |number, words| ending.call(number, words));
+    assert!(through.is_empty(), "{through:?}");
+    drop(ending);
+    work.vdisk("clone some clone.qcow2 --store store").succeeds();
+}
+
+#[test]
+fn a_command_says_what_it_wants_of_a_jail() {
+    let (work, _) = scene();
+    let done = work.vdisk("read disks/clone.qcow2 0 1 --jail off").succeeds();
+    assert!(done.err().is_empty(), "{}", done.err());
+    work.vdisk("read disks/clone.qcow2 0 1 --jail some").ends(64);
+    if have(Need::Landlock) {
+        let done = work.vdisk("read disks/clone.qcow2 0 1 --jail require").succeeds();
+        assert_eq!((done.stdout, done.stderr.len()), (vec![0x11], 0));
+    }
+}
+
+#[test]
+fn the_server_of_a_disk_as_a_file_is_jailed_and_unmounts_when_it_is_asked() {
+    if !have(Need::Fuse) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("mount --raw disks/clone.qcow2 at --jail require").succeeds();
+    let server = server(&work.path("at")).unwrap();
+    let process = u32::try_from(server.as_raw()).unwrap();
+    assert_jailed(process, &["vdisk", "fuse", "ending", "control"], &prey);
+    work.vdisk("snapshot create disks/clone.qcow2 one").succeeds();
+    assert_eq!(fs::read(work.path("at/snapshots/one.raw")).unwrap(), vec![0x11; SIZE]);
+    if nix::unistd::geteuid().is_root() {
+        nix::sys::signal::kill(server, Signal::SIGTERM).unwrap();
+    } else {
+        work.vdisk("umount at").succeeds();
+    }
+    is_left_alone(&work.path("at"));
+    assert!(!is_mounted(&work.path("at")));
+}
+
+#[test]
+fn the_server_of_an_ordinary_users_mount_is_jailed_and_serves_on() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (elsewhere, prey) = scene();
+    fs::set_permissions(elsewhere.dir(), fs::Permissions::from_mode(0o755)).unwrap();
+    let work = Work::new();
+    work.run("mke2fs", ["-q", "-t", "ext4", "-E", "root_owner=54321:54321", "raw", "16M"])
+        .succeeds();
+    work.vdisk("convert raw disk.q").succeeds();
+    fs::create_dir(work.path("at")).unwrap();
+    give(&work);
+    std::os::unix::fs::chown(work.path("at"), Some(USER), Some(USER)).unwrap();
+    let script = "./vdisk mount disk.q at --jail require && touch up && read go && \
+                  echo hello > at/file && chmod 4755 at/file && ./vdisk snapshot create disk.q one && \
+                  ./vdisk umount at && ./vdisk cat disk.q:file --snapshot one";
+    let mut running = start_program(&work, Who::Someone(Ids::One), "", ["sh", "-c", script]);
+    soon("a mount", || work.path("up").exists());
+    let process = u32::try_from(server(&work.path("at")).unwrap().as_raw()).unwrap();
+    let kinds = ["vdisk", "fuse", "fuse-worker", "ending", "control"];
+    assert_jailed(process, &kinds, &prey);
+    running.type_in(b"go\n");
+    assert_eq!(running.wait().succeeds().out(), "hello\n");
+}
+
+#[test]
+fn on_a_kernel_without_landlock_a_command_goes_on_and_says_so_once_unless_it_is_told_not_to() {
+    let (work, prey) = scene();
+    let lacking = Some(libc::SYS_landlock_create_ruleset);
+    let run = |mode: &str| {
+        let words = ["convert", "disks/clone.qcow2", &format!("out/{mode}"), "--jail", mode];
+        Ending::of(VDISK, &words, work.dir(), lacking)
+    };
+    let ending = run("best");
+    assert_eq!(ending.status, 0);
+    assert_bounded(ending.process());
+    // Which files are opened is not bounded, and all else is.
+    let through = let_through(&prey, |number, words| ending.call(number, words));
+    let names: Vec<_> = through.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, ["read a file", "write the base", "make a file", "remove a file"]);
+    let err = ending.err();
+    assert!(err.lines().count() == 1 && err.contains("no Landlock"), "{err}");
+    let ending = run("require");
+    assert_eq!(ending.status, 1);
+    let err = ending.err();
+    assert!(err.contains("no Landlock") && !work.path("out/require").exists(), "{err}");
+    let ending = run("off");
+    assert_eq!((ending.status, ending.err().as_str()), (0, ""));
+}
+
+#[test]
+fn a_command_that_works_in_no_jail_refuses_one_that_is_required() {
+    let (work, _) = scene();
+    for words in ["snapshot list disks/clone.qcow2", "clone bases/base.raw more.qcow2"] {
+        work.vdisk(&format!("{words} --jail require")).fails(&["jail"]);
+        work.vdisk(words).succeeds();
+    }
+}
+
+#[test]
+fn a_served_device_grows_and_the_devices_beside_it_are_out_of_reach() {
+    if !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    work.put("file", vec![0; SIZE]);
+    work.put("other", vec![0; SIZE]);
+    let attach = |name: &str| {
+        let done = work.run("losetup", ["-f", "--show", name]).succeeds();
+        PathBuf::from(done.out().trim_end())
+    };
+    let (device, other) = (attach("file"), attach("other"));
+    let named = device.display();
+    work.vdisk(&format!("create {named} 4M --yes")).succeeds();
+    let words = format!("nbd {named} --socket sockets/sock --jail require");
+    let served = Served::start(&work, &words);
+    assert_jailed(served.pid(), &["vdisk", "nbd-accept", "control"], &prey);
+    work.vdisk(&format!("resize {named} +1M")).succeeds();
+    work.vdisk(&format!("compact {named}")).succeeds();
+    work.vdisk(&format!("check {named}")).succeeds();
+    assert!(
+        opens(served.pid(), &device, libc::O_RDWR) && !opens(served.pid(), &other, libc::O_RDONLY)
+    );
+    served.stop();
+}
