@@ -5,9 +5,11 @@
 mod boot;
 mod disk;
 mod files;
+mod fleet;
 mod help;
 mod image;
 mod instance;
+mod measure;
 mod mount;
 mod open;
 mod report;
@@ -23,6 +25,7 @@ use clap::{FromArgMatches, Parser, Subcommand};
 
 use crate::{qemu_img, say};
 use disk::{bytes, clone, commit, compact, convert, create, rebase, resize, rm};
+use fleet::{again, roll};
 use instance::{attach, exec, list, logs, run, serve, start, stats, steer, systemd};
 use mount::{daemon as mount_daemon, overlay, umount};
 use open::{limit, memory, passphrase, turn};
@@ -82,6 +85,9 @@ enum Verb {
     Run(Box<run::Args>),
     Exec(exec::ExecArgs),
     Ps(list::PsArgs),
+    Roll(Box<roll::Args>),
+    Measure(Box<measure::Args>),
+    Start(steer::StartArgs),
     Stop(steer::StopArgs),
     Kill(steer::KillArgs),
     Pause(steer::PauseArgs),
@@ -156,6 +162,9 @@ impl Verb {
             Verb::Run(args) => run::run(args),
             Verb::Exec(args) => exec::exec(args),
             Verb::Ps(args) => list::ps(args),
+            Verb::Roll(args) => roll::run(args),
+            Verb::Measure(args) => measure::run(args),
+            Verb::Start(args) => steer::start(args),
             Verb::Stop(args) => steer::stop(args),
             Verb::Kill(args) => steer::kill(args),
             Verb::Pause(args) => steer::pause(args),
@@ -233,6 +242,7 @@ fn run() -> ExitCode {
         }
     };
     start::keep_role(cli.instance_role);
+    again::know(help::command);
     passphrase::keep(cli.passphrase_file);
     memory::keep(cli.cache_size);
     turn::queue(cli.verb.stays(), cli.wait);
