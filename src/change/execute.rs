@@ -1,5 +1,6 @@
 //! Executing a plan: of an idle disk, or beside the user of one that this process holds.
 
+use crate::change::base::marks::Bases;
 use crate::change::open::take_head;
 use crate::change::plan::Plan;
 use crate::change::run::Run;
@@ -27,7 +28,10 @@ impl Plan {
         let head = take_head(&self.disk)?;
         let family = Family::of(&self.disk)?;
         self.check_family(&family)?;
-        Run::new(Context::Idle, family).holding(head).steps(&self.steps, progress)
+        let bases = Bases::several(&family);
+        let done = Run::new(Context::Idle, family).holding(head).steps(&self.steps, progress);
+        bases.leave(&self.disk);
+        done
     }
 
     /// As [`execute`](Plan::execute), in the process that holds the disk and keeps all others out by that.

@@ -84,7 +84,9 @@ fn put_right(path: &Path, family: &Family) -> Result<bool> {
         // Whoever had his turn may have put it right, and whoever has the disk now does so.
         Some(family) if is_left(path, &family) && !is_held(path)? => {
             refuse_layer_of_other(path, &family)?;
+            let bases = marks::Bases::several(&family);
             mend(Context::Idle, path, family)?;
+            bases.leave(path);
         }
         _ => {}
     }

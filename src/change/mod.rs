@@ -2,7 +2,7 @@
 //! rolled back where it was interrupted.
 //!
 //! A change is a value, a list of [steps](run::step::Step). A verb (`merge`, `delete`, `undo`, `forget`,
-//! `snapshot`) makes it of the family's labels, with a [description](plan::Plan) for people; one
+//! `snapshot`, `roll`) makes it of the family's labels, with a [description](plan::Plan) for people; one
 //! interpreter, [`run`], does it, whether the disk is idle or in use; [`heal`] makes of what an
 //! interrupted change left the steps that finish it or take it back. No verb knows another, and none
 //! the interpreter. Nothing here sees an L2 entry or names a concrete format.
@@ -52,7 +52,7 @@ mod undo;
 pub use base::clone::{Base, remembered, unseal};
 pub use base::marks::{Bases, mark_below};
 pub(crate) use base::marks::{Clone, mark, unmark};
-pub use base::{commit, preview, rebase};
+pub use base::{commit, preview, rebase, roll};
 pub use delete::Wishes as DeleteWishes;
 pub use open::{open, with_space};
 pub use remove::{Removal, plan_remove};

@@ -27,6 +27,8 @@ pub enum Operation {
     Undo,
     /// What is kept aside goes for good.
     Forget,
+    /// The disk is put anew on another base.
+    Roll,
 }
 
 impl Operation {
@@ -38,6 +40,7 @@ impl Operation {
             Operation::Merge => "merge",
             Operation::Undo => "undo",
             Operation::Forget => "forget",
+            Operation::Roll => "roll",
         }
     }
 }
@@ -229,7 +232,7 @@ impl Plan {
     /// Whether the disk shows something else afterwards.
     pub fn moves_head(&self) -> bool {
         let moves = |step: &Step| match step {
-            Step::NewHead { .. } => true,
+            Step::NewHead { .. } | Step::PutHead => true,
             Step::TakeName { over, .. } => *over == self.disk,
             _ => false,
         };

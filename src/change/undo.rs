@@ -71,7 +71,7 @@ pub fn plan_undo(path: &Path, keep: Option<&str>) -> Result<Plan> {
         }
         plan.layers.extend(moved.iter().map(|m| Touched::new(m, Fate::Moved)));
     }
-    plan.why = format!("takes back the {}", event.what());
+    plan.why = format!("takes back the {}", event.what(&family));
     plan.steps = steps(&family, &event, keep);
     Ok(plan)
 }

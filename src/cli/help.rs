@@ -27,12 +27,12 @@ const GROUPS: [(&str, &[&str]); 7] = [
         &["ls", "cat", "cp", "apply", "read", "write", "map", "compare", "convert", "check"],
     ),
     ("Images", &["import", "export", "pull", "push", "image"]),
-    ("Use", &["mount", "umount", "run", "boot", "kernel", "serve"]),
+    ("Use", &["mount", "umount", "run", "boot", "measure", "kernel", "serve"]),
     (
         "Instances",
         &[
-            "ps", "exec", "inspect", "logs", "stop", "kill", "pause", "resume", "wait", "attach",
-            "stats", "generate",
+            "ps", "exec", "inspect", "logs", "start", "stop", "kill", "pause", "resume", "wait",
+            "attach", "stats", "roll", "generate",
         ],
     ),
     ("More", &["qemu-img", "completions", "help"]),

@@ -5,9 +5,11 @@
 mod boot;
 mod disk;
 mod files;
+mod fleet;
 mod help;
 mod image;
 mod instance;
+mod measure;
 mod mount;
 mod open;
 mod report;
@@ -23,6 +25,7 @@ use clap::{FromArgMatches, Parser, Subcommand};
 
 use crate::{qemu_img, say};
 use disk::{bytes, clone, commit, compact, convert, create, rebase, resize, rm};
+use fleet::{again, roll};
 use instance::{attach, exec, list, logs, run, serve, start, stats, steer, systemd};
 use mount::{daemon as mount_daemon, end as mount_end, overlay, umount};
 use open::{jail, limit, memory, passphrase, turn};
@@ -87,6 +90,9 @@ enum Verb {
     Run(Box<run::Args>),
     Exec(exec::ExecArgs),
     Ps(list::PsArgs),
+    Roll(Box<roll::Args>),
+    Measure(Box<measure::Args>),
+    Start(steer::StartArgs),
     Stop(steer::StopArgs),
     Kill(steer::KillArgs),
     Pause(steer::PauseArgs),
@@ -186,6 +192,9 @@ impl Verb {
             Verb::Run(args) => run::run(args),
             Verb::Exec(args) => exec::exec(args),
             Verb::Ps(args) => list::ps(args),
+            Verb::Roll(args) => roll::run(args),
+            Verb::Measure(args) => measure::run(args),
+            Verb::Start(args) => steer::start(args),
             Verb::Stop(args) => steer::stop(args),
             Verb::Kill(args) => steer::kill(args),
             Verb::Pause(args) => steer::pause(args),
@@ -263,6 +272,7 @@ fn run() -> ExitCode {
         }
     };
     start::keep_role(cli.instance_role);
+    again::know(help::command);
     passphrase::keep(cli.passphrase_file);
     memory::keep(cli.cache_size);
     jail::keep(cli.jail);

@@ -10,6 +10,9 @@ pub enum Order {
     Stop {
         /// Milliseconds to wait.
         patience: u64,
+        /// Whether who asks is about to start it again, and its record is to say so.
+        #[serde(default)]
+        again: bool,
     },
     /// Send it a signal.
     Kill {

@@ -53,10 +53,11 @@ impl Event<'_> {
         self.layers.iter().copied().find(|m| was_of(m) != Some(Was::Head) && !own(m.parent()))
     }
 
-    pub fn what(&self) -> String {
+    pub fn what(&self, family: &Family) -> String {
         match self.lowest() {
             Some(m) if was_of(m) == Some(Was::Merged) => format!("merge of '{}'", m.label.name),
             Some(m) => format!("delete of '{}'", m.label.name),
+            None if is_roll(family, self) => "roll to another base".to_owned(),
             None => "revert".to_owned(),
         }
     }
@@ -64,6 +65,16 @@ impl Event<'_> {
 
 pub(crate) fn was_of(member: &Member) -> Option<Was> {
     member.label.kept.as_ref().map(|k| k.was)
+}
+
+/// Whether the event put the disk on another base: what it stood on is not what the head stands on.
+pub(crate) fn is_roll(family: &Family, event: &Event<'_>) -> bool {
+    let base = |member: &Member| {
+        let root = family.root_of(member);
+        let name = root.peek.identity.backing.as_ref().map(|backing| backing.name.clone());
+        (root.parent(), name)
+    };
+    event.was(Was::Head).is_some_and(|head| base(head) != base(&family.head))
 }
 
 /// The events of which something is kept, the last one first.
@@ -99,7 +110,7 @@ pub fn kept_aside(family: &Family) -> Result<Option<KeptAside>> {
     }
     let names = event.layers.iter().filter(|m| was_of(m) != Some(Was::Head));
     Ok(Some(KeptAside {
-        what: event.what(),
+        what: event.what(family),
         since: event.kept.since,
         until: event.kept.until,
         bytes,

@@ -222,6 +222,19 @@ impl Family {
         on
     }
 
+    /// The lowest layer of the disk below `member`: what that stands on is another's.
+    pub(crate) fn root_of<'a>(&'a self, member: &'a Member) -> &'a Member {
+        let mut at = member;
+        for _ in 0..=self.layers.len() {
+            let below = at.parent().and_then(|id| self.layers.iter().find(|m| m.label.layer == id));
+            match below {
+                Some(below) => at = below,
+                None => break,
+            }
+        }
+        at
+    }
+
     /// The snapshot that the head stands on, directly or over layers without a name.
     pub fn current(&self) -> Option<&Member> {
         self.snapshot_below(&self.head)

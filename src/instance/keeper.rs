@@ -47,6 +47,8 @@ pub struct Plan<'a> {
     pub command: &'a dyn Fn(&Path) -> Command,
     /// The size of its log, where it has one.
     pub log: Option<u64>,
+    /// Whether it has run before: then its record stays, also where it does not start.
+    pub again: bool,
     /// Called when it runs for the first time.
     pub ready: &'a mut dyn FnMut(&Record) -> Result<()>,
     /// Called when it has ended, before anybody hears of that; and whether it ever ran.
@@ -77,7 +79,10 @@ pub fn keep(claim: Claim, plan: Plan<'_>) -> Result<Outcome> {
         .map_err(|e| Error::io("cannot wait for signals", e.into()))?;
     let dir = claim.dir().to_owned();
     let failed = |e| Error::io("cannot look after the instance", e).at_path(&dir);
+    // An earlier keeper's.
+    let _ = std::fs::remove_file(dir.join(SOCKET));
     let listener = UnixListener::bind(dir.join(SOCKET)).map_err(failed)?;
+    let logged_before = log::len(&dir);
     let (log, logged) = match plan.log {
         Some(size) => {
             keep_log(&dir, size).map(|(log, logged)| (Some(log), Some(logged))).map_err(failed)?
@@ -96,9 +101,12 @@ pub fn keep(claim: Claim, plan: Plan<'_>) -> Result<Outcome> {
         let _ = logged.recv_timeout(TO_LOG);
     }
     let status = status?;
-    let last_words = if ran { Vec::new() } else { log::all(&dir) };
+    let last_words = match ran {
+        true => Vec::new(),
+        false => log::all(&dir).into_iter().skip(logged_before).collect(),
+    };
     (plan.ended)(&shared.record(), ran)?;
-    shared.finish(status, ran)?;
+    shared.finish(status, ran || plan.again)?;
     server.end(&Ok(()));
     Ok(Outcome { status, ran, last_words })
 }
@@ -179,6 +187,11 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Writes down whether who stops it is about to start it again.
+    pub(super) fn note_again(&self, again: bool) -> Result<()> {
+        self.lock().note(|record| record.again = again)
+    }
+
     /// Writes down whether it stands still.
     pub(super) fn note_paused(&self, paused: bool) -> Result<()> {
         let phase = if paused { Phase::Paused } else { Phase::Running };
@@ -217,10 +230,10 @@ impl Shared {
         }
     }
 
-    fn finish(&self, status: u8, ran: bool) -> Result<()> {
+    fn finish(&self, status: u8, stays: bool) -> Result<()> {
         let mut state = self.lock();
         state.note(|record| record.phase = Phase::Exited)?;
-        if (state.record.remove || !ran)
+        if (state.record.goes() || !stays)
             && let Some(claim) = state.claim.take()
         {
             claim.forget()?;
@@ -386,7 +399,12 @@ impl Keeper<'_> {
             match serde_json::from_slice(&line)? {
                 Said::Started => {
                     let mut state = self.shared.lock();
-                    state.note(|record| record.phase = Phase::Running).map_err(io::Error::other)?;
+                    let stopping = state.stopping;
+                    let runs = |record: &mut Record| {
+                        record.phase = Phase::Running;
+                        record.again &= stopping;
+                    };
+                    state.note(runs).map_err(io::Error::other)?;
                     let record = state.record.clone();
                     drop(state);
                     if !std::mem::replace(&mut self.ran, true) {

@@ -112,6 +112,12 @@ pub(super) fn all(dir: &Path) -> Vec<u8> {
     text
 }
 
+/// How much of it is kept, in bytes.
+pub(super) fn len(dir: &Path) -> usize {
+    let len = |name| fs::metadata(dir.join(name)).map_or(0, |meta| meta.len());
+    usize::try_from(len("log") + len("log.1")).unwrap_or(usize::MAX)
+}
+
 fn number(file: Option<&File>) -> Option<(u64, u64)> {
     file?.metadata().ok().map(|meta| (meta.dev(), meta.ino()))
 }

@@ -22,4 +22,4 @@ pub use crate::control::Order;
 pub use ask::{ask, ended};
 pub use log::{LOG_SIZE, Tail};
 pub use name::parse as parse_name;
-pub use record::{Kind, Phase, Policy, Record, now};
+pub use record::{Before, Kind, Phase, Policy, Record, now};

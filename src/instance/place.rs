@@ -8,13 +8,20 @@ use std::fs::{self, DirBuilder, File};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use nix::libc::EWOULDBLOCK;
 use rustix::fs::{FlockOperation, flock};
 
 use super::name;
 use super::record::{Phase, Record};
 use crate::control::place;
 use crate::error::{Error, ErrorKind, Result};
+
+/// How long a process that has ended an instance may take to be gone itself.
+const TO_LET_GO: Duration = Duration::from_secs(10);
+/// Between two looks at a lock.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// An instance of this process's.
 pub struct Claim {
@@ -58,6 +65,26 @@ impl Claim {
         claim.write()?;
         fs::rename(&draft, &dir).map_err(failed)?;
         Ok(Claim { dir, ..claim })
+    }
+
+    /// The instance of that record, which has ended and is to run again: as the record by now says, and as
+    /// `change` makes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] where it lives; [`ErrorKind::NotFound`] where it is gone.
+    pub fn again(record: &Record, change: impl FnOnce(&mut Record)) -> Result<Claim> {
+        let dir = of(record)?;
+        let gone = || Error::new(ErrorKind::NotFound, format!("{} is gone", record.name));
+        if !dir.is_dir() {
+            return Err(gone());
+        }
+        let lives =
+            || Error::new(ErrorKind::Exists, format!("{} runs ({})", record.name, record.id));
+        let held = lock_ended(&dir)?.ok_or_else(lives)?;
+        let record = read(&dir).ok_or_else(gone)?;
+        let mut claim = Claim { dir, record, _lock: held };
+        claim.note(change)?;
+        Ok(claim)
     }
 
     /// Its directory.
@@ -120,6 +147,22 @@ fn lock(path: &Path, how: FlockOperation) -> Result<File> {
     Ok(file)
 }
 
+/// The lock of the instance in this directory, if that has ended: who has it a moment longer is waited for.
+fn lock_ended(dir: &Path) -> Result<Option<File>> {
+    let until = Instant::now() + TO_LET_GO;
+    loop {
+        match lock(&dir.join("lock"), FlockOperation::NonBlockingLockExclusive) {
+            Err(e) if e.raw_os_error() == Some(EWOULDBLOCK) => {
+                if Instant::now() >= until || read(dir).is_some_and(|record| record.lives()) {
+                    return Ok(None);
+                }
+                std::thread::sleep(LOOK);
+            }
+            done => return done.map(Some),
+        }
+    }
+}
+
 /// Whether somebody holds the lock of the instance in this directory.
 fn is_held(dir: &Path) -> bool {
     let Ok(file) = File::open(dir.join("lock")) else { return false };
@@ -170,8 +213,18 @@ pub fn list() -> Result<Vec<Record>> {
     Ok(all)
 }
 
+/// Changes what is known of an instance that has ended; returns that.
+///
+/// # Errors
+/// As [`Claim::again`].
+pub fn note(record: &Record, change: impl FnOnce(&mut Record)) -> Result<Record> {
+    drop(Claim::again(record, change)?);
+    let gone = || Error::new(ErrorKind::NotFound, format!("{} is gone", record.name));
+    read(&of(record)?).ok_or_else(gone)
+}
+
 /// What is known of the instance in a directory; nothing where there is none, or none any more.
-fn read(dir: &Path) -> Option<Record> {
+pub fn read(dir: &Path) -> Option<Record> {
     if dir.file_name()?.to_string_lossy().starts_with('.') {
         return None;
     }

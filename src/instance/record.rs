@@ -108,12 +108,32 @@ pub struct Record {
     pub status: Option<u8>,
     /// How often it was started again.
     pub restarts: u32,
+    /// Whether it was stopped by who meant to start it again, and does not run yet.
+    #[serde(default)]
+    pub again: bool,
+    /// What its disk stood on before it was last put on another image.
+    #[serde(default)]
+    pub before: Option<Before>,
+}
+
+/// What an instance's disk stood on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Before {
+    /// The image, as the user called it.
+    pub image: String,
+    /// The file of its topmost layer.
+    pub base: String,
 }
 
 impl Record {
     /// Whether this is about something that runs or is about to.
     pub fn lives(&self) -> bool {
         !matches!(self.phase, Phase::Exited | Phase::Lost)
+    }
+
+    /// Whether nothing of it is to be left by now, if it has ended.
+    pub fn goes(&self) -> bool {
+        self.remove && !self.again
     }
 }
 

@@ -34,7 +34,12 @@ impl Service for Orders {
             return Err(Error::unsupported("this looks after an instance and holds no disk"));
         };
         match order {
-            Order::Stop { patience } => self.stop(Duration::from_millis(*patience), told),
+            Order::Stop { patience, again } => {
+                self.0.no_more();
+                // From here on, that it has come up does not change this.
+                self.0.note_again(*again)?;
+                self.stop(Duration::from_millis(*patience), told)
+            }
             Order::Kill { signal } => self.kill(*signal),
             Order::Pause => self.pause(true),
             Order::Resume => self.pause(false),
@@ -45,7 +50,6 @@ impl Service for Orders {
 
 impl Orders {
     fn stop(&self, patience: Duration, told: &mut Progress<'_>) -> Result<Value> {
-        self.0.no_more();
         let record = self.0.record();
         if self.0.wish(Wish::Ask { signal: record.stop_signal }).is_err()
             && let Some(turn) = record.turn

@@ -51,14 +51,18 @@ $b mkdir -p /dev/pts
 $b mount -t devpts devpts /root/dev/pts
 [ -z "$name" ] || $b hostname "$name"
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM="${TERM:-linux}"
+# The machine has a small disk for what is said to it.
+say() {
+	for disk in /sys/block/vd*; do
+		[ "$($b cat "$disk/serial")" != vdisk-status ] ||
+			echo "$1" | $b dd of="/dev/${disk##*/}" bs=512 conv=sync,fsync 2>/dev/null
+	done
+}
+say begun
 $b setsid -c $b chroot /root "$@" </dev/ttyS0 >/dev/ttyS0 2>&1
 status=$?
 kill -9 -1
 $b sync
 $b mount -o remount,ro /root
-# The machine has a small disk for it.
-for disk in /sys/block/vd*; do
-	[ "$($b cat "$disk/serial")" != vdisk-status ] ||
-		echo "ended $status" | $b dd of="/dev/${disk##*/}" bs=512 conv=sync,fsync 2>/dev/null
-done
+say "ended $status"
 $b poweroff -f

@@ -505,6 +505,31 @@ static void test_visit(void)
 	expect(request(T_IN, 1, SECTOR) == 0 && buffer[0] == NOTE[0], "read back");
 }
 
+/* A command as `vdisk boot DISK -- test=command` runs one: writes to its root, and says how it ended to the
+ * last disk. */
+static void test_command(const char *line)
+{
+	static const char SAID[2][12] = {"begun\n", "ended 7\n"};
+	set_up(ALL);
+	expect(writes(4000, 128, 0x5a) && request(T_FLUSH, 0, 0) == 0, "write");
+	while ((line = after(line, "virtio_mmio.device="))) {
+		u64 at;
+		number(&line), line++;
+		at = number(&line);
+		u64 before = device;
+		device = at;
+		if (get(DEVICE_ID) != 2)
+			device = before;
+	}
+	set_up(ALL);
+	for (int word = 0; word < 2; word++) {
+		fill(0, SECTOR);
+		for (u32 at = 0; SAID[word][at]; at++)
+			buffer[at] = SAID[word][at];
+		expect(request(T_OUT, 0, SECTOR) == 0, "say it");
+	}
+}
+
 static void test_echo(void)
 {
 	char text[2] = {0, 0};
@@ -754,6 +779,8 @@ void guest(const u8 *boot_params)
 		test_disks(line);
 	else if (is_test(line, "visit"))
 		test_visit();
+	else if (is_test(line, "command"))
+		test_command(line);
 	else if (is_test(line, "echo"))
 		test_echo();
 	else if (is_test(line, "wait"))

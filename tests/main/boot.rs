@@ -23,7 +23,7 @@ const BASE_BYTE: u8 = 0x11;
 const DISK: usize = 8 << 20;
 
 /// The guest, built from source once for all tests.
-fn guest() -> &'static Path {
+pub fn guest() -> &'static Path {
     static BUILT: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
     &BUILT.get_or_init(|| build(&[])).1
 }

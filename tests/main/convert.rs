@@ -244,3 +244,41 @@ fn a_longer_base_does_not_show_through_a_resized_clone() {
     work.qemu_img("compare -f qcow2 -F raw top.qcow2 want").succeeds();
     work.qemu_img("check top.qcow2").succeeds();
 }
+
+/// A copy that stands on nothing lost what is run in the disk.
+#[test]
+fn a_full_copy_says_what_is_run_in_it() {
+    let work = Work::new();
+    work.vdisk("create base.qcow2 1M").succeeds();
+    let words = "image config base.qcow2 --env A=b --cmd serve --workdir /srv --label k=v";
+    work.vdisk(words).succeeds();
+    let config = |disk: &str| work.vdisk(&format!("image config {disk} --json")).succeeds().out();
+    let before = config("base.qcow2");
+    assert!(before.contains("A=b") && before.contains("serve"), "{before}");
+    work.vdisk("clone base.qcow2 web.qcow2").succeeds();
+    work.vdisk("snapshot create web.qcow2 old").succeeds();
+    work.vdisk("image config web.qcow2 --cmd other").succeeds();
+    let after = config("web.qcow2");
+    assert!(after.contains("A=b") && after.contains("other"), "{after}");
+    let copies = [
+        ("clone --full web.qcow2 a.qcow2", &after),
+        ("clone --full web.qcow2 b.qcow2 --snapshot old", &before),
+        ("convert web.qcow2 c.qcow2 --compress", &after),
+        ("convert web.qcow2 d.qcow2 --snapshot old --cluster-size 4K", &before),
+        // What does not say it itself stands on what does.
+        ("qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 plain.qcow2", &before),
+        ("convert plain.qcow2 e.qcow2", &before),
+    ];
+    for (words, expected) in copies {
+        work.vdisk(words).succeeds();
+        let copy = words.split(' ').find(|word| word.len() == 7 && word.ends_with(".qcow2"));
+        assert_eq!(config(copy.unwrap_or("plain.qcow2")), *expected, "{words}");
+    }
+    // What a guest wrote is no word of the disk's, and a raw copy has none.
+    work.vdisk("convert base.qcow2 f.raw --format raw").succeeds();
+    work.vdisk("convert web.qcow2 g.qcow2 --source-format raw").succeeds();
+    assert_eq!(config("g.qcow2").trim(), "{}");
+    for disk in ["a.qcow2", "c.qcow2", "d.qcow2"] {
+        work.vdisk(&format!("check {disk}")).succeeds();
+    }
+}

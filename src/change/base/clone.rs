@@ -196,13 +196,32 @@ impl Base {
     }
 
     fn draft(&self, disk: Id, path: &Path, parent: Parent) -> Result<Draft> {
+        let draft = Draft::new(path)?;
+        self.fill(&draft, disk, path, parent)?;
+        Ok(draft)
+    }
+
+    /// Makes of `draft` the head, to be named `path`, of a disk that stands on the base, which is marked;
+    /// returns what it says of itself.
+    pub(crate) fn fill(
+        &self,
+        draft: &Draft,
+        disk: Id,
+        path: &Path,
+        parent: Parent,
+    ) -> Result<Identity> {
         let config = self.config.clone();
         let label = Label { disk, parent: Some(parent), config, ..Label::new() };
-        let options = delta_options(&*self.layer.image, self.backing_for(path)?, &label)?;
-        let draft = Draft::new(path)?;
+        let backing = self.backing_for(path)?;
+        let options = delta_options(&*self.layer.image, backing.clone(), &label)?;
         let made = qcow2::create(draft.storage(), &options).and_then(|image| image.flush());
         made.map_err(|e| e.at_path(path))?;
-        Ok(draft)
+        Ok(Identity { label: Some(label), backing: Some(backing), vouched: false })
+    }
+
+    /// How large what it shows is, in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.layer.image.size()
     }
 
     /// The base's file, without symbolic links.

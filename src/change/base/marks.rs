@@ -3,13 +3,14 @@
 //! The mark is in the layer's label and durable before the clone appears: whoever would drop or change
 //! the layer reads it there, wherever the clone is. Others may read the layer meanwhile.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::family::names::disks_beside;
 use crate::family::standing::{disk_stands_on, names};
-use crate::family::tree::Family;
+use crate::family::tree::{Family, Member};
 use crate::image::{Backing, Clones, Id, Label, Parent, Place, Role, Seen};
 use crate::open::gate::same_file;
 use crate::open::{fingerprint, gate, peek, sameness};
@@ -143,6 +144,16 @@ impl Bases {
         }
         let below = below(path).map(|(below, _)| below);
         Ok(Bases { disk: Id::nil(), below: below.into_iter().collect() })
+    }
+
+    /// The same of a disk whose layers stand on several, as it does once it was put on another base: a
+    /// change of its tree may let go of one. None where they stand on one, which none lets go of.
+    pub(crate) fn several(family: &Family) -> Bases {
+        let name = |m: &Member| m.peek.identity.backing.as_ref().map(|b| b.name.clone());
+        let roots = family.members().map(|member| name(family.root_of(member)));
+        let distinct: HashSet<Option<String>> = roots.collect();
+        let below = if distinct.len() > 1 { bases_of(family) } else { Vec::new() };
+        Bases { disk: family.head.label.disk, below }
     }
 
     /// The id of the disk; nil for one without a label.

@@ -6,3 +6,4 @@ pub mod commit;
 pub(crate) mod marks;
 pub mod preview;
 pub mod rebase;
+pub mod roll;

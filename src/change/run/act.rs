@@ -1,15 +1,15 @@
 //! The steps that change what layers say of themselves, and their files' names.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::change::run::layer::{open_frozen, refuse_cloned, reidentify, relabel};
+use crate::change::run::layer::{open_frozen, refuse_cloned, reidentify, relabel, unprotected};
 use crate::change::run::step::{Demote, Relabel};
-use crate::change::run::{Run, head};
+use crate::change::run::{Ready, Run, head};
 use crate::error::{Error, ErrorKind, Result};
 use crate::family::tree::Member;
 use crate::image::{Id, Identity, Label, Role};
 use crate::open::disk::Peek;
-use crate::open::sameness;
+use crate::open::{open_image, sameness};
 use crate::storage::draft::{make_like, rename_over};
 use crate::storage::name::{remove, sync_directory};
 use crate::storage::{Access, FileOptions, FileStorage};
@@ -79,6 +79,34 @@ impl Run<'_> {
         Ok(())
     }
 
+    pub(super) fn hold_head(&mut self) -> Result<()> {
+        self.head = Some(open_image(self.disk(), &unprotected())?);
+        Ok(())
+    }
+
+    pub(super) fn put_head(&mut self) -> Result<()> {
+        let path = self.disk().to_path_buf();
+        let missing = || Error::invalid("no head was made ready").at_path(&path);
+        let Ready { draft, identity, size } = self.ready.take().ok_or_else(missing)?;
+        draft.replace().inspect_err(|_| {
+            if self.demoted {
+                self.take_back();
+            }
+        })?;
+        self.take_in(path, identity, size);
+        Ok(())
+    }
+
+    /// Notes that another file has the head's name, and what that says of itself.
+    fn take_in(&mut self, path: PathBuf, identity: Identity, size: u64) {
+        self.head_replaced();
+        self.head = None;
+        if let Some(label) = identity.label.clone() {
+            let peek = Peek { identity, size, allocated: 0 };
+            self.family.put(Member { path, label, peek });
+        }
+    }
+
     pub(super) fn new_head(&mut self, on: Id, bitmaps: bool) -> Result<()> {
         let path = self.disk().to_path_buf();
         let below = match self.below.take() {
@@ -94,12 +122,7 @@ impl Run<'_> {
                 self.take_back();
             }
         })?;
-        self.head_replaced();
-        self.head = None;
-        if let Some(label) = identity.label.clone() {
-            let peek = Peek { identity, size: below.image.size(), allocated: 0 };
-            self.family.put(Member { path, label, peek });
-        }
+        self.take_in(path, identity, below.image.size());
         Ok(())
     }
 

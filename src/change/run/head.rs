@@ -14,6 +14,16 @@ use crate::qcow2;
 use crate::storage::name::{link, remove, sync_directory};
 use crate::storage::{Draft, refuse_fixed};
 
+/// A head that is ready to take the place of the one before.
+pub(crate) struct Ready {
+    /// Its file, which has no name yet.
+    pub draft: Draft,
+    /// What it says of itself.
+    pub identity: Identity,
+    /// How large what it shows is, in bytes.
+    pub size: u64,
+}
+
 /// Makes the head's file the frozen layer that `label` says, under a second name beside the disk; returns
 /// what it says by then.
 ///

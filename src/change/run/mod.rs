@@ -30,6 +30,7 @@ use crate::progress::Progress;
 
 use context::Context;
 use folding::Folded;
+pub(crate) use head::Ready;
 use step::{Step, Which};
 
 /// A change of a tree under way.
@@ -42,6 +43,8 @@ pub(crate) struct Run<'a> {
     demoted: bool,
     /// What the new head will stand on.
     below: Option<Layer>,
+    /// A new head that was made ready, on a layer of another disk.
+    ready: Option<Ready>,
     /// The bitmaps that it will have.
     bitmaps: Vec<Bitmap>,
     /// A layer that took in another, whose name it is about to take.
@@ -51,13 +54,18 @@ pub(crate) struct Run<'a> {
 impl<'a> Run<'a> {
     /// A change of the disk whose family this is, read when nobody else could change it any more.
     pub fn new(context: Context<'a>, family: Family) -> Run<'a> {
-        let (head, below, folded) = (None, None, None);
-        Run { context, family, head, demoted: false, below, bitmaps: Vec::new(), folded }
+        let (head, below, ready, folded) = (None, None, None, None);
+        Run { context, family, head, demoted: false, below, ready, bitmaps: Vec::new(), folded }
     }
 
     /// The same while the head of an idle disk is open for writing.
     pub fn holding(self, head: Layer) -> Run<'a> {
         Run { head: Some(head), ..self }
+    }
+
+    /// The same with a head that is ready to take the place of the one before.
+    pub fn with_head(self, ready: Ready) -> Run<'a> {
+        Run { ready: Some(ready), ..self }
     }
 
     /// The family as it is by now.
@@ -84,6 +92,8 @@ impl<'a> Run<'a> {
         match step {
             Step::Claim { layer, unless_cloned } => self.claim(*layer, *unless_cloned),
             Step::Hold(layer) => self.hold(*layer),
+            Step::HoldHead => self.hold_head(),
+            Step::PutHead => self.put_head(),
             Step::ReadBitmaps => self.read_bitmaps(),
             Step::Demote(demote) => self.demote(demote),
             Step::Promote => self.promote(),

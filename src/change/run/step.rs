@@ -20,6 +20,9 @@ pub(crate) enum Step {
     Claim { layer: Id, unless_cloned: bool },
     /// Opens the layer for reading and keeps it open for the [`Step::NewHead`] that will stand on it.
     Hold(Id),
+    /// Opens the head for writing and keeps it open, where a step before has put it there: nobody else has
+    /// the disk.
+    HoldHead,
     /// Reads the head's bitmaps for the [`Step::NewHead`] to come. Nothing changes.
     ReadBitmaps,
     /// The head's file says that it is a frozen layer, and has that layer's name too. Taken back, until
@@ -30,6 +33,8 @@ pub(crate) enum Step {
     /// A new, empty delta on the layer `on` has the head's name, durably: from here on the change is done
     /// and only gone on with.
     NewHead { on: Id, bitmaps: bool },
+    /// The same with the head that was made ready, on the layer of another disk.
+    PutHead,
     /// The layer's label says its role, and how it comes back.
     Label(Relabel),
     /// The frozen layer has that name for people.

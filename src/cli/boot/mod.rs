@@ -25,11 +25,13 @@ use vdisk::{Error, ErrorKind, Result};
 
 use kernel::{Chosen, Wanted};
 
+use crate::cli::fleet::many;
 use crate::cli::image::Which;
 use crate::cli::instance::holding::{self, Whole};
 use crate::cli::instance::named::Named;
 use crate::cli::instance::start::{self, About, Keeping, Part};
 use crate::cli::instance::switches::{Doors, KILLED, OfMachine};
+use crate::cli::measure::marks::Marks;
 use crate::cli::open::disk::{self, Use};
 use crate::cli::open::jail;
 use crate::cli::open::options::{self as opening, Opening};
@@ -114,6 +116,9 @@ pub struct Args {
     store: Which,
     #[command(flatten)]
     keeping: Keeping,
+    /// Tell a FIFO when the command starts and ends
+    #[arg(long, hide = true, value_name = "FILE")]
+    marks: Option<PathBuf>,
     /// A command to run in the guest instead of what the disk starts, by a kernel that is kept with its
     /// modules: the guest ends with it, and its exit status is returned
     #[arg(last = true, value_name = "CMD")]
@@ -122,7 +127,10 @@ pub struct Args {
 
 /// Runs the guest to its end.
 pub fn run(args: &Args) -> Result<u8> {
-    let named = Named::find(&args.disk, &args.store, args.keeping.name.as_deref())?;
+    if let Some(count) = args.keeping.many()? {
+        return many::run(&args.keeping, count);
+    }
+    let named = start::named(&args.disk, &args.keeping, &args.store)?;
     if args.show {
         return show(args, &named);
     }
@@ -148,7 +156,7 @@ fn boot(args: &Args, named: &Named, instance: Option<&Path>) -> Result<u8> {
     signals.add(Signal::SIGPWR);
     signals.thread_block().map_err(|e| Error::io("cannot hold signals back", e.into()))?;
     let (mut disks, chains) = open_disks(args, named)?;
-    let status = Arc::new(status::Status::default());
+    let status = Arc::new(status::Status::told(Marks::to(args.marks.as_deref())?));
     if !args.command.is_empty() {
         disks.push(status.disk());
     }

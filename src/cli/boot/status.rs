@@ -1,5 +1,5 @@
-//! How a guest's command has ended: the guest writes it to a small disk of this program's, as every
-//! kernel that reaches its root can.
+//! How far a guest's command is, and how it has ended: the guest writes it to a small disk of this
+//! program's, as every kernel that reaches its root can.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,22 +8,28 @@ use vdisk::block::{BlockDevice, BlockExtent};
 use vdisk::vm::Disk;
 use vdisk::{Error, Result};
 
+use crate::cli::measure::marks::{ENDED, Marks, STARTED};
+
 /// The disk's serial number, by which the guest finds it.
 const ID: &str = "vdisk-status";
 const SIZE: usize = 4096;
+/// What says that the command is about to start.
+const BEGUN: &str = "begun";
 /// What stands before the status, in digits.
 const BEFORE: &str = "ended ";
 
 /// A disk in memory.
-pub struct Status(Mutex<[u8; SIZE]>);
-
-impl Default for Status {
-    fn default() -> Status {
-        Status(Mutex::new([0; SIZE]))
-    }
+pub struct Status {
+    bytes: Mutex<[u8; SIZE]>,
+    marks: Marks,
 }
 
 impl Status {
+    /// A disk that says nothing yet; what the guest says is told.
+    pub fn told(marks: Marks) -> Status {
+        Status { bytes: Mutex::new([0; SIZE]), marks }
+    }
+
     /// The same as a guest's disk.
     pub fn disk(self: &Arc<Status>) -> Disk {
         Disk { device: self.clone(), id: ID.to_owned() }
@@ -31,13 +37,25 @@ impl Status {
 
     /// What the guest has said.
     pub fn read(&self) -> Option<u8> {
+        self.line()?.strip_prefix(BEFORE)?.parse().ok()
+    }
+
+    fn line(&self) -> Option<String> {
         let bytes = self.bytes();
-        let text = std::str::from_utf8(bytes.split(|byte| *byte == b'\n').next()?).ok()?;
-        text.strip_prefix(BEFORE)?.parse().ok()
+        let line = bytes.split(|byte| *byte == b'\n').next()?;
+        String::from_utf8(line.to_vec()).ok()
+    }
+
+    fn tell(&self) {
+        match self.line() {
+            Some(line) if line == BEGUN => self.marks.say(STARTED),
+            _ if self.read().is_some() => self.marks.say(ENDED),
+            _ => {}
+        }
     }
 
     fn bytes(&self) -> MutexGuard<'_, [u8; SIZE]> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn with(&self, offset: u64, work: impl FnOnce(&mut [u8])) -> Result<()> {
@@ -72,7 +90,9 @@ impl BlockDevice for Status {
         self.with(offset, |to| {
             let from = bufs.iter().flat_map(|buf| buf.iter());
             to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-        })
+        })?;
+        self.tell();
+        Ok(())
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> Result<()> {
@@ -100,8 +120,10 @@ mod tests {
 
     #[test]
     fn what_the_guest_writes_is_its_status() {
-        let status = Status::default();
+        let status = Status::told(Marks::default());
         assert_eq!(status.read(), None);
+        status.write_at(0, &[IoSlice::new(b"begun\n\0\0")]).unwrap();
+        assert_eq!((status.read(), status.line().as_deref()), (None, Some(BEGUN)));
         status.write_at(0, &[IoSlice::new(b"ended 42\n\0")]).unwrap();
         assert_eq!(status.read(), Some(42));
         status.write_at(0, &[IoSlice::new(b"ended 4200\n")]).unwrap();

@@ -61,7 +61,9 @@ pub struct UnsealArgs {
 
 pub fn run(args: &Args) -> Result<u8> {
     let names = match (args.count, &args.name) {
-        (Some(count), Some(pattern)) => numbered(pattern, count)?,
+        (Some(count), Some(pattern)) => {
+            numbered(pattern, count)?.into_iter().map(PathBuf::from).collect()
+        }
         _ => args.clones.clone(),
     };
     let mut seen = std::collections::HashSet::new();
@@ -75,7 +77,9 @@ pub fn run(args: &Args) -> Result<u8> {
     let named = args.store.base(&args.base)?;
     if args.full {
         let using = args.opening.reading(&args.moment);
-        let copy = |name: &PathBuf| convert::flatten(&named, &using, name, args.bitmaps);
+        let config = convert::config_of(&named, &args.opening, &args.moment, &args.store)?;
+        let along = convert::Along { bitmaps: args.bitmaps, config };
+        let copy = |name: &PathBuf| convert::flatten(&named, &using, name, &along);
         return names.iter().try_for_each(copy).map(|()| 0);
     }
     let (file, options) = args.opening.file_at(&named, &args.moment)?;
@@ -111,7 +115,7 @@ pub fn unseal(args: &UnsealArgs) -> Result<u8> {
 }
 
 /// The names that a pattern with one `{}` or `{:0N}` stands for.
-fn numbered(pattern: &str, count: u32) -> Result<Vec<PathBuf>> {
+pub fn numbered(pattern: &str, count: u32) -> Result<Vec<String>> {
     let wrong = || Error::invalid(format!("'{pattern}' needs one {{}} or {{:04}} for the number"));
     let (front, rest) = pattern.split_once('{').ok_or_else(wrong)?;
     let (inside, back) = rest.split_once('}').ok_or_else(wrong)?;
@@ -123,7 +127,7 @@ fn numbered(pattern: &str, count: u32) -> Result<Vec<PathBuf>> {
     if back.contains(['{', '}']) {
         return Err(wrong());
     }
-    Ok((0..count).map(|n| PathBuf::from(format!("{front}{n:0width$}{back}"))).collect())
+    Ok((0..count).map(|n| format!("{front}{n:0width$}{back}")).collect())
 }
 
 #[cfg(test)]
@@ -132,10 +136,7 @@ mod tests {
 
     #[test]
     fn a_pattern_gives_numbered_names() {
-        let names = |p| -> Vec<String> {
-            let paths = numbered(p, 2).unwrap();
-            paths.iter().map(|p| p.display().to_string()).collect()
-        };
+        let names = |p| numbered(p, 2).unwrap();
         assert_eq!(names("web-{:04}.q"), ["web-0000.q", "web-0001.q"]);
         assert_eq!(names("{}"), ["0", "1"]);
         for bad in ["web", "{:4}", "{}{}", "{", "{:0x}"] {

@@ -10,12 +10,14 @@ use vdisk::copy;
 use vdisk::copy::{Copying, Target};
 use vdisk::image::Label;
 use vdisk::jail::{Jail, Reach, Work};
+use vdisk::oci::config::raw_of_disk;
 use vdisk::open::Format;
 use vdisk::qcow2::{Compression, CreateOptions, Extension};
 use vdisk::storage::name::directory;
 use vdisk::{Error, Result};
 
 use crate::cli::disk::device;
+use crate::cli::image::Which;
 use crate::cli::open::disk::{self, Use};
 use crate::cli::open::jail;
 use crate::cli::open::options::{self as opening, Links, Moment, Opening};
@@ -24,8 +26,9 @@ use crate::cli::terminal::size;
 
 /// Copy the contents of a disk of any format into one new file, or onto a block device.
 ///
-/// What reads as zeroes takes no space. The new file gets its name when it is whole. A device is
-/// written over, once that is agreed to; one that is mounted or used otherwise is refused.
+/// What reads as zeroes takes no space. The new file gets its name when it is whole. A qcow2 copy says of
+/// what is run in it what the disk says (`vdisk image config`). A device is written over, once that is
+/// agreed to; one that is mounted or used otherwise is refused.
 #[derive(ClapArgs)]
 pub struct Args {
     /// The disk to copy.
@@ -60,6 +63,8 @@ pub struct Args {
     /// Lose what the target device holds without being asked.
     #[arg(long)]
     yes: bool,
+    #[command(flatten)]
+    store: Which,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -70,8 +75,12 @@ enum CompressionArg {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
-    let target = target(args)?;
     let opening = Opening { format: args.source_format, links: args.links.clone() };
+    let config = match args.format {
+        Format::Qcow2 => config_of(&args.source, &opening, &args.moment, &args.store)?,
+        _ => None,
+    };
+    let target = target(args, config)?;
     let using = Use { accept_base: args.accept_base, ..opening.reading(&args.moment) };
     let source = disk::open(&args.source, &using)?;
     let device = device::taken(&args.target, args.yes)?;
@@ -98,22 +107,59 @@ fn enclose(args: &Args, source: &Chain, device: bool) -> Result<()> {
     jail::close(jail)
 }
 
-/// Copies all that a disk shows into a new disk that stands on nothing; `bitmaps` too, if asked.
-pub fn flatten(source: &Path, using: &Use<'_>, target: &Path, bitmaps: bool) -> Result<()> {
+/// What goes with a full copy beside what the disk shows.
+pub struct Along {
+    /// Its persistent bitmaps.
+    pub bitmaps: bool,
+    /// What is run in it.
+    pub config: Option<Vec<u8>>,
+}
+
+/// Copies all that a disk shows into a new disk that stands on nothing.
+pub fn flatten(source: &Path, using: &Use<'_>, target: &Path, along: &Along) -> Result<()> {
     let source = disk::open(source, using)?;
-    let bitmaps = if bitmaps { source.head().image.bitmaps()? } else { Vec::new() };
-    let options = CreateOptions { extensions: vec![new_label()?], ..CreateOptions::new(0) };
+    let bitmaps = if along.bitmaps { source.head().image.bitmaps()? } else { Vec::new() };
+    let extensions = vec![new_label(along.config.clone())?];
+    let options = CreateOptions { extensions, ..CreateOptions::new(0) };
     let progress = Progress::new("copying", source.size());
     let progress = |done| progress.at(done);
     let how = Copying { compress: false, bitmaps: &bitmaps, progress: &progress };
     copy::convert(&*source, target, &Target::Qcow2(Box::new(options)), &how)
 }
 
-fn new_label() -> Result<Extension> {
-    Ok(Extension { magic: Label::MAGIC, data: Label::new().encode()? })
+/// What is run in a disk at a moment: a copy that stands on nothing must say it itself. `None`, and a
+/// warning, where it is too long for that.
+pub fn config_of(
+    disk: &Path,
+    opening: &Opening,
+    moment: &Moment,
+    store: &Which,
+) -> Result<Option<Vec<u8>>> {
+    if opening.format.is_some_and(|format| format != Format::Qcow2) {
+        // What a guest wrote into its disk must not pass for what the disk says of itself.
+        return Ok(None);
+    }
+    // An NBD server, and a device that is no image, say nothing: opening them says what is wrong.
+    let Ok((file, _)) = opening.file_at(disk, moment) else { return Ok(None) };
+    let raw = raw_of_disk(&file, store.existing()?.as_ref()).unwrap_or_default();
+    if raw.as_ref().is_some_and(|raw| raw.len() > Label::MAX_CONFIG) {
+        eprintln!(
+            "vdisk: warning: what {} says of what is run in it is longer than the {} bytes that a disk \
+             of its own has room for: the copy says nothing (`vdisk image config` tells it)",
+            disk.display(),
+            Label::MAX_CONFIG
+        );
+        return Ok(None);
+    }
+    Ok(raw)
 }
 
-fn target(args: &Args) -> Result<Target> {
+fn new_label(config: Option<Vec<u8>>) -> Result<Extension> {
+    let label = Label { config, ..Label::new() };
+    Ok(Extension { magic: Label::MAGIC, data: label.encode()? })
+}
+
+fn target(args: &Args, config: Option<Vec<u8>>) -> Result<Target> {
     match args.format {
         Format::Raw => Ok(Target::Raw),
         Format::Qcow2 => {
@@ -127,7 +173,7 @@ fn target(args: &Args) -> Result<Target> {
                     CompressionArg::Zlib => Compression::Zlib,
                     CompressionArg::Zstd => Compression::Zstd,
                 },
-                extensions: vec![new_label()?],
+                extensions: vec![new_label(config)?],
                 ..CreateOptions::new(0)
             })))
         }

@@ -4,10 +4,11 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use vdisk::change::Base;
+use vdisk::change::{Base, roll};
+use vdisk::instance::Record;
 use vdisk::oci::config::{RunConfig, of_disk};
 use vdisk::oci::store::Store;
-use vdisk::open::{Format, peek, resolve};
+use vdisk::open::Format;
 use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::image::Which;
@@ -44,6 +45,20 @@ impl Named {
         Ok(Named { disk, image: Some(image), store })
     }
 
+    /// What the instance of that record runs, whatever `word` means by now.
+    pub fn again(word: &Path, which: &Which, record: &Record) -> Result<Named> {
+        let store = which.existing()?;
+        let disk = PathBuf::from(&record.disk);
+        let Some(name) = record.image.as_ref().map(PathBuf::from) else {
+            return Ok(Named { disk: word.to_owned(), image: None, store });
+        };
+        let top = match record.clone {
+            true => roll::stands_on(&disk)?.unwrap_or_else(|| disk.clone()),
+            false => disk.clone(),
+        };
+        Ok(Named { disk, image: Some(Image { name, top, kept: record.clone }), store })
+    }
+
     /// Whether all that is written goes when it ends.
     pub fn is_ephemeral(&self) -> bool {
         self.image.as_ref().is_some_and(|image| !image.kept)
@@ -74,8 +89,7 @@ impl Named {
         let Some(image) = self.image.as_ref().filter(|image| image.kept) else { return Ok(false) };
         let real = |path: &Path| path.canonicalize().ok();
         if self.disk.symlink_metadata().is_ok() {
-            let below = peek(&self.disk)?.and_then(|found| found.identity.backing);
-            let below = below.and_then(|below| resolve(&self.disk, &below.name).ok());
+            let below = roll::stands_on(&self.disk)?;
             let same = below.and_then(|below| real(&below)) == real(&image.top);
             return if same { Ok(false) } else { Err(self.other()) };
         }
@@ -90,8 +104,8 @@ impl Named {
     }
 
     fn other(&self) -> Error {
-        let text = "an instance of that name was made from another image, or has snapshots: name the \
-                    disk itself to run it, or remove it with `vdisk rm`";
+        let text = "an instance of that name was made from another image: `vdisk roll --to IMAGE NAME` puts \
+                    it on this one, `vdisk start NAME` runs it as it is, and `vdisk rm NAME` removes it";
         Error::new(ErrorKind::Exists, text).at_path(&self.disk)
     }
 }

@@ -23,7 +23,9 @@ use super::words::{
     Entrypoint, Security, entrypoint, hostname, hostname_of, memory, milli_cpus, rate, security,
     variable, volume,
 };
+use crate::cli::fleet::many;
 use crate::cli::image::Which;
+use crate::cli::measure::marks::{ENDED, Marks, STARTED};
 use crate::cli::open::limit;
 use crate::cli::open::options::Opening;
 
@@ -137,6 +139,9 @@ pub struct Args {
     store: Which,
     #[command(flatten)]
     keeping: Keeping,
+    /// Tell a FIFO when the command starts and ends
+    #[arg(long, hide = true, value_name = "FILE")]
+    marks: Option<PathBuf>,
     /// The command and its arguments.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
     command: Vec<OsString>,
@@ -163,7 +168,10 @@ pub fn stage(stage: &Stage) -> Result<u8> {
 
 /// Runs the command and gives its exit status.
 pub fn run(args: &Args) -> Result<u8> {
-    let named = Named::find(&args.disk, &args.store, args.keeping.name.as_deref())?;
+    if let Some(count) = args.keeping.many()? {
+        return many::run(&args.keeping, count);
+    }
+    let named = start::named(&args.disk, &args.keeping, &args.store)?;
     let config = named.config(&args.opening)?;
     let about = || {
         let command = command(args, &config)?;
@@ -191,6 +199,11 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
     let limits = Limits { memory: args.memory, milli_cpus: args.cpus, pids: args.pids };
     // Another disk's `umount` is not to wait until this container ends.
     let mut space = Space::enter(&limits, table::drop_copies)?;
+    let marks = Marks::to(args.marks.as_deref())?;
+    if marks.heard() {
+        let marks = marks.clone();
+        spec.started = Some(Arc::new(move |_| marks.say(STARTED)));
+    }
     if let (Some(link), Some(dir)) = (link, instance) {
         link.serve(Arc::new(OfContainer(space.handle())))?;
         let entrance = dir.join(exec::ENTRANCE);
@@ -207,6 +220,7 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
     let root = Root::mount(&source, (space.place(), &at), space.ids())?;
     spec.owners = root.owners();
     let outcome = space.run(&at, &spec);
+    marks.say(ENDED);
     // A write that was lost must not hide behind the command's success.
     let ended = root.end();
     drop(space);

@@ -26,12 +26,13 @@ pub struct StatsArgs {
 
 /// What one process uses (proc_pid_stat(5)).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Used {
-    parent: u32,
-    /// Clock ticks.
-    ticks: u64,
-    /// Pages.
-    pages: u64,
+pub struct Process {
+    /// The process that started it.
+    pub parent: u32,
+    /// Clock ticks of processor time.
+    pub ticks: u64,
+    /// Pages that it has resident.
+    pub pages: u64,
 }
 
 pub fn stats(args: &StatsArgs) -> Result<u8> {
@@ -59,22 +60,13 @@ pub fn stats(args: &StatsArgs) -> Result<u8> {
 }
 
 /// What an instance's process and all that descend from it use together.
-fn of(record: &Record, all: &BTreeMap<u32, Used>) -> Value {
-    let descends = |pid: u32| {
-        let mut at = pid;
-        for _ in 0..all.len() {
-            if at == record.pid {
-                return true;
-            }
-            match all.get(&at) {
-                Some(used) => at = used.parent,
-                None => return false,
-            }
-        }
-        false
-    };
-    let ours: Vec<&Used> = match record.lives() {
-        true => all.iter().filter(|(pid, _)| descends(**pid)).map(|(_, used)| used).collect(),
+fn of(record: &Record, all: &BTreeMap<u32, Process>) -> Value {
+    let ours: Vec<&Process> = match record.lives() {
+        true => all
+            .iter()
+            .filter(|(pid, _)| descends(all, **pid, record.pid))
+            .map(|(_, used)| used)
+            .collect(),
         false => Vec::new(),
     };
     let (tick, page) = (ticks_a_second(), page_size());
@@ -89,11 +81,28 @@ fn of(record: &Record, all: &BTreeMap<u32, Used>) -> Value {
     })
 }
 
-fn ticks_a_second() -> u64 {
+/// Whether the process is `of`, or descends from it.
+pub fn descends(all: &BTreeMap<u32, Process>, pid: u32, of: u32) -> bool {
+    let mut at = pid;
+    for _ in 0..all.len() {
+        if at == of {
+            return true;
+        }
+        match all.get(&at) {
+            Some(process) => at = process.parent,
+            None => return false,
+        }
+    }
+    false
+}
+
+/// Clock ticks in a second.
+pub fn ticks_a_second() -> u64 {
     setting(nix::unistd::SysconfVar::CLK_TCK, 100)
 }
 
-fn page_size() -> u64 {
+/// Bytes of a page.
+pub fn page_size() -> u64 {
     setting(nix::unistd::SysconfVar::PAGE_SIZE, 4096)
 }
 
@@ -102,7 +111,8 @@ fn setting(which: nix::unistd::SysconfVar, usual: u64) -> u64 {
     found.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0).unwrap_or(usual)
 }
 
-fn processes() -> BTreeMap<u32, Used> {
+/// All processes of this host.
+pub fn processes() -> BTreeMap<u32, Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let used = |pid: u32| used(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?);
@@ -110,12 +120,12 @@ fn processes() -> BTreeMap<u32, Used> {
 }
 
 /// The name, which stands before all other fields in parentheses, may hold anything.
-fn used(stat: &str) -> Option<Used> {
+fn used(stat: &str) -> Option<Process> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
     // Field 3, the state, is the first of these.
     let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
     let parent = u32::try_from(number(4)?).ok()?;
-    Some(Used { parent, ticks: number(14)? + number(15)?, pages: number(24)? })
+    Some(Process { parent, ticks: number(14)? + number(15)?, pages: number(24)? })
 }
 
 #[cfg(test)]
@@ -125,7 +135,7 @@ mod tests {
     #[test]
     fn a_line_of_proc_is_read_behind_any_name() {
         let stat = "7 (a) b) S 3 7 7 0 -1 4194560 1 2 3 4 50 60 0 0 20 0 1 0 9 8192 21 1 1 1";
-        assert_eq!(used(stat), Some(Used { parent: 3, ticks: 110, pages: 21 }));
+        assert_eq!(used(stat), Some(Process { parent: 3, ticks: 110, pages: 21 }));
         assert_eq!(used("7 (a"), None);
     }
 }

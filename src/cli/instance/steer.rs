@@ -6,8 +6,20 @@ use clap::Args as ClapArgs;
 use vdisk::Result;
 use vdisk::instance::{self, Order, Record, ask, place, signal};
 
+use super::start;
 use crate::cli::open::turn;
 use crate::cli::terminal::{output, stop};
+
+/// Start instances again that have ended, detached, as they were started
+///
+/// Their disks, options and ids are the same. An instance of an image runs in its clone as that is, whatever
+/// image has the name by now.
+#[derive(ClapArgs)]
+pub struct StartArgs {
+    /// Names, ids or their first digits, or disks.
+    #[arg(value_name = "N", required = true)]
+    instances: Vec<String>,
+}
 
 /// Stop instances: ask, wait, and end them then
 ///
@@ -59,13 +71,20 @@ pub struct WaitArgs {
     instances: Vec<String>,
 }
 
+pub fn start(args: &StartArgs) -> Result<u8> {
+    each(&args.instances, |record| match record.lives() {
+        true => Ok(()),
+        false => start::begin_again(record).and_then(|id| output::text(&format!("{id}\n"))),
+    })
+}
+
 pub fn stop(args: &StopArgs) -> Result<u8> {
     let patience = u64::try_from(args.time.as_millis()).unwrap_or(u64::MAX);
     each(&args.instances, |record| {
         if !record.lives() {
             return Ok(());
         }
-        match ask(record, Order::Stop { patience }, &mut |_, _| true) {
+        match ask(record, Order::Stop { patience, again: false }, &mut |_, _| true) {
             // It has ended just now.
             Err(e) if place::find(&record.id).is_ok_and(|now| now.lives()) => Err(e),
             _ => Ok(()),

@@ -3,6 +3,7 @@
 //! Files are waited for where they are locked. What is left to do here is to say a command again
 //! that found another at work, or its plan outdated, before it did anything.
 
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,8 @@ use vdisk::{Error, ErrorKind, Result};
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 
+static WAIT: OnceLock<Duration> = OnceLock::new();
+
 /// Parses a number of seconds.
 pub fn seconds(text: &str) -> std::result::Result<Duration, String> {
     let number: f64 = text.parse().map_err(|_| format!("'{text}' is no number of seconds"))?;
@@ -20,7 +23,13 @@ pub fn seconds(text: &str) -> std::result::Result<Duration, String> {
 
 /// Says how this process stands in line for files.
 pub fn queue(stays: bool, wait: Duration) {
+    let _ = WAIT.set(wait);
     set_manners(Manners { passing: !stays, wait });
+}
+
+/// Runs a part of a command, again as [`take`] does, for as long as this process waits in line.
+pub fn again<T>(part: impl FnMut() -> Result<T>) -> Result<T> {
+    take(WAIT.get().copied().unwrap_or_default(), part)
 }
 
 /// Runs a command, again for up to `wait` where another one was at work on its disk.

@@ -82,21 +82,21 @@ struct ListArgs {
 
 /// Whether and how a plan is shown, and executed.
 #[derive(ClapArgs)]
-struct PlanArgs {
+pub struct PlanArgs {
     /// Show what would be done, and do nothing.
     #[arg(long)]
-    dry_run: bool,
+    pub dry_run: bool,
     /// Show what is done as JSON.
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// Do not ask before changes are dropped.
     #[arg(long)]
-    yes: bool,
+    pub yes: bool,
 }
 
 /// How long what is dropped can be brought back.
 #[derive(ClapArgs)]
-struct KeepingArgs {
+pub struct KeepingArgs {
     /// Keep what is dropped for undo so long: 90s, 15m, 12h, 7d. The variable VDISK_KEEP_FOR says it
     /// for all commands.
     #[arg(long, value_name = "TIME", value_parser = age, conflicts_with = "forget")]
@@ -337,7 +337,8 @@ fn milliseconds(keeping: Keeping) -> u64 {
 }
 
 impl KeepingArgs {
-    fn keeping(&self) -> Result<Keeping> {
+    /// What is said, or the variable, or a week.
+    pub fn keeping(&self) -> Result<Keeping> {
         if self.forget {
             return Ok(Keeping::NOTHING);
         }

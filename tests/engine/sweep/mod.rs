@@ -7,6 +7,7 @@
 mod holder;
 mod operations;
 mod power;
+mod roller;
 mod scene;
 mod tracer;
 
@@ -30,13 +31,21 @@ fn scratch() -> TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
+/// It starts programs with a variable.
+const ENV: &str = "/usr/bin/env";
+
 fn vdisk() -> PathBuf {
     env!("CARGO_BIN_EXE_vdisk").into()
 }
 
 impl Operation {
-    fn program(&self) -> PathBuf {
-        if self.held { "/usr/bin/env".into() } else { vdisk() }
+    /// Runs it, or one that is done with before it.
+    fn run(&self, words: &[String], files: Files, fate: Fate) -> Run {
+        match roller::command(words) {
+            Some(words) => tracer::run(Path::new(ENV), &words, files, fate),
+            None if self.held => tracer::run(Path::new(ENV), words, files, fate),
+            None => tracer::run(&vdisk(), words, files, fate),
+        }
     }
 
     /// All that a directory shows, but for the disk that is held.
@@ -80,7 +89,8 @@ impl Sweep {
         let dir = scratch();
         undisturbed(|| (operation.build)(dir.path(), dice));
         for words in &operation.first {
-            let run = tracer::run(&vdisk(), words, Files::of(dir.path()).0, Fate::Undisturbed);
+            let one = Operation { held: false, ..Operation::new(operation.build, &[], "") };
+            let run = one.run(words, Files::of(dir.path()).0, Fate::Undisturbed);
             assert_eq!(run.status, Some(0), "{words:?}: {}", run.stderr);
         }
         operation.args.iter_mut().for_each(|word| *word = scene::expand(dir.path(), word));
@@ -95,7 +105,7 @@ impl Sweep {
         let head = operation.held.then(|| undisturbed(|| holder::read(dir.path())).unwrap());
         let old = operation.observe(dir.path()).unwrap();
         let before = operation.overwritten(dir.path()).unwrap();
-        let run = tracer::run(&operation.program(), &operation.args, files, Fate::Undisturbed);
+        let run = operation.run(&operation.args, files, Fate::Undisturbed);
         assert_eq!(run.status, Some(0), "{:?}: {}", operation.args, run.stderr);
         // A merge that folded the head into the layer below let go of it before that had its name:
         // what QEMU wrote to it in between was gone.
@@ -118,7 +128,7 @@ impl Sweep {
     /// Runs the command on a fresh copy of the scene.
     fn run(&self, dir: &Path, fate: Fate) -> Run {
         self.start.write(dir);
-        tracer::run(&self.operation.program(), &self.operation.args, Files::of(dir).0, fate)
+        self.operation.run(&self.operation.args, Files::of(dir).0, fate)
     }
 
     fn cut(&self, at: usize, rest: Rest, dice: &mut Dice) -> Result<(), String> {
@@ -209,8 +219,8 @@ impl Sweep {
         self.nothing_is_left(dir, &seen)?;
         scene::private(dir).map_err(|e| format!("after healing: {e}"))?;
         if again && seen == self.old && !self.operation.held {
-            let run =
-                tracer::run(&vdisk(), &self.operation.args, Files::of(dir).0, Fate::Undisturbed);
+            let args = &self.operation.args;
+            let run = self.operation.run(args, Files::of(dir).0, Fate::Undisturbed);
             let seen = self.operation.observe(dir).map_err(|e| e.to_string())?;
             self.over_shows(dir)?;
             if self.operation.overwritten(dir).ok() != self.done() {
@@ -228,7 +238,7 @@ impl Sweep {
         if self.operation.again && *seen == self.new && scene::files(dir) != self.files[1] {
             // It ends with 0 where something was left.
             let args = &self.operation.args;
-            let run = tracer::run(&vdisk(), args, Files::of(dir).0, Fate::Undisturbed);
+            let run = self.operation.run(args, Files::of(dir).0, Fate::Undisturbed);
             if run.status != Some(0) {
                 return Err(format!("does not finish what it began: {}", run.stderr));
             }
@@ -336,6 +346,12 @@ fn a_removal_an_expiry_and_what_a_disk_stands_on_are_as_before_or_as_after() {
 #[test]
 fn a_long_label_stopped_anywhere_is_the_old_one_or_the_new_one() {
     sweep(operations::label_operations(), 10);
+}
+
+/// The old disk and the new one both stand, one of them by the disk's name: and it goes back.
+#[test]
+fn a_roll_stopped_anywhere_leaves_the_disk_on_its_old_base_or_on_the_new_one() {
+    sweep(operations::roll_operations(), 15);
 }
 
 #[test]

@@ -28,7 +28,7 @@ pub struct Operation {
 
 impl Operation {
     /// One command, a step, on the scene that `build` makes.
-    fn new(build: fn(&Path, &mut Dice), first: &[&str], line: &str) -> Operation {
+    pub fn new(build: fn(&Path, &mut Dice), first: &[&str], line: &str) -> Operation {
         let first = first.iter().map(|line| words(line)).collect();
         let args = words(line);
         Operation { build, first, args, atomic: true, held: false, over: None, again: false }
@@ -183,6 +183,26 @@ pub fn other_operations() -> Vec<Operation> {
         after(&[copy], "qemu-img amend -o refcount_bits=64 copy.qcow2"),
         after(&bitmaps, "qemu-img bitmap --clear --disable full.qcow2 b"),
         after(&bitmaps, "qemu-img bitmap --merge b full.qcow2 c"),
+    ]
+}
+
+/// Changes of what a disk stands on that leave what it was beside it: [`super::roller`] does them.
+pub fn roll_operations() -> Vec<Operation> {
+    let after = |first: &[&str], line: &str| Operation::new(build, first, line);
+    // The snapshot that keeps what was written comes first.
+    let many = |line: &str| Operation { atomic: false, ..after(&[], line) };
+    let rolled = "roll disk.qcow2 below.qcow2";
+    vec![
+        after(&[], rolled),
+        after(&[], "roll other.qcow2 below.qcow2"),
+        many("roll disk.qcow2 below.qcow2 kept"),
+        many("roll other.qcow2 below.qcow2 kept"),
+        after(&["snapshot delete disk.qcow2 c --yes"], rolled),
+        after(&["snapshot create disk.qcow2 e"], "roll disk.qcow2 below.qcow2 e"),
+        after(&[rolled], "snapshot undo disk.qcow2 --yes"),
+        after(&[rolled], "snapshot undo disk.qcow2 --keep new --yes"),
+        after(&[rolled], "snapshot revert disk.qcow2 c --yes"),
+        Operation { atomic: false, ..after(&[rolled], "roll disk.qcow2 other.qcow2") },
     ]
 }
 
