@@ -215,7 +215,12 @@ impl Devices {
 
     /// Whether the disk still answers to a driver that behaves.
     fn answers(&self) -> bool {
-        self.set_up(0, &[0x1000]);
+        // Rings are empty before a device sees them, and nobody is at work in them after a reset.
+        self.set(0, STATUS, 0);
+        let end = Instant::now() + PATIENCE;
+        while self.get(0, STATUS) != 0 && Instant::now() < end {
+            std::thread::yield_now();
+        }
         self.put(0x1400, &[0; 6]);
         self.put(0x1800, &[0; 6]);
         let header = [0u8; 16];
@@ -230,6 +235,7 @@ impl Devices {
             bytes.extend((number as u16 + 1).to_le_bytes());
             self.put(0x1000 + number as u64 * 16, &bytes);
         }
+        self.set_up(0, &[0x1000]);
         self.put(0x1402, &1u16.to_le_bytes());
         if let Some(kick) = self.all.first().and_then(|device| device.kicks().first()) {
             let _ = kick.write(1);
