@@ -7,7 +7,7 @@
 //! disks against QEMU alone, `trees` that of clones, snapshots and deep chains, `threads` that of many
 //! threads on one disk, `files` those of overlays and of files in a disk (only where it is asked for: they
 //! take the superuser), `images` that of images against podman (the same), `nbd` that of NBD with TLS
-//! against qemu-nbd, `ratios` the rest.
+//! against qemu-nbd, `vm` that of virtual machines that start, against QEMU's, `ratios` the rest.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -21,6 +21,7 @@ mod nbd;
 mod peers;
 mod threads;
 mod trees;
+mod vm;
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
@@ -205,6 +206,9 @@ fn main() {
     }
     if asked("nbd") {
         nbd::table();
+    }
+    if asked("vm") {
+        vm::table();
     }
     if words.iter().any(|w| w == "images") {
         images::table();

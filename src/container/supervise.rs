@@ -304,12 +304,8 @@ impl Container<'_> {
         match wire::receive(link)? {
             None => {
                 init.link = None;
-                if let (None, Some(started)) = (&self.failure, &self.spec.started) {
-                    let keeper = self.space.keeper.id().cast_signed();
-                    let scratch = &self.space.scratch;
-                    let groups = &self.groups;
-                    started(&visit::entrance(&self.order, scratch, keeper, init.pid, groups));
-                }
+                let pid = init.pid;
+                self.tell_started(pid);
             }
             Some(message) if message.get("failed").is_some() => self.failed(&message),
             Some(message) if message.get(notify::LISTENER).is_some() => {
@@ -330,11 +326,28 @@ impl Container<'_> {
         Ok(())
     }
 
-    /// Why the program was not started, where the init has said so as it ended.
+    /// The init has become the program, which closes its link, or has said why not.
+    fn tell_started(&self, init: i32) {
+        if let (None, Some(started)) = (&self.failure, &self.spec.started) {
+            let keeper = self.space.keeper.id().cast_signed();
+            let (scratch, groups) = (&self.space.scratch, &self.groups);
+            started(&visit::entrance(&self.order, scratch, keeper, init, groups));
+        }
+    }
+
+    /// Why the program was not started, where the init has said so as it ended; or that it was, of one whose
+    /// end was heard of first.
     fn last_words(&mut self) -> io::Result<()> {
-        while let Some(link) = self.init.as_ref().and_then(|init| init.link.as_ref()) {
+        while let Some((link, pid)) =
+            self.init.as_ref().and_then(|init| Some((init.link.as_ref()?, init.pid)))
+        {
             match wire::receive(link)? {
-                None => self.init = None,
+                None => {
+                    self.init = None;
+                    if self.status.is_some() {
+                        self.tell_started(pid);
+                    }
+                }
                 Some(message) if message.get("failed").is_some() => self.failed(&message),
                 Some(message) if message.get(notify::LISTENER).is_some() => {
                     drop(wire::receive_open(link)?);

@@ -142,6 +142,19 @@ fn a_detached_container_is_listed_printed_stopped_and_waited_for() {
     }
 }
 
+/// Its end could be heard of before its start: then it was said not to have run at all.
+#[test]
+fn a_container_that_ends_at_once_has_run() {
+    let Some(work) = room() else { return };
+    let room = Room::new(&work, Who::Root, "brief");
+    for _ in 0..20 {
+        room.vdisk("run --ephemeral --detach --name NAME web.qcow2 -- busybox true").succeeds();
+        assert_eq!(room.vdisk("wait NAME").succeeds().out(), "0\n");
+        room.vdisk("rm NAME").succeeds();
+    }
+    free(&work);
+}
+
 #[test]
 fn a_name_is_one_instances_only_and_free_again_when_that_has_ended() {
     let Some(work) = room() else { return };
