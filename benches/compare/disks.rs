@@ -5,8 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::files::{Job, compared, lower, random_reads, shell};
-use crate::seconds;
+use super::files::{Job, compared, lower, worked};
 
 /// How often each side is measured.
 const ROUNDS: usize = 3;
@@ -57,12 +56,7 @@ fn round(side: Side, dir: &Path, disk: &Path) -> Vec<f64> {
     let copied = Command::new("cp").arg("--sparse=always").args([disk, &own]).status().unwrap();
     assert!(copied.success());
     side.mount(&own, &at);
-    fs::create_dir(at.join("new")).unwrap();
-    let mut times: Vec<f64> =
-        JOBS[..7].iter().map(|job| seconds(|| shell(job.shell, &at))).collect();
-    times.push(seconds(|| random_reads(&at)));
-    times.extend(JOBS[7..].iter().map(|job| seconds(|| shell(job.shell, &at))));
-    assert!(Command::new("umount").arg(&at).status().unwrap().success());
+    let times = worked(&JOBS, &at);
     // A server that is still busy would be in the next one's way.
     std::thread::sleep(std::time::Duration::from_millis(500));
     times

@@ -68,13 +68,13 @@ const JOBS: [Job; 9] = [
     Job { what: "rm -rf", shell: "rm -rf d*" },
 ];
 
-pub fn shell(words: &str, at: &Path) {
+fn shell(words: &str, at: &Path) {
     let mut command = Command::new("sh");
     let done = command.args(["-c", words]).current_dir(at).stderr(Stdio::null()).status().unwrap();
     assert!(done.success(), "{words}");
 }
 
-pub fn random_reads(at: &Path) {
+fn random_reads(at: &Path) {
     let file = File::open(at.join("large")).unwrap();
     let mut block = [0; 4096];
     let mut state = 1u64;
@@ -102,6 +102,17 @@ pub fn lower(dir: &Path) -> PathBuf {
     lower
 }
 
+/// Seconds of each job at a mount, random reads after the seventh; it is unmounted then.
+pub fn worked(jobs: &[Job; 9], at: &Path) -> Vec<f64> {
+    fs::create_dir(at.join("new")).unwrap();
+    let (before, after) = jobs.split_at(7);
+    let mut times: Vec<f64> = before.iter().map(|job| seconds(|| shell(job.shell, at))).collect();
+    times.push(seconds(|| random_reads(at)));
+    times.extend(after.iter().map(|job| seconds(|| shell(job.shell, at))));
+    assert!(Command::new("umount").arg(at).status().unwrap().success());
+    times
+}
+
 /// One round of every job on one side, in seconds.
 fn round(side: Side, dir: &Path, lower: &Path) -> Vec<f64> {
     let here = tempfile::tempdir_in(dir).unwrap();
@@ -110,12 +121,7 @@ fn round(side: Side, dir: &Path, lower: &Path) -> Vec<f64> {
         fs::create_dir(here.path().join(name)).unwrap();
     }
     side.mount(here.path(), lower, &at);
-    fs::create_dir(at.join("new")).unwrap();
-    let mut times: Vec<f64> =
-        JOBS[..7].iter().map(|job| seconds(|| shell(job.shell, &at))).collect();
-    times.push(seconds(|| random_reads(&at)));
-    times.extend(JOBS[7..].iter().map(|job| seconds(|| shell(job.shell, &at))));
-    assert!(Command::new("umount").arg(&at).status().unwrap().success());
+    let times = worked(&JOBS, &at);
     // A server that is still busy would be in the next one's way.
     std::thread::sleep(std::time::Duration::from_millis(300));
     times

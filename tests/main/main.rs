@@ -26,6 +26,7 @@ mod bases;
 mod bitmaps;
 mod boot;
 mod boot_kernel;
+mod boot_refused;
 mod chains;
 mod clones;
 mod closed;
