@@ -191,13 +191,18 @@ fn remove(dir: &Path) -> Result<()> {
     }
 }
 
-/// Leaves nothing of an instance that has ended.
+/// Leaves nothing of an instance that has ended, whose process may be there a moment longer.
 ///
 /// # Errors
 /// [`ErrorKind::InUse`] where it lives.
 pub fn forget(record: &Record) -> Result<()> {
     let dir = of(record)?;
-    if is_held(&dir) {
+    // Whoever starts it again takes this lock, too.
+    let held = match lock_ended(&dir) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        held => held?,
+    };
+    if held.is_none() {
         let text = format!("{} runs: `vdisk stop {}` ends it", record.name, record.name);
         return Err(Error::new(ErrorKind::InUse, text));
     }
