@@ -62,13 +62,14 @@
 //! open, chain             from a name to an open disk; layers as one flat disk
 //! qcow2, formats, luks    kinds of layers        filesystem: what is inside a disk
 //! image, block            one layer; one flat disk
-//! storage                 bytes that last
+//! storage                 bytes that last        asymmetric: the lock of what every request reads
 //! ```
 
 // Without the command and the tests much of what the rooms offer has no user.
 #![cfg_attr(not(feature = "internals"), allow(dead_code, unused_imports))]
 
 mod addr;
+mod asymmetric;
 mod block;
 mod chain;
 mod change;

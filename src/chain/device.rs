@@ -311,7 +311,7 @@ impl Chain {
 
     fn resize_once(&self, size: u64) -> Result<()> {
         self.check_not_lost()?;
-        let layers = self.layers.write().unwrap_or_else(|e| e.into_inner());
+        let layers = self.layers_alone();
         let head = &layers.head.image;
         let old = head.size();
         head.resize_over(size, &mut || {

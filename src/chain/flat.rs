@@ -8,10 +8,10 @@ use std::io::IoSliceMut;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crossbeam_utils::sync::ShardedLock;
 use foldhash::fast::RandomState;
 
 use crate::addr::{GuestOffset, HostOffset, Unit};
+use crate::asymmetric::RwLock;
 use crate::block::{fill_zero, with_window};
 use crate::chain::Layer;
 use crate::error::Result;
@@ -32,7 +32,7 @@ pub(crate) struct Flat {
     page: Unit,
     /// The most runs that are kept.
     capacity: usize,
-    pages: ShardedLock<Pages>,
+    pages: RwLock<Pages>,
 }
 
 #[derive(Default)]
@@ -80,7 +80,7 @@ impl Flat {
         let smallest = layers.iter().map(|l| l.image.cluster().bits()).min().unwrap_or(16);
         let page = Unit::from_bits((smallest + PAGE_CLUSTERS_BITS).max(PAGE_MIN_BITS));
         let capacity = (memory as usize / size_of::<Run>()).max(1024);
-        Flat { layers, page, capacity, pages: ShardedLock::default() }
+        Flat { layers, page, capacity, pages: RwLock::default() }
     }
 
     pub fn layers(&self) -> &[Layer] {
@@ -169,7 +169,7 @@ impl Flat {
     /// the page would be counted in a place where all threads meet.
     fn run_at(&self, at: GuestOffset) -> Result<Run> {
         let index = self.page.index(at.0);
-        let pages = self.pages.read().unwrap_or_else(|e| e.into_inner());
+        let pages = self.pages.read();
         if let Some(kept) = pages.by_index.get(&index) {
             if !kept.used.load(Ordering::Relaxed) {
                 kept.used.store(true, Ordering::Relaxed);
@@ -180,7 +180,7 @@ impl Flat {
         let start = index << self.page.bits();
         let page = self.resolve(start, start.saturating_add(self.page.bytes()))?;
         let run = run_in(&page, at);
-        let mut pages = self.pages.write().unwrap_or_else(|e| e.into_inner());
+        let mut pages = self.pages.write();
         pages.keep(index, page.into(), self.capacity);
         Ok(run)
     }

@@ -12,12 +12,10 @@ mod layer;
 mod space;
 mod swap;
 
-use std::sync::RwLock;
 use std::sync::atomic::AtomicBool;
 
-use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
-
 use crate::addr::GuestOffset;
+use crate::asymmetric::{ReadGuard, RwLock};
 use crate::error::Result;
 use crate::image::Mapping;
 
@@ -32,12 +30,12 @@ use space::Space;
 /// A head and the layers below it, as one disk. See [`crate::block::BlockDevice`].
 pub struct Chain {
     /// Read by everything that reads or writes; changed when the tree is changed under it.
-    layers: ShardedLock<Layers>,
+    layers: RwLock<Layers>,
     pub(crate) inflight: InFlight,
     pub(crate) notes: Vec<String>,
     /// Held for writing by a change of the tree until the head that it made is to be found on the
     /// host. A flush, which waits for it, never calls durable what nobody would find.
-    publishing: RwLock<()>,
+    publishing: std::sync::RwLock<()>,
     /// Whether a change of the tree failed so that what is written now might not be found again.
     lost: AtomicBool,
     space: Space,
@@ -67,10 +65,10 @@ impl Chain {
     pub fn new(head: Layer, lower: Vec<Layer>, memory: u64) -> Chain {
         let layers = Layers { head, lower: Flat::new(lower, memory) };
         Chain {
-            layers: ShardedLock::new(layers),
+            layers: RwLock::new(layers),
             inflight: InFlight::default(),
             notes: Vec::new(),
-            publishing: RwLock::default(),
+            publishing: std::sync::RwLock::default(),
             lost: AtomicBool::new(false),
             space: Space::default(),
         }
@@ -89,8 +87,8 @@ impl Chain {
         if self.read_only() { Ok(()) } else { self.head().image.close() }
     }
 
-    pub(crate) fn layers(&self) -> ShardedLockReadGuard<'_, Layers> {
-        self.layers.read().unwrap_or_else(|e| e.into_inner())
+    pub(crate) fn layers(&self) -> ReadGuard<'_, Layers> {
+        self.layers.read()
     }
 
     /// The layers from the head down to the base.

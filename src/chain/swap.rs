@@ -8,9 +8,8 @@ use std::sync::RwLockWriteGuard;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_utils::sync::ShardedLockWriteGuard;
-
 use crate::addr::GuestOffset;
+use crate::asymmetric::WriteGuard;
 use crate::chain::device::whole_units;
 use crate::chain::flat::Flat;
 use crate::chain::{Chain, Layer, Layers};
@@ -29,8 +28,8 @@ pub(crate) struct Before {
 }
 
 impl Chain {
-    pub(crate) fn layers_alone(&self) -> ShardedLockWriteGuard<'_, Layers> {
-        self.layers.write().unwrap_or_else(|e| e.into_inner())
+    pub(crate) fn layers_alone(&self) -> WriteGuard<'_, Layers> {
+        self.layers.write()
     }
 
     /// Keeps flushes waiting until the change of the tree that is begun can be found on the host.

@@ -7,6 +7,11 @@
 //! interrupted change left the steps that finish it or take it back. No verb knows another, and none
 //! the interpreter. Nothing here sees an L2 entry or names a concrete format.
 //!
+//! Steps name layers by the ids in their labels. What [`base`] does is therefore none: a clone, a rebase and a
+//! commit concern one head and what it stands on, which may carry no label (an overlay of QEMU's, a raw base) and
+//! is another disk's. Each is in order after every write of its own, and one that was interrupted is finished by
+//! the same command. A roll is both: its new head is made there, and put in place by steps.
+//!
 //! # Locks
 //!
 //! Those of the whole program, in the order in which they are taken: who holds one takes none that stands

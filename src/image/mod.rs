@@ -5,9 +5,8 @@
 
 use std::io::{IoSlice, IoSliceMut};
 
-use crossbeam_utils::sync::ShardedLockReadGuard;
-
 use crate::addr::{GuestOffset, HostOffset, Unit};
+use crate::asymmetric::ReadGuard;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
@@ -96,7 +95,7 @@ pub struct Identity {
 /// are done. A thread takes at most one hold of an image at a time, and none while it flushes.
 #[derive(Debug)]
 pub struct Hold<'a>(
-    #[allow(dead_code, reason = "held for its lifetime")] Option<ShardedLockReadGuard<'a, ()>>,
+    #[allow(dead_code, reason = "held for its lifetime")] Option<ReadGuard<'a, ()>>,
 );
 
 impl<'a> Hold<'a> {
@@ -106,7 +105,7 @@ impl<'a> Hold<'a> {
     }
 
     /// The hold of an image that waits for `guard`'s lock before it reuses clusters.
-    pub(crate) fn shared(guard: ShardedLockReadGuard<'a, ()>) -> Hold<'a> {
+    pub(crate) fn shared(guard: ReadGuard<'a, ()>) -> Hold<'a> {
         Hold(Some(guard))
     }
 }

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::image::{Allocation, Backing, Image as _, Mapping};
 use crate::luks::{self, Cipher, Passphrase};
 use crate::qcow2::data::crypt::{self, AES, Crypt, LUKS};
-use crate::qcow2::guard::{lock, write};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::extension::{CRYPTO_HEADER, DATA_FILE, Extension, feature_names};
 use crate::qcow2::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
 use crate::qcow2::image::{Image, OpenOptions};
@@ -270,7 +270,7 @@ impl Image {
         let run = lock(&self.refcounts).allocate(cluster.count(area.len() as u64))?;
         self.storage.write_zeroes(run.host.0, run.clusters << cluster.bits())?;
         self.storage.write_all_at(run.host.0, &area)?;
-        write(&self.metadata_map).add(cluster, run.host.0, area.len() as u64);
+        self.metadata_map.write().add(cluster, run.host.0, area.len() as u64);
         // The header names it only when its clusters are counted.
         self.write_back()?;
         let place = crypt::area_extension(run.host.0, area.len() as u64);

@@ -3,9 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use crossbeam_utils::sync::ShardedLock;
-
 use crate::addr::HostOffset;
+use crate::asymmetric::RwLock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::luks::Passphrase;
 use crate::qcow2::bitmap::tracker::Tracker;
@@ -13,7 +12,7 @@ use crate::qcow2::check::Repair;
 use crate::qcow2::data::Data;
 use crate::qcow2::data::crypt::{self, Crypt};
 use crate::qcow2::data::inflated::Inflated;
-use crate::qcow2::guard::{lock, read, write};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::{Header, MAX_L1, MAX_SNAPSHOTS, autoclear, incompatible};
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::refcount::metadata_map::MetadataMap;
@@ -68,7 +67,7 @@ pub struct Image {
     pub(super) unrecorded: bool,
     pub(super) header: Mutex<Header>,
     pub(super) size: AtomicU64,
-    pub(super) tables: ShardedLock<Tables>,
+    pub(super) tables: RwLock<Tables>,
     pub(super) refcounts: Mutex<Refcounts>,
     pub(super) freed: Mutex<FreedLists>,
     /// Bytes that wait in it for a flush, about.
@@ -76,7 +75,7 @@ pub struct Image {
     /// Serialises write-backs.
     pub(super) writeback: Mutex<()>,
     /// Held shared while mapped host clusters are in use.
-    pub(super) grace: ShardedLock<()>,
+    pub(super) grace: RwLock<()>,
     pub(super) poisoned: AtomicBool,
     /// Opened to be mended: what is wrong is not news.
     pub(super) mends: bool,
@@ -88,7 +87,7 @@ pub struct Image {
     /// Whether clusters are known to be mapped to holes of the file, once somebody asked.
     pub(super) preallocated: OnceLock<bool>,
     /// Where metadata stands; empty where the image is open for reading only.
-    pub(super) metadata_map: Arc<ShardedLock<MetadataMap>>,
+    pub(super) metadata_map: Arc<RwLock<MetadataMap>>,
     /// The bitmaps that record writes; locked before all others.
     pub(super) tracker: Mutex<Tracker>,
     /// Whether there are any.
@@ -175,12 +174,12 @@ impl Image {
             same_contents: options.same_contents,
             unrecorded: options.same_contents,
             size: AtomicU64::new(header.size),
-            tables: ShardedLock::new(tables),
+            tables: RwLock::new(tables),
             refcounts: Mutex::new(refcounts),
             freed: Mutex::default(),
             freed_bytes: AtomicU64::new(0),
             writeback: Mutex::new(()),
-            grace: ShardedLock::new(()),
+            grace: RwLock::new(()),
             poisoned: AtomicBool::new(false),
             mends: options.repair,
             vouched: AtomicBool::new(header.autoclear & autoclear::CONTENT_ID != 0),
@@ -264,8 +263,8 @@ impl Image {
         }
         places.extend(crypt::area_place(&header).filter(|(_, len)| *len <= crypt::MAX_AREA));
         places.extend(lock(&self.refcounts).blocks().values().map(|at| (*at, cluster.bytes())));
-        places.extend(read(&self.tables).offsets().map(|at| (at, cluster.bytes())));
-        let mut metadata_map = write(&self.metadata_map);
+        places.extend(self.tables.read().offsets().map(|at| (at, cluster.bytes())));
+        let mut metadata_map = self.metadata_map.write();
         *metadata_map = MetadataMap::default();
         for (offset, len) in places {
             if !metadata_map.add(cluster, offset, len) {
@@ -281,7 +280,7 @@ impl Image {
         if self.data.is_external() {
             return Ok(());
         }
-        let free = read(&self.metadata_map).check(self.shape.cluster, host, len);
+        let free = self.metadata_map.read().check(self.shape.cluster, host, len);
         free.map_err(|e| self.note_corruption(e))
     }
 

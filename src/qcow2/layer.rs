@@ -10,7 +10,7 @@ use crate::image::{
     self, Allocation, Backing, Begun, Check, Details, Extent, Hold, Identity, Label, Mapping,
     Repair,
 };
-use crate::qcow2::guard::{lock, read};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::autoclear;
 use crate::qcow2::image::Image;
 use crate::qcow2::step;
@@ -59,7 +59,7 @@ impl image::Image for Image {
         if waiting >= MAX_FREED {
             let _ = image::Image::flush(self);
         }
-        Hold::shared(read(&self.grace))
+        Hold::shared(self.grace.read())
     }
 
     fn map(&self, at: GuestOffset, len: u64) -> Result<Extent> {

@@ -11,8 +11,8 @@
 //! In this order, each held as briefly as memory work takes: `tracker`, `writeback`, `tables`,
 //! `refcounts`, `header`, `freed`, `metadata_map`. Data is read and written with none of them held;
 //! `grace` is held shared meanwhile, and exclusively for the moment in which freed clusters become free.
-//! What each request takes shared (`grace`, `tables`, `metadata_map`) is sharded by thread: readers write
-//! to no line of memory that other readers write to.
+//! What each request takes shared (`grace`, `tables`, `metadata_map`) is [asymmetric](crate::asymmetric):
+//! readers write to no line of memory that other threads write to, and need no atomic operation.
 
 mod amend;
 mod bitmap;

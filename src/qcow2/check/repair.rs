@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::counts::Counted;
 use super::{Check, Repair};
 use crate::error::Result;
-use crate::qcow2::guard::{lock, write};
+use crate::qcow2::guard::lock;
 use crate::qcow2::image::Image;
 use crate::qcow2::tables::entry::{COPIED, Entry, OFFSET};
 use crate::qcow2::tables::words::words_mut;
@@ -228,7 +228,7 @@ impl Flags<'_> {
         if l1_changed {
             self.image.metadata(|| self.image.storage.write_all_at(header.l1_offset, &l1))?;
             self.image.barrier()?;
-            write(&self.image.tables).replace_l1_entries(&l1);
+            self.image.tables.write().replace_l1_entries(&l1);
         }
         Ok(())
     }
@@ -267,7 +267,7 @@ impl Flags<'_> {
         if changed {
             self.image.metadata(|| self.image.storage.write_all_at(offset, &table))?;
             self.image.barrier()?;
-            write(&self.image.tables).forget(offset..offset + shape.cluster.bytes());
+            self.image.tables.write().forget(offset..offset + shape.cluster.bytes());
         }
         Ok(())
     }

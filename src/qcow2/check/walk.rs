@@ -12,7 +12,7 @@ use super::{Check, Repair};
 use crate::error::{Error, Result};
 use crate::qcow2::bitmap::directory;
 use crate::qcow2::data::crypt;
-use crate::qcow2::guard::{lock, write};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::{Header, MAX_L1};
 use crate::qcow2::image::Image;
 use crate::qcow2::refcount::bits::max_refcount;
@@ -375,7 +375,7 @@ impl<'a> Walk<'a> {
         if mended {
             self.image.metadata(|| self.image.storage.write_all_at(offset, &table))?;
             self.image.barrier()?;
-            write(&self.image.tables).forget(offset..offset + bytes);
+            self.image.tables.write().forget(offset..offset + bytes);
         }
         Ok(())
     }

@@ -10,11 +10,9 @@ pub(in crate::qcow2) mod metadata_map;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
-use crossbeam_utils::sync::ShardedLock;
-
 use crate::addr::{HostOffset, Unit};
+use crate::asymmetric::RwLock;
 use crate::error::{Error, Result};
-use crate::qcow2::guard::{read, write};
 use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE};
 use crate::qcow2::refcount::bits::{get_in, get_run, max_refcount, set_in};
 use crate::qcow2::refcount::metadata_map::MetadataMap;
@@ -43,7 +41,7 @@ pub(super) struct Refcounts {
     /// The table has grown in memory, and no place was found for it.
     unplaced: bool,
     /// Where metadata stands: never given out, whatever its refcount says.
-    pub metadata_map: Arc<ShardedLock<MetadataMap>>,
+    pub metadata_map: Arc<RwLock<MetadataMap>>,
     /// No cluster below this one is free.
     next_free: u64,
     /// No cluster from this one on was ever written: they read as zeroes.
@@ -194,8 +192,8 @@ impl Refcounts {
             // What is free is nobody's place, for metadata neither. It seldom was: most of what becomes
             // free held data, and to look is cheaper than to keep all others out.
             let offset = cluster << self.cluster.bits();
-            if read(&self.metadata_map).holds(self.cluster, offset, 1) {
-                write(&self.metadata_map).remove(self.cluster, offset, 1);
+            if self.metadata_map.read().holds(self.cluster, offset, 1) {
+                self.metadata_map.write().remove(self.cluster, offset, 1);
             }
             // What is free is no place to go on packing.
             self.packed = self.packed.filter(|at| self.cluster.index(*at) != cluster);
@@ -316,7 +314,7 @@ impl Refcounts {
             self.table[index] = 0;
             self.dirty_table.insert(index);
             self.cache.forget(offset..offset + self.cluster.bytes());
-            write(&self.metadata_map).remove(self.cluster, offset, self.cluster.bytes());
+            self.metadata_map.write().remove(self.cluster, offset, self.cluster.bytes());
             if !within {
                 elsewhere.push(HostOffset(offset));
             }

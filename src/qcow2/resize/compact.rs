@@ -2,7 +2,7 @@
 
 use crate::addr::HostOffset;
 use crate::error::Result;
-use crate::qcow2::guard::{lock, read};
+use crate::qcow2::guard::lock;
 use crate::qcow2::image::Image;
 
 /// Clusters that are looked at under one lock: as many as keep writers waiting for a moment only.
@@ -71,7 +71,7 @@ impl Image {
         let bits = self.shape.cluster.bits();
         let (from, len) = (start << bits, (end - start) << bits);
         // Metadata that is not counted: the refcounts are wrong, and check says so.
-        if read(&self.metadata_map).check(self.shape.cluster, HostOffset(from), len).is_err() {
+        if self.metadata_map.read().check(self.shape.cluster, HostOffset(from), len).is_err() {
             return Ok(());
         }
         let stored = self.storage.next_data(from)?.is_some_and(|(data, _)| data < from + len);

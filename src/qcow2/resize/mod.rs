@@ -19,7 +19,7 @@ use nix::libc::ENOTSUP;
 use crate::addr::{GuestOffset, HostOffset};
 use crate::error::{Error, Result};
 use crate::qcow2::create::Preallocation;
-use crate::qcow2::guard::{lock, write};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::Header;
 use crate::qcow2::image::{Freed, Image, Lost};
 use crate::qcow2::step;
@@ -163,7 +163,7 @@ impl Image {
         let only = lock(&self.writeback);
         let mut tables = loop {
             self.write_back_under(&only)?;
-            let tables = write(&self.tables);
+            let tables = self.tables.write();
             if tables.l1_is_written() {
                 break tables;
             }
@@ -180,7 +180,7 @@ impl Image {
                 h.size = published;
             })
         })?;
-        write(&self.metadata_map).add(cluster, run.host.0, entries * 8);
+        self.metadata_map.write().add(cluster, run.host.0, entries * 8);
         tables.replace_l1(run.host, entries as usize);
         drop(tables);
         if old.l1_size > 0 {

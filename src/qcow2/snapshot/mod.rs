@@ -19,7 +19,7 @@ use nix::libc::{EBUSY, EFBIG, ENOENT, ENOTSUP};
 
 use crate::addr::HostOffset;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::guard::{lock, write};
+use crate::qcow2::guard::lock;
 use crate::qcow2::header::{Header, MAX_SNAPSHOTS, incompatible};
 use crate::qcow2::image::{Image, OpenOptions};
 use crate::qcow2::tables::words;
@@ -82,7 +82,7 @@ impl Image {
         let needed = header.l1_needed(header.size);
         let needed = needed.ok_or_else(|| Error::corrupt("Image is too big"))?;
         let image = Image::with_header(storage, header, options)?;
-        write(&image.tables).pad_l1(needed as usize);
+        image.tables.write().pad_l1(needed as usize);
         Ok(image)
     }
 
@@ -340,7 +340,7 @@ impl Image {
     pub(super) fn reload_tables(&self) -> Result<()> {
         lock(&self.inflated).clear();
         let header = self.header();
-        self.metadata(|| write(&self.tables).reload(&*self.storage, &header))?;
+        self.metadata(|| self.tables.write().reload(&*self.storage, &header))?;
         self.map_metadata()
     }
 }

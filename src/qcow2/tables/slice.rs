@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 
 use crate::addr::GuestOffset;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::guard::{read, write};
 use crate::qcow2::header::incompatible;
 use crate::qcow2::image::Image;
 use crate::qcow2::step;
@@ -64,7 +63,7 @@ impl Image {
         at: GuestOffset,
         look: impl Fn(&Tables, Option<(Place, &[u8])>) -> Result<T>,
     ) -> Result<Slice<T>> {
-        let tables = read(&self.tables);
+        let tables = self.tables.read();
         let Some(place) = tables.place(at)? else { return look(&tables, None).map(Slice::Looked) };
         if let Some(slice) = tables.cache.get(place.slice) {
             return look(&tables, Some((place, slice))).map(Slice::Looked);
@@ -98,7 +97,7 @@ impl Image {
         self.storage.read_exact_at(offset, &mut bytes).map_err(|_| {
             Error::corrupt("an L2 table lies past the end of the file").at_offset(offset)
         })?;
-        let mut tables = write(&self.tables);
+        let mut tables = self.tables.write();
         if tables.cache.generation() == generation {
             tables.cache.insert(offset, bytes);
         }

@@ -14,7 +14,7 @@ use std::ops::Range;
 use crate::addr::{GuestOffset, HostOffset};
 use crate::error::{Error, Result};
 use crate::image::{Begun, Extent, Mapping};
-use crate::qcow2::guard::{lock, read, write};
+use crate::qcow2::guard::lock;
 use crate::qcow2::image::{Freed, Image, Lost};
 use crate::qcow2::refcount::Run;
 use crate::qcow2::step;
@@ -69,7 +69,7 @@ impl Image {
             return Err(Error::invalid("an allocation must begin on a cluster boundary"));
         }
         loop {
-            let look = self.look(&read(&self.tables), at, len);
+            let look = self.look(&self.tables.read(), at, len);
             match look.map_err(|e| self.note_corruption(e))? {
                 Look::Site(site) => {
                     // No entry changes by this, and none of this range by others.
@@ -233,7 +233,7 @@ impl Image {
 
     /// Makes sure that the L2 table for `at` exists and may be changed.
     pub(in crate::qcow2) fn ensure_table(&self, at: GuestOffset) -> Result<()> {
-        let old = read(&self.tables).table(at)?;
+        let old = self.tables.read().table(at)?;
         if old.is_some_and(|t| t.exclusive) { Ok(()) } else { self.own_table(at, old) }
     }
 
@@ -244,7 +244,7 @@ impl Image {
             lock(&self.refcounts).release(run.host, 1)?;
             return Err(error);
         }
-        let mut tables = write(&self.tables);
+        let mut tables = self.tables.write();
         let now = tables.table(at)?;
         if now.is_some_and(|t| t.exclusive) {
             drop(tables);
@@ -252,7 +252,7 @@ impl Image {
             return Ok(());
         }
         let cluster = self.shape.cluster;
-        write(&self.metadata_map).add(cluster, run.host.0, cluster.bytes());
+        self.metadata_map.write().add(cluster, run.host.0, cluster.bytes());
         tables.install(at, run.host);
         drop(tables);
         if let Some(Table { host, .. }) = old {
@@ -281,7 +281,7 @@ impl Image {
 
     /// Writes metadata back where too much of it waits in memory.
     pub(in crate::qcow2) fn write_back_if_crowded(&self) -> Result<()> {
-        let crowded = read(&self.tables).cache.crowded() || lock(&self.refcounts).crowded();
+        let crowded = self.tables.read().cache.crowded() || lock(&self.refcounts).crowded();
         if crowded { self.write_back() } else { Ok(()) }
     }
 
@@ -307,7 +307,7 @@ impl Image {
         change: impl Fn(u64, Entry) -> Entry,
     ) -> Result<()> {
         loop {
-            let mut tables = write(&self.tables);
+            let mut tables = self.tables.write();
             let Some(place) = tables.place(first)? else {
                 return Err(Error::corrupt("an L2 table went away during a write"));
             };

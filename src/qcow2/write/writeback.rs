@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 
 use crate::addr::HostOffset;
 use crate::error::Result;
-use crate::qcow2::guard::{lock, write};
+use crate::qcow2::guard::lock;
 use crate::qcow2::image::{Freed, Image, Lost};
 use crate::qcow2::refcount::{DirtyRefcounts, MovedTable, TablePlace};
 use crate::qcow2::step;
@@ -36,12 +36,12 @@ impl Image {
         // The tables have let go of these by now, and what the tables refer to is counted by now.
         let freed = std::mem::take(&mut lock(&self.freed).waiting);
         self.freed_bytes.store(0, Ordering::Relaxed);
-        let tables = write(&self.tables).take_dirty();
+        let tables = self.tables.write().take_dirty();
         let refcounts = lock(&self.refcounts).take_dirty();
         // A failed sync poisons, too: the host may have dropped what it could not write, and the
         // next sync would succeed without it.
         self.metadata(|| self.write_in_order(&tables, &refcounts))?;
-        write(&self.tables).written(&tables);
+        self.tables.write().written(&tables);
         lock(&self.freed).ready.extend(freed);
         let outgrown = lock(&self.refcounts).written(&refcounts);
         for TablePlace { offset, clusters } in outgrown {
@@ -112,12 +112,12 @@ impl Image {
         }
         // Whoever mapped these clusters before they were let go is done when this is granted, and
         // nobody can map them now.
-        drop(write(&self.grace));
+        drop(self.grace.write());
         lock(&self.inflated).clear();
         for Freed { host, clusters, what } in ready {
             let range = host.0..host.0 + (clusters << self.shape.cluster.bits());
             if what == Lost::Table {
-                write(&self.tables).forget(range.clone());
+                self.tables.write().forget(range.clone());
             }
             if what == Lost::Discarded && self.unshared(host, clusters)? {
                 // Space that cannot be given back is only space.

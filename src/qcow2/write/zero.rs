@@ -4,7 +4,6 @@
 
 use crate::addr::GuestOffset;
 use crate::error::{Error, Result};
-use crate::qcow2::guard::read;
 use crate::qcow2::image::{Image, Lost};
 use crate::qcow2::tables::entry::{Entry, Kind};
 
@@ -125,7 +124,7 @@ impl Image {
 
     /// How far no L2 table exists from `pos` on.
     fn hole(&self, pos: GuestOffset, len: u64) -> Result<u64> {
-        let tables = read(&self.tables);
+        let tables = self.tables.read();
         Ok(if tables.table(pos)?.is_none() { tables.unmapped(pos, len) } else { 0 })
     }
 

@@ -19,7 +19,6 @@ use std::collections::BTreeMap;
 use super::{Check, Repair, walk};
 use crate::error::Result;
 use crate::qcow2::data::crypt;
-use crate::qcow2::guard::write;
 use crate::qcow2::header::extension::CRYPTO_HEADER;
 use crate::qcow2::header::{Header, MAX_L1, incompatible};
 use crate::qcow2::image::Image;
@@ -65,7 +64,7 @@ impl Image {
         let counts = walk.finish();
         self.rebuild_refcounts(&counts, floor, |h| *h = header)?;
         let header = self.header();
-        self.metadata(|| write(&self.tables).reload(&*self.storage, &header))?;
+        self.metadata(|| self.tables.write().reload(&*self.storage, &header))?;
         check.corruptions_fixed += said.corruptions_fixed.max(1);
         said.messages.into_iter().for_each(|line| check.say(line));
         self.drop_old_refcounts(&table)?;
