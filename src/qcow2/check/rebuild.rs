@@ -6,6 +6,7 @@
 //! old ones stay as they are; afterwards nothing refers to them.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Range;
 
 use nix::libc::EFBIG;
 
@@ -27,8 +28,8 @@ struct Site<'a> {
     blocks: BTreeMap<u64, u64>,
     /// The same clusters.
     taken: HashSet<u64>,
-    /// First cluster of the new table, and how many.
-    table: (u64, u64),
+    /// The clusters of the new table.
+    table: Range<u64>,
     /// No cluster below this one is used.
     floor: u64,
     /// No block is put below this one.
@@ -38,13 +39,12 @@ struct Site<'a> {
 impl<'a> Site<'a> {
     fn new(counts: &'a Counted, block_bits: u32, floor: u64) -> Site<'a> {
         let (blocks, taken) = (BTreeMap::new(), HashSet::new());
-        Site { counts, block_bits, blocks, taken, table: (0, 0), floor, next: floor }
+        Site { counts, block_bits, blocks, taken, table: 0..0, floor, next: floor }
     }
 
     fn is_free(&self, cluster: u64) -> bool {
-        let in_table = cluster >= self.table.0 && cluster < self.table.0 + self.table.1;
         self.counts.is_unused(self.counts.page(cluster), cluster)
-            && !in_table
+            && !self.table.contains(&cluster)
             && !self.taken.contains(&cluster)
     }
 
@@ -72,8 +72,11 @@ impl<'a> Site<'a> {
     fn needed(&self) -> BTreeSet<u64> {
         let counted = self.counts.used().map(|(cluster, _)| cluster);
         let own = self.blocks.values().copied();
-        let table = self.table.0..self.table.0 + self.table.1;
-        counted.chain(own).chain(table).map(|cluster| cluster >> self.block_bits).collect()
+        counted
+            .chain(own)
+            .chain(self.table.clone())
+            .map(|cluster| cluster >> self.block_bits)
+            .collect()
     }
 }
 
@@ -105,18 +108,19 @@ impl Image {
                 let message = "the refcount table would be larger than the format allows";
                 return Err(Error::invalid(message).with_os_error(EFBIG));
             }
-            if site.table.1 >= clusters {
+            if site.table.end - site.table.start >= clusters {
                 break;
             }
-            site.table = (0, 0);
-            site.table = (site.take_run(clusters), clusters);
+            site.table = 0..0;
+            let first = site.take_run(clusters);
+            site.table = first..first + clusters;
         }
         self.metadata(|| {
             self.write_new_refcounts(&site, order)?;
             self.update_header(|h| {
                 change(h);
-                h.refcount_table_offset = site.table.0 << cluster.bits();
-                h.refcount_table_clusters = site.table.1 as u32;
+                h.refcount_table_offset = site.table.start << cluster.bits();
+                h.refcount_table_clusters = (site.table.end - site.table.start) as u32;
             })
         })?;
         let capacity = lock(&self.refcounts).capacity();
@@ -129,15 +133,10 @@ impl Image {
     fn write_new_refcounts(&self, site: &Site<'_>, order: u32) -> Result<()> {
         let cluster = self.shape.cluster;
         let max = max_refcount(order);
-        let own: BTreeSet<u64> = site
-            .blocks
-            .values()
-            .copied()
-            .chain(site.table.0..site.table.0 + site.table.1)
-            .collect();
+        let own: BTreeSet<u64> = site.blocks.values().copied().chain(site.table.clone()).collect();
         let per_block = 1u64 << site.block_bits;
         let mut used = site.counts.used().peekable();
-        let mut table = vec![0; (site.table.1 << cluster.bits()) as usize];
+        let mut table = vec![0; ((site.table.end - site.table.start) << cluster.bits()) as usize];
         for (index, place) in &site.blocks {
             let first = index << site.block_bits;
             let mut bytes = vec![0; cluster.bytes() as usize];
@@ -157,7 +156,7 @@ impl Image {
                 entry.set(offset);
             }
         }
-        let offset = site.table.0 << cluster.bits();
+        let offset = site.table.start << cluster.bits();
         self.storage.write_all_at(offset, &table)?;
         self.storage.sync()
     }

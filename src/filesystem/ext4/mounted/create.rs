@@ -1,6 +1,6 @@
 //! New files: with a name, or without one yet.
 
-use super::directory::{MAX_NAME, kind_of};
+use super::directory::{MAX_NAME, Target, kind_of};
 use super::inode::{
     BLOCK, CHARACTER, DIRECTORY, FIFO, FLAG_EXTENTS, FLAG_INLINE, FLAGS_INHERITED, Inode, Moment,
     REGULAR, SHORT_LINK, SOCKET, SYMLINK, TYPE_MASK,
@@ -193,7 +193,7 @@ impl Mounted {
                 tx.add_child(&mut parent)?;
             }
             let inode = tx.make(&parent, new)?;
-            tx.add(&mut parent, name, (inode.number, kind_of(new.mode)))?;
+            tx.add(&mut parent, name, Target { inode: inode.number, kind: kind_of(new.mode) })?;
             tx.touch_directory(&mut parent)?;
             Ok(inode.number)
         })
@@ -229,9 +229,8 @@ impl Mounted {
             tx.add_link(&mut inode)?;
             let now = tx.now;
             inode.set_time(Moment::Changed, now);
-            let kind = kind_of(inode.mode());
             tx.put_inode(&mut inode)?;
-            tx.add(&mut parent, name, (number, kind))?;
+            tx.add(&mut parent, name, Target::of(&inode))?;
             tx.touch_directory(&mut parent)
         })
     }

@@ -1,7 +1,7 @@
 //! Names: looked up, listed, taken away, changed.
 
 use super::create::check_name;
-use super::directory::kind_of;
+use super::directory::Target;
 use super::inode::{Inode, Moment};
 use super::{Attributes, Mounted, ROOT, Tx, errno};
 use crate::error::{Error, Result};
@@ -260,8 +260,8 @@ impl Mounted {
     fn exchange(&self, tx: &mut Tx<'_>, one: Swapped<'_>, another: Swapped<'_>) -> Result<()> {
         let Swapped { name, directory: mut parent, file } = one;
         let Swapped { name: other_name, directory: mut other_parent, file: other } = another;
-        tx.replace(&parent, name, (other.number, kind_of(other.mode())))?;
-        tx.replace(&other_parent, other_name, (file.number, kind_of(file.mode())))?;
+        tx.replace(&parent, name, Target::of(&other))?;
+        tx.replace(&other_parent, other_name, Target::of(&file))?;
         let apart = parent.number != other_parent.number;
         if apart && file.is_directory() != other.is_directory() {
             let (gains, loses) = match file.is_directory() {
@@ -291,7 +291,7 @@ impl Mounted {
         let Side { name: from, directory: mut old } = from;
         let Side { name: to, directory: mut new } = to;
         let apart = old.number != new.number;
-        let entry = (moved.number, kind_of(moved.mode()));
+        let target = Target::of(&moved);
         if let Some(other) = &other {
             match (moved.is_directory(), other.is_directory()) {
                 (false, true) => return Err(errno(libc::EISDIR, "a directory")),
@@ -301,11 +301,11 @@ impl Mounted {
                 }
                 _ => {}
             }
-            tx.replace(&new, to, entry)?;
+            tx.replace(&new, to, target)?;
         } else if apart {
-            tx.add(&mut new, to, entry)?;
+            tx.add(&mut new, to, target)?;
         } else {
-            tx.add(&mut old, to, entry)?;
+            tx.add(&mut old, to, target)?;
         }
         tx.remove(&old, from)?;
         if moved.is_directory() {

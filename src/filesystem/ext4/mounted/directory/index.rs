@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::filesystem::ext4::bytes::{le16, le32, put, put16, put32};
 use crate::filesystem::ext4::checksum::checksum;
 use crate::filesystem::ext4::mounted::directory::hash::{Hash, Kind, hash};
-use crate::filesystem::ext4::mounted::directory::{self, Take, space, store, walk};
+use crate::filesystem::ext4::mounted::directory::{self, Take, Target, space, store, walk};
 use crate::filesystem::ext4::mounted::inode::{FLAG_CASEFOLD, FLAG_ENCRYPT, FLAG_INDEX, Inode};
 use crate::filesystem::ext4::mounted::{Tx, no_space};
 
@@ -141,14 +141,14 @@ impl Tx<'_> {
     }
 
     /// Adds a name where the index says; false where it is not understood.
-    pub fn add_indexed(&mut self, dir: &mut Inode, name: &[u8], entry: (u32, u8)) -> Result<bool> {
+    pub fn add_indexed(&mut self, dir: &mut Inode, name: &[u8], target: Target) -> Result<bool> {
         for _ in 0..MOST_SPLITS {
             let Some(index) = self.index(dir)? else { return Ok(false) };
             let (major, _) = self.hash_of(index.kind, name);
             let mut path = self.descend(dir, &index, major)?;
             let leaf = path.last().map_or(0, Frame::block);
             let place = self.block_of(dir, leaf.into())?;
-            if self.add_to_block(dir, place, name, entry)? {
+            if self.add_to_block(dir, place, name, target)? {
                 return Ok(true);
             }
             let full = |frame: &Frame, tx: &Tx<'_>| frame.entries.len() >= tx.limit(frame.base);
@@ -196,7 +196,7 @@ impl Tx<'_> {
     fn new_node_block(&mut self, dir: &mut Inode, entries: Vec<(u32, u32)>) -> Result<u32> {
         let (number, place) = self.append_block(dir)?;
         let size = self.fs.sb.block_size;
-        store(self.edit(place)?, 0, size, (0, 0), b"");
+        store(self.edit(place)?, 0, size, Target::NONE, b"");
         self.store_frame(dir, &Frame { place, base: NODE, entries, at: 0 })?;
         Ok(number as u32)
     }
@@ -286,7 +286,7 @@ impl Tx<'_> {
         for (index, moved) in names.iter().enumerate() {
             let used = space(moved.name.len());
             let len = if index + 1 == names.len() { usable - at } else { used };
-            store(block, at, len, (moved.inode, moved.kind), &moved.name);
+            store(block, at, len, Target { inode: moved.inode, kind: moved.kind }, &moved.name);
             at += used;
         }
         self.seal_block(dir, place)
@@ -309,8 +309,8 @@ impl Tx<'_> {
         let file_kind =
             if self.fs.has_kinds() { directory::kind_of(super::inode::DIRECTORY) } else { 0 };
         let block = self.st.blocks.fresh(root)?;
-        store(block, 0, 12, (dir.number, file_kind), b".");
-        store(block, 12, size - 12, (parent, file_kind), b"..");
+        store(block, 0, 12, Target { inode: dir.number, kind: file_kind }, b".");
+        store(block, 12, size - 12, Target { inode: parent, kind: file_kind }, b"..");
         put(block, 28, &[version, 8, 0, 0]);
         dir.set_flags(dir.flags() | FLAG_INDEX);
         let entries = vec![(0, number as u32)];

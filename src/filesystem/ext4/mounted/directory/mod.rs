@@ -47,6 +47,23 @@ pub fn space(name: usize) -> usize {
     (HEADER + name).next_multiple_of(4)
 }
 
+/// What a name stands for.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    pub inode: u32,
+    /// As [`kind_of`] tells it; 0 in a file system that does not keep it with the name.
+    pub kind: u8,
+}
+
+impl Target {
+    /// What an entry without a name says.
+    const NONE: Target = Target { inode: 0, kind: 0 };
+
+    pub fn of(inode: &Inode) -> Target {
+        Target { inode: inode.number, kind: kind_of(inode.mode()) }
+    }
+}
+
 /// The kind of a file, as a directory says it.
 pub fn kind_of(mode: u16) -> u8 {
     match mode & inode::TYPE_MASK {
@@ -70,10 +87,10 @@ fn length(raw: u16, block: usize) -> usize {
 }
 
 /// Stores an entry's header and name.
-pub fn store(block: &mut [u8], at: usize, len: usize, (inode, kind): (u32, u8), name: &[u8]) {
-    put32(block, at, inode);
+pub fn store(block: &mut [u8], at: usize, len: usize, target: Target, name: &[u8]) {
+    put32(block, at, target.inode);
     put16(block, at + 4, if len == 65536 { 0xffff } else { len as u16 });
-    put(block, at + 6, &[name.len() as u8, kind]);
+    put(block, at + 6, &[name.len() as u8, target.kind]);
     put(block, at + HEADER, name);
 }
 
@@ -165,11 +182,11 @@ impl Tx<'_> {
     }
 
     /// Adds a name that is not there. The directory's inode is changed and not stored.
-    pub fn add(&mut self, directory: &mut Inode, name: &[u8], entry: (u32, u8)) -> Result<()> {
+    pub fn add(&mut self, directory: &mut Inode, name: &[u8], target: Target) -> Result<()> {
         self.writable_directory(directory)?;
-        let entry = (entry.0, if self.fs.has_kinds() { entry.1 } else { 0 });
+        let target = Target { kind: if self.fs.has_kinds() { target.kind } else { 0 }, ..target };
         if directory.has(FLAG_INDEX) {
-            if self.add_indexed(directory, name, entry)? {
+            if self.add_indexed(directory, name, target)? {
                 return Ok(());
             }
             // An index that nobody understands is none: the names stay where they are.
@@ -178,20 +195,20 @@ impl Tx<'_> {
         let blocks = self.directory_blocks(directory)?;
         for at in 0..blocks {
             let place = self.block_of(directory, at)?;
-            if self.add_to_block(directory, place, name, entry)? {
+            if self.add_to_block(directory, place, name, target)? {
                 return Ok(());
             }
         }
         if blocks == 1 && self.fs.has_indexes() {
             self.make_index(directory)?;
-            return match self.add_indexed(directory, name, entry)? {
+            return match self.add_indexed(directory, name, target)? {
                 true => Ok(()),
                 false => Err(Error::corrupt("ext4: a new index of a directory is unusable")),
             };
         }
         let (_, place) = self.append_block(directory)?;
         self.empty_block(directory, place)?;
-        self.add_to_block(directory, place, name, entry)?;
+        self.add_to_block(directory, place, name, target)?;
         Ok(())
     }
 
@@ -208,7 +225,7 @@ impl Tx<'_> {
     pub fn empty_block(&mut self, directory: &Inode, place: u64) -> Result<()> {
         let usable = self.usable();
         let block = self.st.blocks.fresh(place)?;
-        store(block, 0, usable, (0, 0), b"");
+        store(block, 0, usable, Target::NONE, b"");
         self.seal_block(directory, place)
     }
 
@@ -218,7 +235,7 @@ impl Tx<'_> {
         directory: &Inode,
         place: u64,
         name: &[u8],
-        entry: (u32, u8),
+        target: Target,
     ) -> Result<bool> {
         let need = space(name.len());
         let usable = self.usable();
@@ -233,7 +250,7 @@ impl Tx<'_> {
         if used > 0 {
             put16(block, at + 4, used as u16);
         }
-        store(block, at + used, len - used, entry, name);
+        store(block, at + used, len - used, target, name);
         self.seal_block(directory, place)?;
         Ok(true)
     }
@@ -269,7 +286,7 @@ impl Tx<'_> {
     }
 
     /// Makes a name that is there stand for another inode.
-    pub fn replace(&mut self, directory: &Inode, name: &[u8], entry: (u32, u8)) -> Result<()> {
+    pub fn replace(&mut self, directory: &Inode, name: &[u8], target: Target) -> Result<()> {
         self.writable_directory(directory)?;
         let gone = || Error::corrupt("ext4: a name went missing while it was changed");
         let (place, ..) = self.locate(directory, name)?.ok_or_else(gone)?;
@@ -278,9 +295,9 @@ impl Tx<'_> {
         let at = at.ok_or_else(gone)?;
         let kinds = self.fs.has_kinds();
         let block = self.edit(place)?;
-        put32(block, at, entry.0);
+        put32(block, at, target.inode);
         if kinds {
-            put(block, at + 7, &[entry.1]);
+            put(block, at + 7, &[target.kind]);
         }
         self.seal_block(directory, place)
     }
@@ -309,8 +326,8 @@ impl Tx<'_> {
         let (usable, kind) = (self.usable(), if self.fs.has_kinds() { 2 } else { 0 });
         let number = directory.number;
         let block = self.edit(place)?;
-        store(block, 0, 12, (number, kind), b".");
-        store(block, 12, usable - 12, (parent, kind), b"..");
+        store(block, 0, 12, Target { inode: number, kind }, b".");
+        store(block, 12, usable - 12, Target { inode: parent, kind }, b"..");
         self.seal_block(directory, place)
     }
 

@@ -237,7 +237,7 @@ impl Tx<'_> {
         let mut change = Change { from, to, new, old: Vec::new(), goal, nodes: 0, number, seed };
         let mut depth = le16(inode.map(), 6);
         let node = parse(inode.map(), depth, number)?;
-        let mut node = self.changed(node, depth, (0, MAX_BLOCKS + 1), &mut change)?;
+        let mut node = self.changed(node, depth, 0..MAX_BLOCKS + 1, &mut change)?;
         let room = (inode.map().len() - HEADER) / ENTRY;
         while node.len() > room {
             if depth >= MAX_DEPTH {
@@ -280,7 +280,7 @@ impl Tx<'_> {
         &mut self,
         node: Node,
         depth: u16,
-        bounds: (u64, u64),
+        bounds: Range<u64>,
         change: &mut Change<'_>,
     ) -> Result<Node> {
         let children = match node {
@@ -289,16 +289,16 @@ impl Tx<'_> {
         };
         let mut after = Vec::with_capacity(children.len() + 1);
         for (index, child) in children.iter().enumerate() {
-            let next = children.get(index + 1).map_or(bounds.1, |next| next.at.into());
+            let next = children.get(index + 1).map_or(bounds.end, |next| next.at.into());
             // The first child takes what is mapped before its key from now on.
-            let first = if index == 0 { bounds.0 } else { child.at.into() };
+            let first = if index == 0 { bounds.start } else { child.at.into() };
             if change.to <= first || change.from >= next {
                 after.push(*child);
                 continue;
             }
             let raw = self.read(child.block)?;
             let below = parse(&raw, depth - 1, change.number)?;
-            let below = self.changed(below, depth - 1, (first, next), change)?;
+            let below = self.changed(below, depth - 1, first..next, change)?;
             if below.len() == 0 {
                 self.free_metadata(child.block)?;
                 change.nodes -= 1;
@@ -356,8 +356,8 @@ fn last_key(node: &Node) -> u32 {
 }
 
 /// The extents of a leaf after the change.
-fn leaf(extents: Vec<Extent>, bounds: (u64, u64), change: &mut Change<'_>) -> Vec<Extent> {
-    let (from, to) = (change.from.max(bounds.0), change.to.min(bounds.1));
+fn leaf(extents: Vec<Extent>, bounds: Range<u64>, change: &mut Change<'_>) -> Vec<Extent> {
+    let (from, to) = (change.from.max(bounds.start), change.to.min(bounds.end));
     let mut after: Vec<Extent> = Vec::with_capacity(extents.len() + change.new.len() + 1);
     let mut add = |extent: Extent| match after.last_mut() {
         Some(last) if last.joins(&extent) => last.len += extent.len,
