@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use crate::boot;
 use crate::host::{Done, PATIENCE, Running, Work};
 use crate::mount::soon;
-use crate::require::{Need, have};
+use crate::require::{Need, have, skipped};
 use crate::serve::Served;
 use crate::twin::{noise, same_bytes};
 
@@ -219,7 +219,7 @@ fn a_running_guest_of_qemus_is_told_that_its_served_disk_grew() {
     work.vdisk("resize clone.qcow2 11M").succeeds();
     let answer = qmp(&work, r#"{"execute":"device-sync-config","arguments":{"id":"web"}}"#);
     if answer["error"]["class"] == "CommandNotFound" {
-        println!("SKIPPED: only QEMU 9.2 and newer can be told that a served disk grew");
+        skipped("only QEMU 9.2 and newer can be told that a served disk grew");
         return;
     }
     assert!(answer.get("return").is_some(), "{answer}");
