@@ -15,6 +15,7 @@ use crate::virtio::{Block, Id, Net, Rng, VirtioDevice};
 mod acpi;
 mod boot;
 mod bus;
+mod code;
 mod console;
 mod control;
 mod cpu;
