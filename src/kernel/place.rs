@@ -38,7 +38,7 @@ pub struct Place {
 
 /// A file system that can be read.
 enum Files {
-    Ext4(Mounted),
+    Ext4(Box<Mounted>),
     /// An EFI system partition.
     Fat(Fat),
 }
@@ -83,7 +83,7 @@ impl Files {
         match driver {
             "ext4" => {
                 let fs = Mounted::open(device.clone(), start, len, options)?;
-                Ok(Some(Files::Ext4(fs)))
+                Ok(Some(Files::Ext4(Box::new(fs))))
             }
             "vfat" => Fat::open(device.clone(), start, len).map(|fs| Some(Files::Fat(fs))),
             _ => Ok(None),

@@ -104,8 +104,10 @@ impl Devices {
     }
 }
 
+type Case = (&'static str, fn(&Devices));
+
 /// The transport's cases; each is handed fresh devices.
-const REGISTERS: [(&str, fn(&Devices)); 16] = [
+const REGISTERS: [Case; 16] = [
     ("M0001, M0002, M0018: registers of another width", |devices| {
         devices.all[BLOCK].write(STATUS, &[KNOWN as u8]);
         devices.all[BLOCK].write(STATUS, &u64::from(KNOWN).to_le_bytes());
@@ -300,7 +302,7 @@ fn chains() -> Vec<(&'static str, (u16, u16), Vec<Descriptor>)> {
             (0..16).map(|n| (DATA, 16, NEXT | WRITE, (n + 1) % 16)).collect()
         }),
         ("T0077: more than fits into a number", (0, 1), {
-            (0..16).map(|n| (DATA, u32::MAX, WRITE | NEXT * u16::from(n < 15), n + 1)).collect()
+            (0..16).map(|n| (DATA, u32::MAX, WRITE | (NEXT * u16::from(n < 15)), n + 1)).collect()
         }),
     ]
 }
