@@ -7,7 +7,8 @@
 //! disks against QEMU alone, `trees` that of clones, snapshots and deep chains, `threads` that of many
 //! threads on one disk, `files` those of overlays and of files in a disk (only where it is asked for: they
 //! take the superuser), `images` that of images against podman (the same), `nbd` that of NBD with TLS
-//! against qemu-nbd, `vm` that of virtual machines that start, against QEMU's, `ratios` the rest.
+//! against qemu-nbd, `vhost` that of vhost-user against qemu-storage-daemon, `vm` that of virtual machines that
+//! start, against QEMU's, `ratios` the rest.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -15,12 +16,14 @@
 #[path = "../../tests/main/certificates.rs"]
 mod certificates;
 mod disks;
+mod driver;
 mod files;
 mod images;
 mod nbd;
 mod peers;
 mod threads;
 mod trees;
+mod vhost;
 mod vm;
 
 use std::fs::File;
@@ -206,6 +209,9 @@ fn main() {
     }
     if asked("nbd") {
         nbd::table();
+    }
+    if asked("vhost") {
+        vhost::table();
     }
     if asked("vm") {
         vm::table();

@@ -1,9 +1,10 @@
-//! What is inside a disk, without the kernel: partitions, file systems by name, and ext2, ext3 and
-//! ext4 read and written.
+//! What is inside a disk, without the kernel: partitions, file systems by name, ext2, ext3 and ext4 read and
+//! written, and FAT read.
 //!
 //! Knows a [`BlockDevice`], no image format, no mount and no command.
 
 pub mod ext4;
+pub mod fat;
 pub mod partition;
 pub mod path;
 pub mod probe;

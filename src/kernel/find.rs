@@ -74,6 +74,10 @@ fn nothing(places: &Places) -> Error {
     let foreign = places.foreign.iter().map(|(partition, driver)| {
         format!("{} ({driver}, which only the kernel reads)", name(*partition))
     });
+    let copied = match places.foreign.is_empty() {
+        true => "",
+        false => " (root can copy them out of where `vdisk mount` shows that)",
+    };
     looked.extend(foreign);
     let seen = match looked.as_slice() {
         [] => "it has no file system that is known".to_owned(),
@@ -84,7 +88,7 @@ fn nothing(places: &Places) -> Error {
         ErrorKind::NotFound,
         format!(
             "no kernel was found in the disk ({seen}{passed}): pass one with --kernel (and its initrd \
-             with --initrd), or keep one for images without by `vdisk kernel add`"
+             with --initrd){copied}, or keep one for images without by `vdisk kernel add`"
         ),
     )
 }
@@ -207,10 +211,10 @@ fn with_root(choice: &Choice, places: &Places) -> Result<String> {
 }
 
 /// The partition of the first root that can be read, or of the only one of which just the kernel
-/// knows; vfat is never one.
+/// knows.
 fn root_of(places: &Places) -> Option<Option<u32>> {
     let read = places.all.iter().find(|place| place.is_root()).map(|place| place.partition);
-    let mut foreign = places.foreign.iter().filter(|(_, driver)| *driver != "vfat");
+    let mut foreign = places.foreign.iter();
     read.or_else(|| match (foreign.next(), foreign.next()) {
         (Some((partition, _)), None) => Some(*partition),
         _ => None,

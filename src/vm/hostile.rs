@@ -23,7 +23,7 @@ const STEP: usize = 12;
 /// The most steps of one run.
 const STEPS: usize = 4096;
 /// How long devices may take to serve a request once they are left alone.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A disk in memory.
 struct Ram(Mutex<Vec<u8>>);
@@ -102,13 +102,13 @@ impl Frames for Arc<Echo> {
 }
 
 /// Devices as a guest sees them.
-struct Devices {
-    memory: Arc<Memory>,
-    all: Vec<Transport>,
+pub(super) struct Devices {
+    pub(super) memory: Arc<Memory>,
+    pub(super) all: Vec<Transport>,
 }
 
 impl Devices {
-    fn new() -> Result<Devices> {
+    pub(super) fn new() -> Result<Devices> {
         let failed = |e| Error::io("cannot make devices", e);
         let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY as usize)])
             .map_err(|e| Error::invalid(e.to_string()))?;
@@ -128,13 +128,13 @@ impl Devices {
         Ok(Devices { memory, all: all? })
     }
 
-    fn set(&self, device: usize, register: u64, value: u32) {
+    pub(super) fn set(&self, device: usize, register: u64, value: u32) {
         if let Some(device) = self.all.get(device) {
             device.write(register, &value.to_le_bytes());
         }
     }
 
-    fn get(&self, device: usize, register: u64) -> u32 {
+    pub(super) fn get(&self, device: usize, register: u64) -> u32 {
         let mut value = [0; 4];
         if let Some(device) = self.all.get(device) {
             device.read(register, &mut value);
@@ -144,7 +144,7 @@ impl Devices {
 
     /// As a driver does it, with a queue's rings at `base`: descriptors, 0x400 on the available ones,
     /// 0x800 on the used ones.
-    fn set_up(&self, device: usize, bases: &[u32]) {
+    pub(super) fn set_up(&self, device: usize, bases: &[u32]) {
         self.set(device, STATUS, 0);
         for (register, value) in [(STATUS, 1), (STATUS, 3), (FEATURES_SEL, 1), (FEATURES, 1)] {
             self.set(device, register, value);
@@ -160,7 +160,7 @@ impl Devices {
         self.set(device, STATUS, 15);
     }
 
-    fn put(&self, at: u64, bytes: &[u8]) {
+    pub(super) fn put(&self, at: u64, bytes: &[u8]) {
         // A guest cannot write outside of its memory either.
         let _ = self.memory.write_slice(bytes, GuestAddress(at % MEMORY));
     }
@@ -214,7 +214,7 @@ impl Devices {
     }
 
     /// Whether the disk still answers to a driver that behaves.
-    fn answers(&self) -> bool {
+    pub(super) fn answers(&self) -> bool {
         // Rings are empty before a device sees them, and nobody is at work in them after a reset.
         self.set(0, STATUS, 0);
         let end = Instant::now() + PATIENCE;
@@ -251,16 +251,16 @@ impl Devices {
     }
 }
 
-const QUEUE: u32 = 16;
-const FEATURES: u64 = 0x20;
-const FEATURES_SEL: u64 = 0x24;
-const QUEUE_SEL: u64 = 0x30;
-const QUEUE_NUM: u64 = 0x38;
-const QUEUE_READY: u64 = 0x44;
-const STATUS: u64 = 0x70;
-const DESCRIPTORS: u64 = 0x80;
-const AVAILABLE: u64 = 0x90;
-const USED: u64 = 0xa0;
+pub(super) const QUEUE: u32 = 16;
+pub(super) const FEATURES: u64 = 0x20;
+pub(super) const FEATURES_SEL: u64 = 0x24;
+pub(super) const QUEUE_SEL: u64 = 0x30;
+pub(super) const QUEUE_NUM: u64 = 0x38;
+pub(super) const QUEUE_READY: u64 = 0x44;
+pub(super) const STATUS: u64 = 0x70;
+pub(super) const DESCRIPTORS: u64 = 0x80;
+pub(super) const AVAILABLE: u64 = 0x90;
+pub(super) const USED: u64 = 0xa0;
 
 /// Does to fresh devices what `script` says, a second thread changing memory meanwhile, and then uses
 /// the disk as a driver that behaves does.

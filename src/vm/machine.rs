@@ -17,7 +17,7 @@ use super::bus::Bus;
 use super::console::{self, Console};
 use super::control::{Control, Ended};
 use super::mmio::{self, Transport};
-use super::{cpu, i8042, kvm_error, memory, power};
+use super::{code, cpu, i8042, kvm_error, memory, power};
 use crate::error::{Error, ErrorKind, Result};
 use crate::jail;
 use crate::virtio::Memory;
@@ -156,6 +156,7 @@ impl Machine {
                 let _ = thread.kill(SIGRTMIN());
             }
         };
+        code::let_go();
         let ended = control.wait(nudge);
         threads.into_iter().for_each(join);
         parts.transports.iter().for_each(|slot| slot.transport.stop());

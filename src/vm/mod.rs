@@ -15,6 +15,7 @@ use crate::virtio::{Block, Id, Net, Rng, VirtioDevice};
 mod acpi;
 mod boot;
 mod bus;
+mod code;
 mod console;
 mod control;
 mod cpu;
@@ -28,6 +29,8 @@ mod mmio;
 mod network;
 mod power;
 mod terminal;
+#[cfg(test)]
+mod violations;
 
 pub use boot::Source;
 pub use console::Streams;

@@ -558,14 +558,17 @@ static void test_wait(void)
 static void test_grow(void)
 {
 	u64 before;
+	u32 told;
 	set_up(ALL);
 	watch_interrupts();
 	before = capacity();
 	print("waiting\n");
 	while (!interrupted())
 		__asm__ volatile("pause");
-	expect(get(INTERRUPT_STATUS) == 2, "the interrupt of a change of the configuration");
-	set(INTERRUPT_ACK, 2);
+	told = get(INTERRUPT_STATUS);
+	say("interrupt", told);
+	expect(told & 2, "the interrupt of a change of the configuration");
+	set(INTERRUPT_ACK, told);
 	expect(get(INTERRUPT_STATUS) == 0, "acknowledged");
 	say("grew from", before);
 	say("sectors", capacity());
@@ -760,7 +763,7 @@ void guest(const u8 *boot_params)
 	}
 	const char *at = after(line, "virtio_mmio.device=");
 	if (at) {
-		expect(number(&at) == 4096 && *at++ == '@', "size of the device");
+		expect(number(&at) >= 512 && *at++ == '@', "size of the device");
 		device = number(&at);
 		expect(*at++ == ':', "place of the device");
 		irq = number(&at);

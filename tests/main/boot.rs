@@ -29,7 +29,7 @@ pub fn guest() -> &'static Path {
 }
 
 /// The same guest in a form of its own.
-fn build(form: &[&str]) -> (tempfile::TempDir, PathBuf) {
+pub fn build(form: &[&str]) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let elf = dir.path().join("guest.elf");
     let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest/build");
@@ -482,7 +482,8 @@ fn a_guest_is_told_that_its_disk_grew_and_uses_what_is_new() {
     assert_eq!(booted.status(), Some(0));
     let (old, new) = (DISK / SECTOR, (DISK + (3 << 20)) / SECTOR);
     let out = String::from_utf8(work.bytes("out")).unwrap();
-    assert!(out.ends_with(&format!("grew from: {old}\nsectors: {new}\ndone\n")), "{out}");
+    let told = format!("interrupt: 2\ngrew from: {old}\nsectors: {new}\ndone\n");
+    assert!(out.ends_with(&told), "{out}");
     let last = (new - 1) * SECTOR;
     let read = work.vdisk(&format!("read clone.qcow2 {last} {SECTOR}")).succeeds().stdout;
     assert_all(&read, 0x55, "the last sector");

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::boot;
 use crate::host::Work;
+use crate::require::{Need, have};
 use crate::twin::json;
 
 const MIB: u64 = 1 << 20;
@@ -215,6 +217,87 @@ fn entries_lie_below_boot_and_by_machine_too() {
     let found = shown(&work, "");
     assert_eq!(found["kernel"], "/boot/0123abcd/6.9/linux");
     assert_eq!(line(&found), "reboot=k panic=-1 root=/dev/vda ro console=ttyS0");
+}
+
+/// An EFI system partition with a tree of files: FAT with entries of so many bits.
+fn efi(work: &Work, name: &str, bits: u32, mib: u64) -> Vec<u8> {
+    let image = format!("{name}.fat");
+    fs::File::create(work.path(&image)).unwrap().set_len(mib * MIB).unwrap();
+    let words = format!("-F {bits} -s 1 -i 1234abcd {image}");
+    work.run("mkfs.vfat", words.split_whitespace()).succeeds();
+    let copy = format!("mcopy -s -i {image} {name}/* ::");
+    work.run("sh", ["-c", copy.as_str()]).succeeds();
+    work.bytes(&image)
+}
+
+#[test]
+fn a_boot_on_an_efi_system_partition_is_read() {
+    if !have(Need::Fat) {
+        return;
+    }
+    for (bits, mib) in [(12, 1), (16, 8), (32, 40)] {
+        let work = Work::new();
+        let entry = "sort-key debian\nversion 6.9\nlinux /0123abcd/6.9-cloud-amd64/linux\n\
+                     initrd /0123abcd/6.9-cloud-amd64/initrd.img-6.9\noptions root=PARTUUID=1 ro quiet\n";
+        let large = vec![7; 100_000];
+        let boot: [(&str, &[u8]); 6] = [
+            ("loader/loader.conf", b"timeout 3\n"),
+            ("loader/entries/0123abcd-6.9-cloud-amd64.conf", entry.as_bytes()),
+            ("0123abcd/6.9-cloud-amd64/linux", &kernel(1)),
+            ("0123abcd/6.9-cloud-amd64/initrd.img-6.9", &large),
+            ("EFI/BOOT/BOOTX64.EFI", b"MZ"),
+            ("vmlinuz-7.0", &kernel(2)),
+        ];
+        tree(&work, "esp", &boot);
+        tree(&work, "root", &ROOT);
+        let parts = [efi(&work, "esp", bits, mib), file_system(&work, "root", A, 8)];
+        partitioned(&work, "gpt", &parts);
+        let found = shown(&work, "");
+        assert_eq!(found["kernel"], "/0123abcd/6.9-cloud-amd64/linux", "FAT{bits}");
+        assert_eq!(found["partition"], 1);
+        let initrd = "/0123abcd/6.9-cloud-amd64/initrd.img-6.9";
+        assert_eq!(found["initrds"], Value::from(vec![initrd]));
+        assert!(line(&found).contains("root=PARTUUID=1 ro quiet"), "{found}");
+        // Without entries the newest one at its top, and the root is beside it: not on FAT.
+        fs::remove_dir_all(work.path("esp/loader")).unwrap();
+        tree(&work, "esp", &ROOT);
+        partitioned(&work, "dos", &[efi(&work, "esp", bits, mib), parts[1].clone()]);
+        let found = shown(&work, "");
+        assert_eq!(found["kernel"], "/vmlinuz-7.0", "FAT{bits}");
+        assert!(line(&found).contains("root=/dev/vda2"), "{found}");
+    }
+}
+
+#[test]
+fn a_guest_gets_the_kernel_and_initrd_of_its_efi_system_partition_byte_for_byte() {
+    if !have(Need::Fat) || !boot::can_boot() {
+        return;
+    }
+    let work = Work::new();
+    let kernel = fs::read(boot::guest()).unwrap();
+    let mut initrd = b"what the initrd holds\0".to_vec();
+    initrd.resize(300_000, 0x5a);
+    let entry = b"linux /guest\ninitrd /initrd\noptions root=/dev/vda2 test=cache\n";
+    let boot: [(&str, &[u8]); 3] =
+        [("loader/entries/x.conf", entry), ("guest", &kernel), ("initrd", &initrd)];
+    tree(&work, "esp", &boot);
+    tree(&work, "root", &ROOT);
+    let esp = efi(&work, "esp", 16, 8);
+    partitioned(&work, "gpt", &[esp, file_system(&work, "root", A, 8)]);
+    let out = work.vdisk("boot disk.raw --memory 64M --ephemeral").succeeds().out();
+    assert!(out.contains("initrd: what the initrd holds\n") && out.ends_with("done\n"), "{out}");
+}
+
+#[test]
+fn what_only_the_kernel_reads_is_named_with_what_can_be_done() {
+    let work = Work::new();
+    let mut xfs = vec![0; MIB as usize];
+    xfs[..4].copy_from_slice(b"XFSB");
+    let mut btrfs = vec![0; MIB as usize];
+    btrfs[0x10040..0x10048].copy_from_slice(b"_BHRfS_M");
+    partitioned(&work, "gpt", &[xfs, btrfs]);
+    let what = ["no kernel", "partition 1 (xfs", "partition 2 (btrfs", "--kernel", "vdisk mount"];
+    work.vdisk("boot disk.raw --show").fails(&what);
 }
 
 #[test]

@@ -27,6 +27,8 @@ pub enum Need {
     Registry,
     /// The superuser, and `mkfs.xfs`: a file system whose files can share their space.
     Xfs,
+    /// `mkfs.vfat` and `mcopy`: FAT file systems that others made.
+    Fat,
     /// newuidmap(1) and newgidmap(1).
     Uidmap,
     /// passt(1).
@@ -57,6 +59,7 @@ impl Need {
             Need::Oci => "oci",
             Need::Registry => "registry",
             Need::Xfs => "xfs",
+            Need::Fat => "fat",
             Need::Uidmap => "uidmap",
             Need::Pasta => "pasta",
             Need::Passt => "passt",
@@ -91,6 +94,7 @@ impl Need {
                 true => None,
                 false => Some("mkfs.xfs does not run".to_owned()),
             }),
+            Need::Fat => unfound("mkfs.vfat").or_else(|| unfound("mcopy")),
             Need::Uidmap => unfound("newuidmap").or_else(|| unfound("newgidmap")),
             Need::Passt => unfound("passt"),
             Need::Pasta => unfound("pasta").or_else(|| unopenable("/dev/net/tun")),

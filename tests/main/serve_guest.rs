@@ -2,7 +2,7 @@
 //! (tests/guest/boot.S) drive it.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::host::{Done, Running, Work};
+use crate::boot;
+use crate::host::{Done, PATIENCE, Running, Work};
 use crate::mount::soon;
-use crate::require::{Need, have};
+use crate::require::{Need, have, skipped};
 use crate::serve::Served;
 use crate::twin::{noise, same_bytes};
 
@@ -164,6 +165,71 @@ fn the_disk_of_a_running_guest_takes_snapshots_and_merges() {
     work.vdisk("snapshot revert disk.qcow2 one --yes").succeeds();
     let one = flat(&work, "disk.qcow2");
     same_bytes("what was copied before snapshot one", &one[TO..TO + LEN], &want[TO..TO + LEN]);
+}
+
+/// Has QEMU do something, at the socket `qmp`, and returns what it answers.
+fn qmp(work: &Work, command: &str) -> serde_json::Value {
+    let stream = UnixStream::connect(work.path("qmp")).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let answers = BufReader::new(stream.try_clone().unwrap());
+    // A greeting comes first; events are told between.
+    let mut answers = answers
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap())
+        .filter(|answer| answer.get("return").or(answer.get("error")).is_some());
+    let mut answer = serde_json::Value::Null;
+    for command in [r#"{"execute":"qmp_capabilities"}"#, command] {
+        (&stream).write_all(command.as_bytes()).unwrap();
+        answer = answers.next().expect("an answer");
+    }
+    answer
+}
+
+/// A disk that grows is seen at once where QEMU is told to read the device's configuration again.
+#[test]
+fn a_running_guest_of_qemus_is_told_that_its_served_disk_grew() {
+    if !can_run() {
+        return;
+    }
+    let work = boot::cloned();
+    let (_dir, kernel) = boot::build(&["pvh"]);
+    let served = Served::start(&work, "vhost-user clone.qcow2 --socket sock --queues 1");
+    let words = format!(
+        "-accel tcg -M microvm,acpi=off,memory-backend=mem -m 64M -nodefaults -no-user-config -display none \
+         -no-reboot -object memory-backend-memfd,id=mem,size=64M,share=on -serial file:out \
+         -global virtio-mmio.force-legacy=false -kernel {} -append test=grow -chardev socket,id=c,path=sock \
+         -device vhost-user-blk,chardev=c,id=web -qmp unix:qmp,server=on,wait=off",
+        kernel.display()
+    );
+    let mut guest = work.command("qemu-system-x86_64", words.split_whitespace());
+    let said = || fs::read_to_string(work.path("out")).unwrap_or_default();
+    let mut says = |what: &str| {
+        let until = Instant::now() + 2 * PATIENCE;
+        loop {
+            let over = guest.has_ended() || said().contains("FAIL");
+            if said().contains(what) {
+                return;
+            }
+            assert!(!over, "{}", said());
+            assert!(Instant::now() < until, "the guest does not go on: {}", said());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    says("waiting\n");
+    work.vdisk("resize clone.qcow2 11M").succeeds();
+    let answer = qmp(&work, r#"{"execute":"device-sync-config","arguments":{"id":"web"}}"#);
+    if answer["error"]["class"] == "CommandNotFound" {
+        skipped("only QEMU 9.2 and newer can be told that a served disk grew");
+        return;
+    }
+    assert!(answer.get("return").is_some(), "{answer}");
+    let (old, new) = (8 * MIB / SECTOR, 11 * MIB / SECTOR);
+    says(&format!("grew from: {old}\nsectors: {new}\ndone\n"));
+    drop(guest);
+    served.stop();
+    work.qemu_img("check clone.qcow2").succeeds();
+    let now = flat(&work, "clone.qcow2");
+    same_bytes("the last sector", &now[11 * MIB - SECTOR..], &[0x55; SECTOR]);
 }
 
 #[test]
