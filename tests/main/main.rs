@@ -49,6 +49,7 @@ mod images;
 mod images_hostile;
 mod inspect;
 mod instances;
+mod instances_inside;
 mod interop;
 mod jail;
 mod labels;

@@ -10,6 +10,7 @@ use vdisk::container::{self, Capabilities, Limits, Network, Publish, Space, Spec
 use vdisk::control::place;
 use vdisk::instance::Kind;
 use vdisk::instance::link::Link;
+use vdisk::instance::signal;
 use vdisk::mount::table;
 use vdisk::oci::config::RunConfig;
 use vdisk::{Error, Result};
@@ -18,7 +19,7 @@ use super::exec;
 use super::named::Named;
 use super::root::{Root, Source};
 use super::start::{self, About, Keeping, Part};
-use super::switches::OfContainer;
+use super::switches::{OfContainer, console};
 use super::words::{
     Entrypoint, Security, entrypoint, hostname, hostname_of, memory, milli_cpus, rate, security,
     variable, volume,
@@ -35,8 +36,8 @@ pub const FAILED: u8 = 125;
 /// Run a command as a container whose root is a disk, or an image.
 ///
 /// Without a command, what the disk's or the image's configuration says is run: its entrypoint and
-/// command. Its variables, user and working directory count wherever no option says otherwise, and its
-/// stop signal is what `vdisk stop` sends. A command takes the place of its command; with an entrypoint,
+/// command. Its variables, user and working directory, which is made where it is missing, count wherever no
+/// option says otherwise, and its stop signal is what `vdisk stop` sends. A command takes the place of its command; with an entrypoint,
 /// it is the entrypoint's arguments. Its volumes are directories of the disk like all others, and ports
 /// that it exposes are opened by --publish only.
 ///
@@ -113,7 +114,8 @@ pub struct Args {
     /// no-new-privileges: set-user-id files give no rights. seccomp=unconfined: all system calls
     #[arg(long, value_name = "OPTION", value_parser = security)]
     security_opt: Vec<Security>,
-    /// Give the command a terminal, also where input or output is none
+    /// Give the command a terminal, also where input or output is none; with --detach, `vdisk attach` is the
+    /// way to it
     #[arg(short, long)]
     tty: bool,
     /// Input is the command's always
@@ -128,6 +130,9 @@ pub struct Args {
     /// Run as this user of the disk's: names or numbers.
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
+    /// What `vdisk stop` sends, by name or number [default: what the configuration says, or TERM]
+    #[arg(long, value_name = "SIGNAL", value_parser = signal::parse)]
+    stop_signal: Option<i32>,
     /// The container's host name [default: the disk's name]
     #[arg(long, value_name = "NAME", value_parser = hostname)]
     hostname: Option<String>,
@@ -179,7 +184,10 @@ pub fn run(args: &Args) -> Result<u8> {
             kind: Kind::Container,
             named: args.disk.clone(),
             command: command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
-            stop_signal: start::stop_signal(&config.stop_signal)?,
+            stop_signal: match args.stop_signal {
+                Some(signal) => signal,
+                None => start::stop_signal(&config.stop_signal)?,
+            },
             exposed_ports: config.exposed_ports.clone(),
         })
     };
@@ -196,7 +204,12 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
     let source = source(args, named, &spec)?;
     // First of all, while there is one thread.
     place::settle();
-    let limits = Limits { memory: args.memory, milli_cpus: args.cpus, pids: args.pids };
+    let limits = Limits {
+        memory: args.memory,
+        milli_cpus: args.cpus,
+        pids: args.pids,
+        freezable: instance.is_some(),
+    };
     // Another disk's `umount` is not to wait until this container ends.
     let mut space = Space::enter(&limits, table::drop_copies)?;
     let marks = Marks::to(args.marks.as_deref())?;
@@ -205,6 +218,9 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
         spec.started = Some(Arc::new(move |_| marks.say(STARTED)));
     }
     if let (Some(link), Some(dir)) = (link, instance) {
+        if args.tty && args.keeping.detach {
+            spec.console = Some(Arc::new(console(dir)?));
+        }
         link.serve(Arc::new(OfContainer(space.handle())))?;
         let entrance = dir.join(exec::ENTRANCE);
         spec.started = Some(Arc::new(move |way| {
@@ -290,6 +306,7 @@ fn spec(args: &Args, config: &RunConfig) -> Result<Spec> {
     Ok(Spec {
         command: command(args, config)?,
         env: variables(args, config),
+        make_workdir: args.workdir.is_none(),
         workdir: args.workdir.clone().or_else(|| said(&config.workdir).map(PathBuf::from)),
         user: args.user.clone().or_else(|| said(&config.user).map(str::to_owned)),
         hostname: args.hostname.clone().unwrap_or_else(|| host(args)),
@@ -301,6 +318,7 @@ fn spec(args: &Args, config: &RunConfig) -> Result<Spec> {
         no_new_privileges: has(Security::NoNewPrivileges),
         unfiltered: has(Security::Unfiltered),
         terminal: args.tty,
+        console: None,
         owners: None,
         started: None,
     })
