@@ -46,6 +46,7 @@ mod filesystem_twin;
 mod fleet;
 mod formats;
 mod images;
+mod images_debian;
 mod images_hostile;
 mod inspect;
 mod instances;

@@ -27,6 +27,8 @@ pub enum Need {
     Registry,
     /// The superuser, and `mkfs.xfs`: a file system whose files can share their space.
     Xfs,
+    /// The superuser, mmdebstrap(1) and, which shows only then, Debian's packages from the network.
+    Debian,
     /// newuidmap(1) and newgidmap(1).
     Uidmap,
     /// passt(1).
@@ -57,6 +59,7 @@ impl Need {
             Need::Oci => "oci",
             Need::Registry => "registry",
             Need::Xfs => "xfs",
+            Need::Debian => "debian",
             Need::Uidmap => "uidmap",
             Need::Pasta => "pasta",
             Need::Passt => "passt",
@@ -91,6 +94,7 @@ impl Need {
                 true => None,
                 false => Some("mkfs.xfs does not run".to_owned()),
             }),
+            Need::Debian => Need::Root.missing().or_else(|| unfound("mmdebstrap")),
             Need::Uidmap => unfound("newuidmap").or_else(|| unfound("newgidmap")),
             Need::Passt => unfound("passt"),
             Need::Pasta => unfound("pasta").or_else(|| unopenable("/dev/net/tun")),
@@ -107,7 +111,11 @@ impl Need {
 /// Whether this machine has `what`. Where it has not, the test is to return at once: a line on
 /// stderr says so, and where `VDISK_REQUIRE` (a comma list of words) names it, the test fails.
 pub fn have(what: Need) -> bool {
-    let Some(missing) = what.missing() else { return true };
+    what.missing().is_none_or(|missing| lacks(what, &missing))
+}
+
+/// The same where it has shown only now that the machine has it not: false.
+pub fn lacks(what: Need, missing: &str) -> bool {
     let required = std::env::var("VDISK_REQUIRE").unwrap_or_default();
     assert!(
         !required.split(',').any(|word| word.trim() == what.word()),
