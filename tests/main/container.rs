@@ -102,8 +102,12 @@ impl Container {
         };
         let keeper = processes().into_iter().find(of_vdisk).expect("a keeper");
         let mounts = fs::read_to_string(format!("/proc/{keeper}/mountinfo")).unwrap();
-        let line = mounts.lines().find(|line| line.contains("/dev/loop")).expect("a loop device");
-        let device = line.split(' ').find_map(|word| word.strip_prefix("/dev/")).unwrap();
+        // The host has mounts of its own on such devices.
+        let hosts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let devices = mounts.split_whitespace().filter(|word| word.starts_with("/dev/loop"));
+        let own = |device: &&str| !hosts.split_whitespace().any(|word| word == *device);
+        let device =
+            devices.into_iter().find(own).expect("a loop device").trim_start_matches("/dev/");
         Container { program: program.unwrap(), keeper, loop_device: device.to_owned(), vdisk }
     }
 
