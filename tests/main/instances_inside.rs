@@ -4,6 +4,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::container::{able, eventually, running, work};
 use crate::host::Work;
 use crate::instances::Room;
@@ -129,7 +132,8 @@ fn an_image_says_where_it_is_run_and_how_it_is_stopped() {
     let vdisk = |words: &str| room.vdisk(&words.replace("STORE", "--store s"));
     vdisk("import STORE --size 64M root box").succeeds();
     vdisk("image config STORE box --workdir /made/here --stop-signal nonsense").ends(64);
-    vdisk("image config STORE box --workdir /made/here --stop-signal SIGUSR1 --user ann").succeeds();
+    vdisk("image config STORE box --workdir /made/here --stop-signal SIGUSR1 --user ann")
+        .succeeds();
     let said = vdisk("image config STORE box").succeeds().out();
     assert!(said.contains("stop signal: SIGUSR1\n"), "{said}");
     assert!(vdisk("image config STORE box --json").succeeds().out().contains("StopSignal"));
@@ -153,7 +157,8 @@ fn an_image_says_where_it_is_run_and_how_it_is_stopped() {
 fn a_unit_starts_what_it_was_made_of() {
     let Some(work) = room() else { return };
     let room = Room::new(&work, LENT, "unit");
-    room.vdisk("run -td --log-size 1M --name NAME --ephemeral web.qcow2 -- cat /etc/motd").succeeds();
+    room.vdisk("run -td --log-size 1M --name NAME --ephemeral web.qcow2 -- cat /etc/motd")
+        .succeeds();
     room.vdisk("wait NAME").succeeds();
     let unit = room.vdisk("generate systemd NAME").succeeds().out();
     let start = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
@@ -162,4 +167,50 @@ fn a_unit_starts_what_it_was_made_of() {
     assert_eq!(run(&work, LENT, words).succeeds().out(), "from the base\r\n");
     let stop = unit.lines().find_map(|line| line.strip_prefix("ExecStop=")).unwrap();
     assert!(stop.ends_with(&format!(" stop --time 30 {}", room.name)), "{stop}");
+}
+
+#[test]
+fn a_plain_run_in_the_foreground_is_found_while_it_lasts() {
+    let Some(work) = room() else { return };
+    for who in ALL {
+        let room = Room::new(&work, who, "plain");
+        let script = "trap 'exit 7' TERM; echo up > /root/up; while :; do sleep 0.05; done";
+        let plain = start(&work, who, ["run", "web.qcow2", "--", "sh", "-c", script]);
+        let record = || {
+            let all = room.vdisk("ps --json").succeeds().out();
+            let all: serde_json::Value = serde_json::from_str(&all).unwrap();
+            let path = work.path("web.qcow2").display().to_string();
+            all.as_array().unwrap().iter().find(|r| r["disk"] == path.as_str()).cloned()
+        };
+        eventually("it is listed", || record().is_some_and(|r| r["phase"] == "running"));
+        let id = record().unwrap()["id"].as_str().unwrap().to_owned();
+        eventually("it is up", || room.vdisk("exec web.qcow2 cat /root/up").out() == "up\n");
+        let waiting = start(&work, who, ["wait", &id]);
+        for _ in 0..2 {
+            room.vdisk("pause web.qcow2").succeeds();
+            assert_eq!(record().unwrap()["phase"], "paused");
+            room.vdisk(&format!("resume {id}")).succeeds();
+        }
+        assert_ne!(room.vdisk("rm --yes web.qcow2").code, Some(0));
+        room.vdisk(&format!("stop --time 60 {}", &id[..6])).succeeds();
+        plain.wait().ends(7);
+        assert_eq!(waiting.wait().succeeds().out(), "7\n");
+        assert!(!room.vdisk("ps --all --json").succeeds().out().contains(&id));
+        // One that does not start leaves nothing, nor does one that is killed.
+        room.vdisk("run web.qcow2 -- none").ends(127);
+        let killed = start(&work, who, ["run", "web.qcow2", "--", "sleep", "7041"]);
+        eventually("it runs", || record().is_some_and(|r| r["phase"] == "running"));
+        let of = record().unwrap();
+        let pid = i32::try_from(of["pid"].as_i64().unwrap()).unwrap();
+        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        killed.wait();
+        eventually("nothing runs", || running(&["sleep", "7041"]).is_empty());
+        assert!(record().is_none());
+        eventually("the disk is free", || {
+            room.vdisk("run web.qcow2 -- busybox true").code == Some(0)
+        });
+        let left = room.vdisk("ps --all --json").succeeds().out();
+        assert!(!left.contains(of["id"].as_str().unwrap()), "{left}");
+        give(&work);
+    }
 }

@@ -44,7 +44,9 @@ pub fn attach(args: &AttachArgs) -> Result<u8> {
     let left = relay(stream).map_err(|e| Error::io("lost the console", e));
     drop(raw);
     match (left?, record.kind) {
-        (false, Kind::Container) => instance::ended(&record, &mut |_, _| true)?.ok_or_else(|| lost(&record)),
+        (false, Kind::Container) => {
+            instance::ended(&record, &mut |_, _| true)?.ok_or_else(|| lost(&record))
+        }
         _ => Ok(0),
     }
 }

@@ -8,9 +8,10 @@ use clap::Args as ClapArgs;
 use clap::ValueEnum;
 use vdisk::container::{self, Capabilities, Limits, Network, Publish, Space, Spec, Volume};
 use vdisk::control::place;
-use vdisk::instance::Kind;
+use vdisk::instance::alone::Alone;
 use vdisk::instance::link::Link;
 use vdisk::instance::signal;
+use vdisk::instance::{Kind, Record};
 use vdisk::mount::table;
 use vdisk::oci::config::RunConfig;
 use vdisk::{Error, Result};
@@ -18,7 +19,7 @@ use vdisk::{Error, Result};
 use super::exec;
 use super::named::Named;
 use super::root::{Root, Source};
-use super::start::{self, About, Keeping, Part};
+use super::start::{self, About, As, Keeping, Part};
 use super::switches::{OfContainer, console};
 use super::words::{
     Entrypoint, Security, entrypoint, hostname, hostname_of, memory, milli_cpus, rate, security,
@@ -44,8 +45,8 @@ pub const FAILED: u8 = 125;
 /// Of an image a clone is run that goes when it ends; with --name it is kept, and run again the next
 /// time, until `vdisk rm N`.
 ///
-/// With --name, --detach, --rm or --restart it is an instance: `vdisk ps` lists it, `vdisk stop`, `kill`,
-/// `pause`, `logs`, `wait` and `inspect` find it.
+/// It is an instance: `vdisk ps` lists it, `vdisk stop`, `kill`, `pause`, `exec`, `wait` and `inspect` find it.
+/// Without --name, --detach, --rm or --restart it is forgotten when it ends.
 ///
 /// The command has the disk's files as its root directory, and its own processes, mounts, host
 /// name, IPC and network. Its exit status is returned: 128 and the number of the signal that ended
@@ -193,13 +194,13 @@ pub fn run(args: &Args) -> Result<u8> {
     };
     match start::part(&args.keeping, &named, &args.store, about)? {
         Part::Done(status) => Ok(status),
-        Part::Run(instance) => contain(args, &named, &config, instance.as_deref()),
+        Part::Run(instance) => contain(args, &named, &config, instance),
     }
 }
 
 /// Runs the container in this process.
-fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Path>) -> Result<u8> {
-    let link = instance.map(Link::connect).transpose()?;
+fn contain(args: &Args, named: &Named, config: &RunConfig, instance: As) -> Result<u8> {
+    let instance = Instance::of(instance)?;
     let mut spec = spec(args, config)?;
     let source = source(args, named, &spec)?;
     // First of all, while there is one thread.
@@ -208,7 +209,7 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
         memory: args.memory,
         milli_cpus: args.cpus,
         pids: args.pids,
-        freezable: instance.is_some(),
+        freezable: !matches!(instance, Instance::Nobody),
     };
     // Another disk's `umount` is not to wait until this container ends.
     let mut space = Space::enter(&limits, table::drop_copies)?;
@@ -217,18 +218,10 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
         let marks = marks.clone();
         spec.started = Some(Arc::new(move |_| marks.say(STARTED)));
     }
-    if let (Some(link), Some(dir)) = (link, instance) {
-        if args.tty && args.keeping.detach {
-            spec.console = Some(Arc::new(console(dir)?));
-        }
-        link.serve(Arc::new(OfContainer(space.handle())))?;
-        let entrance = dir.join(exec::ENTRANCE);
-        spec.started = Some(Arc::new(move |way| {
-            // Without it the container runs all the same, and nobody can be let in.
-            let _ = exec::keep(&entrance, way);
-            link.started();
-        }));
+    if let (Instance::Turn(dir, _), true) = (&instance, args.tty && args.keeping.detach) {
+        spec.console = Some(Arc::new(console(dir)?));
     }
+    let alone = instance.serve(OfContainer(space.handle()), &mut spec)?;
     if let Some(why) = space.why_one() {
         eprintln!("vdisk: warning: the container's only user is root: {why}");
     }
@@ -241,10 +234,58 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
     let ended = root.end();
     drop(space);
     let outcome = outcome?;
+    if let Some(alone) = alone {
+        alone.end(outcome.status);
+    }
     if let Some(error) = outcome.not_started {
         eprintln!("vdisk: {error}");
     }
     ended.map(|()| outcome.status)
+}
+
+/// How others reach what runs in this process.
+enum Instance {
+    Nobody,
+    Turn(PathBuf, Link),
+    Alone(Box<Record>),
+}
+
+impl Instance {
+    /// Called first of all, outside of the container's namespaces.
+    fn of(instance: As) -> Result<Instance> {
+        Ok(match instance {
+            As::Nobody => Instance::Nobody,
+            As::Turn(dir) => Instance::Turn(dir.clone(), Link::connect(&dir)?),
+            As::Alone(record) => Instance::Alone(record),
+        })
+    }
+
+    /// Lets them steer it, and enter it when it has started. Threads are started.
+    fn serve(self, switches: OfContainer, spec: &mut Spec) -> Result<Option<Alone>> {
+        let switches = Arc::new(switches);
+        let (dir, told, alone): (_, Arc<dyn Fn() + Send + Sync>, _) = match self {
+            Instance::Nobody => return Ok(None),
+            Instance::Turn(dir, link) => {
+                link.serve(switches)?;
+                (dir, Arc::new(move || link.started()), None)
+            }
+            Instance::Alone(record) => {
+                // Where they cannot be told of it, it runs all the same.
+                let Ok(alone) = Alone::serve(*record, switches) else { return Ok(None) };
+                (alone.dir()?, Arc::new(alone.started()), Some(alone))
+            }
+        };
+        let (entrance, before) = (dir.join(exec::ENTRANCE), spec.started.take());
+        spec.started = Some(Arc::new(move |way| {
+            if let Some(before) = &before {
+                before(way);
+            }
+            // Without it the container runs all the same, and nobody can be let in.
+            let _ = exec::keep(&entrance, way);
+            told();
+        }));
+        Ok(alone)
+    }
 }
 
 fn source<'a>(args: &'a Args, named: &'a Named, spec: &Spec) -> Result<Source<'a>> {
