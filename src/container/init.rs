@@ -1,8 +1,9 @@
 //! The init: the process that goes into the container's namespaces and becomes its program.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::OpenOptions;
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -173,6 +174,13 @@ fn prepare(order: &Message, host: &UnixStream) -> Result<Command> {
         ));
     }
     let workdir = Path::new(order.get("workdir").unwrap_or(OsStr::new("/")));
+    if order.get("make-workdir").is_some() && fs::symlink_metadata(workdir).is_err() {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(workdir)
+            .map_err(|e| Error::io("cannot make the working directory", e).at_path(workdir))?;
+    }
     std::env::set_current_dir(workdir)
         .map_err(|e| Error::io("cannot start in the working directory", e).at_path(workdir))?;
     let mut words = order.all("arg");

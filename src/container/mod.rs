@@ -40,6 +40,7 @@ mod namespace;
 mod network;
 mod root;
 mod scratch;
+mod seats;
 mod seccomp;
 mod supervise;
 mod sys;
@@ -88,6 +89,8 @@ pub struct Spec {
     pub env: Vec<(OsString, OsString)>,
     /// The directory to start in, `/` when not given.
     pub workdir: Option<PathBuf>,
+    /// Makes that directory, root's, where it is missing.
+    pub make_workdir: bool,
     /// `USER[:GROUP]`, names or numbers, root when not given.
     pub user: Option<String>,
     /// The container's host name.
@@ -109,6 +112,8 @@ pub struct Spec {
     pub unfiltered: bool,
     /// Gives it a terminal of its own also where its user does not sit at both ends.
     pub terminal: bool,
+    /// Where those come who are to sit at that terminal, instead of the user of this process.
+    pub console: Option<Arc<UnixListener>>,
     /// Notes whose files are, where there is one user only ([`Ids::One`]).
     pub owners: Option<Arc<dyn Owners>>,
     /// Called when the program has started, by the thread that runs it, with the way in for [`visit`].

@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -22,6 +23,7 @@ use super::handle::Order;
 use super::keeper::STOP;
 use super::network::{Network, user};
 use super::scratch::Scratch;
+use super::seats::Seats;
 use super::seccomp::notify;
 use super::terminal::{self, Relay};
 use super::wire::{self, Message};
@@ -133,6 +135,7 @@ fn order(space: &Space, root: &Path, spec: &Spec, resolver: Option<String>) -> M
     }
     for (name, set) in [
         ("read-only", spec.read_only),
+        ("make-workdir", spec.make_workdir),
         ("no-new-privileges", spec.no_new_privileges),
         ("unfiltered", spec.unfiltered),
         ("hand-over", space.ids == Ids::One && spec.owners.is_some()),
@@ -364,7 +367,8 @@ impl Container<'_> {
         let Some(link) = &init.link else { return Ok(()) };
         let mut go = Message::default();
         if self.spec.terminal || terminal::wanted() {
-            let relay = Relay::start(init.pid)?;
+            let seats = self.spec.console.clone().map(Seats::at).transpose()?;
+            let relay = Relay::start(init.pid, seats.map(Arc::new))?;
             go.push("terminal", relay.name());
             if self.spec.terminal {
                 go.push("errors-too", "");

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -13,13 +14,17 @@ use nix::unistd::getpid;
 use rustix::pty::{ptsname, unlockpt};
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::{
-    LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcgetpgrp,
+    LocalModes, OptionalActions, SpecialCodeIndex, Termios, Winsize, isatty, tcgetattr, tcgetpgrp,
     tcgetwinsize, tcsetattr, tcsetwinsize,
 };
 use vdisk_fuse::apart::Apart;
 
+use super::seats::Seats;
 use super::supervise::takes_default_action;
 use super::wire;
+
+/// The size of a terminal at which nobody sits.
+const SIZE: Winsize = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
 
 /// Whether the user sits at both ends of the program.
 pub(super) fn wanted() -> bool {
@@ -40,23 +45,31 @@ pub(super) struct Relay {
 
 impl Relay {
     /// Makes a terminal in the container whose process 1 is `init`, which must still be ours: the
-    /// path goes through its root directory.
-    pub(super) fn start(init: i32) -> io::Result<Relay> {
+    /// path goes through its root directory. Who sits at `seats`, where there are such, types there; the
+    /// user of this process else.
+    pub(super) fn start(init: i32, seats: Option<Arc<Seats>>) -> io::Result<Relay> {
         let master = open(init)?;
         unlockpt(&master)?;
         let name = ptsname(&master, Vec::new())?.to_string_lossy().into_owned();
-        let saved = tcgetattr(stdin()).ok();
+        let saved = if seats.is_some() { None } else { tcgetattr(stdin()).ok() };
         let (stop, stopped) = UnixStream::pair()?;
         let mut relay = Relay { master, name, saved, stop: Some(stop), threads: Vec::new() };
-        relay.resize();
+        match seats {
+            Some(_) => tcsetwinsize(&relay.master, SIZE)?,
+            None => relay.resize(),
+        }
         if let Some(mut raw) = relay.saved.clone() {
             raw.make_raw();
             tcsetattr(stdin(), OptionalActions::Now, &raw)?;
         }
         let (typed, ends) = (relay.master.try_clone()?, stopped.try_clone()?);
-        relay.spawn("terminal input", move || type_in(typed, &ends, init))?;
+        let heard = seats.clone();
+        relay.spawn("terminal input", move || match heard {
+            Some(seats) => seats.hear(&ends, |keys| press(&typed, keys, init).is_ok()),
+            None => type_in(typed, &ends, init),
+        })?;
         let shown = relay.master.try_clone()?;
-        relay.spawn("terminal output", move || show(shown, &stopped))?;
+        relay.spawn("terminal output", move || show(shown, &stopped, seats.as_deref()))?;
         Ok(relay)
     }
 
@@ -118,17 +131,22 @@ fn type_in(mut master: File, stopped: &UnixStream, init: i32) {
                 }
                 return;
             };
-            let typed = buffer.get(..length).unwrap_or_default();
-            let meant = meant_for_init(&master, typed, init);
-            if master.write_all(typed).is_err() {
+            if press(&master, buffer.get(..length).unwrap_or_default(), init).is_err() {
                 return;
-            }
-            if let Some(signal) = meant {
-                // To this process, which does with it what it does with all signals.
-                let _ = kill(getpid(), signal);
             }
         }
     }
+}
+
+/// Presses keys at the program's terminal.
+fn press(mut master: &File, keys: &[u8], init: i32) -> io::Result<()> {
+    let meant = meant_for_init(master, keys, init);
+    master.write_all(keys)?;
+    if let Some(signal) = meant {
+        // To this process, which does with it what it does with all signals.
+        let _ = kill(getpid(), signal);
+    }
+    Ok(())
 }
 
 /// The signal that these keys are in the container's terminal, where its process 1 is among those
@@ -146,8 +164,8 @@ fn meant_for_init(master: &File, typed: &[u8], init: i32) -> Option<Signal> {
     (signals && in_foreground() && takes_default_action(init, signal as i32)).then_some(signal)
 }
 
-/// From the program to the user, until the program's side is closed and all is shown.
-fn show(mut master: File, stopped: &UnixStream) {
+/// From the program to the user, and to who sits there, until the program's side is closed and all is shown.
+fn show(mut master: File, stopped: &UnixStream, seats: Option<&Seats>) {
     let mut buffer = [0; 4096];
     let mut stopping = false;
     loop {
@@ -157,6 +175,9 @@ fn show(mut master: File, stopped: &UnixStream) {
         if shown {
             let Ok(length @ 1..) = master.read(&mut buffer) else { return };
             let bytes = buffer.get(..length).unwrap_or_default();
+            if let Some(seats) = seats {
+                seats.show(bytes);
+            }
             if io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()).is_err() {
                 return;
             }

@@ -134,6 +134,7 @@ fn say(order: &mut Message, visit: &Visit) {
     }
     if let Some(workdir) = &visit.workdir {
         order.remove("workdir");
+        order.remove("make-workdir");
         order.push("workdir", workdir);
     }
     if let Some(user) = &visit.user {
@@ -209,7 +210,7 @@ impl Inside<'_> {
     fn go(&mut self) -> io::Result<()> {
         let mut go = Message::default();
         if self.visit.terminal || terminal::wanted() {
-            let relay = Relay::start(self.init)?;
+            let relay = Relay::start(self.init, None)?;
             go.push("terminal", relay.name());
             if self.visit.terminal {
                 go.push("errors-too", "");

@@ -18,7 +18,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::link::{SOCKET, Said, Wish, Wished, say};
+use super::link::{SOCKET, Said, Switches, Wish, Wished, obey, say};
 use super::log::{self, Log};
 use super::place::{self, Claim};
 use super::record::{Phase, Policy, Record, now};
@@ -90,7 +90,7 @@ pub fn keep(claim: Claim, plan: Plan<'_>) -> Result<Outcome> {
         None => (None, None),
     };
     let name = place::socket(claim.record());
-    let shared = Arc::new(Shared { state: Mutex::new(State::new(claim)), changed: Condvar::new() });
+    let shared = Arc::new(Shared::of(claim, None));
     let server = Server::listen(&name, Arc::new(Orders(Arc::clone(&shared))))?;
     let mut keeper = Keeper { plan, shared, signals, listener, log, ran: false };
     let status = keeper.all_turns();
@@ -139,11 +139,19 @@ pub(super) struct Shared {
     changed: Condvar,
 }
 
+/// To what runs.
+pub(super) enum Way {
+    /// By a link to the process that runs it.
+    Link(UnixStream),
+    /// It is this process.
+    Here(Arc<dyn Switches>),
+}
+
 struct State {
     claim: Option<Claim>,
     record: Record,
     /// To what runs, while it does.
-    link: Option<UnixStream>,
+    way: Option<Way>,
     /// Wishes so far, and what became of those that are answered.
     wishes: u64,
     answers: BTreeMap<u64, Option<String>>,
@@ -154,11 +162,11 @@ struct State {
 }
 
 impl State {
-    fn new(claim: Claim) -> State {
+    fn new(claim: Claim, way: Option<Way>) -> State {
         State {
             record: claim.record().clone(),
             claim: Some(claim),
-            link: None,
+            way,
             wishes: 0,
             answers: BTreeMap::new(),
             stopping: false,
@@ -173,6 +181,10 @@ impl State {
 }
 
 impl Shared {
+    pub(super) fn of(claim: Claim, way: Option<Way>) -> Shared {
+        Shared { state: Mutex::new(State::new(claim, way)), changed: Condvar::new() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -187,15 +199,20 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Writes down something of it.
+    pub(super) fn note(&self, change: impl Fn(&mut Record)) -> Result<()> {
+        self.lock().note(change)
+    }
+
     /// Writes down whether who stops it is about to start it again.
     pub(super) fn note_again(&self, again: bool) -> Result<()> {
-        self.lock().note(|record| record.again = again)
+        self.note(|record| record.again = again)
     }
 
     /// Writes down whether it stands still.
     pub(super) fn note_paused(&self, paused: bool) -> Result<()> {
         let phase = if paused { Phase::Paused } else { Phase::Running };
-        self.lock().note(|record| record.phase = phase)
+        self.note(|record| record.phase = phase)
     }
 
     /// How it ended, if it does so within this time.
@@ -211,15 +228,22 @@ impl Shared {
         let not_there = || Error::new(ErrorKind::NotFound, "it does not run");
         state.wishes += 1;
         let id = state.wishes;
-        let link = state.link.as_ref().ok_or_else(not_there)?;
-        say(link, &Wished { id, wish }).map_err(|_| not_there())?;
+        match &state.way {
+            None => return Err(not_there()),
+            Some(Way::Here(switches)) => {
+                let switches = Arc::clone(switches);
+                drop(state);
+                return obey(&*switches, wish);
+            }
+            Some(Way::Link(link)) => say(link, &Wished { id, wish }).map_err(|_| not_there())?,
+        }
         let until = Instant::now() + TO_OBEY;
         loop {
             if let Some(failed) = state.answers.remove(&id) {
                 return failed.map_or(Ok(()), |why| Err(Error::new(ErrorKind::Io, why)));
             }
             let left = until.saturating_duration_since(Instant::now());
-            if state.link.is_none() {
+            if state.way.is_none() {
                 return Err(not_there());
             }
             if left.is_zero() {
@@ -230,7 +254,7 @@ impl Shared {
         }
     }
 
-    fn finish(&self, status: u8, stays: bool) -> Result<()> {
+    pub(super) fn finish(&self, status: u8, stays: bool) -> Result<()> {
         let mut state = self.lock();
         state.note(|record| record.phase = Phase::Exited)?;
         if (state.record.goes() || !stays)
@@ -317,7 +341,7 @@ impl Keeper<'_> {
             record.started = Some(now());
         });
         let watched = noted.map_err(io::Error::other).and_then(|()| self.watch(&end, &child));
-        self.shared.lock().link = None;
+        self.shared.lock().way = None;
         self.shared.changed.notify_all();
         if watched.is_err() {
             // It sees that its link is gone.
@@ -387,7 +411,7 @@ impl Keeper<'_> {
         if u32::try_from(peer).ok() != Some(child.id()) {
             return Ok(None);
         }
-        self.shared.lock().link = Some(stream.try_clone()?);
+        self.shared.lock().way = Some(Way::Link(stream.try_clone()?));
         self.shared.changed.notify_all();
         Ok(Some(stream))
     }
@@ -443,8 +467,14 @@ impl Keeper<'_> {
             let mut state = self.shared.lock();
             state.wishes += 1;
             let id = state.wishes;
-            let told = state.link.as_ref().map(|link| say(link, &Wished { id, wish }));
-            if told.is_none() && !user {
+            let told = match &state.way {
+                Some(Way::Link(link)) => {
+                    let _ = say(link, &Wished { id, wish });
+                    true
+                }
+                _ => false,
+            };
+            if !told && !user {
                 terminate(child.id());
             }
         }

@@ -117,7 +117,7 @@ impl Link {
     }
 }
 
-fn obey(switches: &dyn Switches, wish: Wish) -> Result<()> {
+pub(super) fn obey(switches: &dyn Switches, wish: Wish) -> Result<()> {
     match wish {
         Wish::Ask { signal } => switches.ask(signal),
         Wish::Signal { number } => switches.signal(number),

@@ -8,6 +8,7 @@
 //!
 //! It knows no container and no virtual machine: [`link::Switches`] is all that it asks of them.
 
+pub mod alone;
 mod ask;
 pub mod keeper;
 pub mod link;

@@ -48,7 +48,9 @@ impl Claim {
             let from = Path::new(from).file_stem().unwrap_or_default().to_string_lossy();
             record.name = name::made(&from, &record.id);
         }
-        for other in list()?.into_iter().filter(|other| other.name == record.name) {
+        // What has no name of its own need not read what all others are called.
+        let others = if record.plain { Vec::new() } else { list()? };
+        for other in others.into_iter().filter(|other| other.name == record.name) {
             if other.lives() {
                 let text =
                     format!("an instance named {:?} runs already ({})", other.name, other.id);
@@ -214,6 +216,8 @@ pub fn list() -> Result<Vec<Record>> {
     let dir = directory()?;
     let entries = fs::read_dir(&dir).map_err(|e| Error::io("cannot be read", e).at_path(&dir))?;
     let mut all: Vec<Record> = entries.flatten().filter_map(|entry| read(&entry.path())).collect();
+    // What was killed before it could be forgotten by who ran it.
+    all.retain(|record| !(record.plain && record.phase == Phase::Lost && forget(record).is_ok()));
     all.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
     Ok(all)
 }

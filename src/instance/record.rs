@@ -86,6 +86,9 @@ pub struct Record {
     pub restart: Policy,
     /// Whether nothing of it is left when it ends.
     pub remove: bool,
+    /// Whether it is its user's own command in the foreground, under no name: it is forgotten when it ends.
+    #[serde(default)]
+    pub plain: bool,
     /// Whether it has no terminal, and a log.
     pub detached: bool,
     /// The signal that asks a container to stop.

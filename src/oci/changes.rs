@@ -17,6 +17,8 @@ pub struct Changes {
     pub workdir: Option<String>,
     /// The user, by name or number.
     pub user: Option<String>,
+    /// The signal that asks it to stop, by name or number.
+    pub stop_signal: Option<String>,
     /// Labels, `NAME=VALUE`.
     pub labels: Vec<String>,
 }
@@ -50,7 +52,12 @@ impl Changes {
                 run.insert(key.to_owned(), json!(value));
             }
         }
-        for (key, value) in [("WorkingDir", &self.workdir), ("User", &self.user)] {
+        let words = [
+            ("WorkingDir", &self.workdir),
+            ("User", &self.user),
+            ("StopSignal", &self.stop_signal),
+        ];
+        for (key, value) in words {
             if let Some(value) = value {
                 run.insert(key.to_owned(), json!(value));
             }

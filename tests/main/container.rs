@@ -102,15 +102,13 @@ impl Container {
         };
         let keeper = processes().into_iter().find(of_vdisk).expect("a keeper");
         let mounts = fs::read_to_string(format!("/proc/{keeper}/mountinfo")).unwrap();
-        let loops = |mounts: &str| -> Vec<String> {
-            let words = mounts.split_whitespace().filter_map(|word| word.strip_prefix("/dev/"));
-            words.filter(|device| device.starts_with("loop")).map(str::to_owned).collect()
-        };
-        // The host may have some mounted, too.
-        let hosts = loops(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-        let own = loops(&mounts).into_iter().find(|device| !hosts.contains(device));
-        let loop_device = own.expect("a loop device of its own");
-        Container { program: program.unwrap(), keeper, loop_device, vdisk }
+        // The host has mounts of its own on such devices.
+        let hosts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let devices = mounts.split_whitespace().filter(|word| word.starts_with("/dev/loop"));
+        let own = |device: &&str| !hosts.split_whitespace().any(|word| word == *device);
+        let device =
+            devices.into_iter().find(own).expect("a loop device").trim_start_matches("/dev/");
+        Container { program: program.unwrap(), keeper, loop_device: device.to_owned(), vdisk }
     }
 
     /// Waits for the end of `vdisk` and requires that nothing is left.

@@ -3,9 +3,14 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::time::Duration;
 
-use crate::host::Work;
+use crate::host::{Done, VDISK, Work};
 use crate::require::{Need, have};
+use crate::someone::{Ids, Who, give, run};
+
+/// How long it may take to pack, unpack or read a whole image on a slow and busy machine.
+pub const LONG: Duration = Duration::from_secs(1200);
 
 /// A directory with an image of two layers in it, `lay:a` and `lay:b`, made by umoci.
 pub fn layout(work: &Work) {
@@ -43,11 +48,16 @@ pub fn layout(work: &Work) {
 }
 
 pub fn umoci(work: &Work, words: &str) {
-    work.run("umoci", words.split_whitespace()).succeeds();
+    work.command("umoci", words.split_whitespace()).finish(None, LONG).succeeds();
 }
 
 pub fn shell(work: &Work, script: &str, at: &Path) {
-    work.run("sh", ["-ec", script, "sh", at.to_str().unwrap()]).succeeds();
+    read(work, script, at);
+}
+
+fn read(work: &Work, script: &str, at: &Path) -> Done {
+    let words = ["-ec", script, "sh", at.to_str().unwrap()];
+    work.command("sh", words).finish(None, LONG).succeeds()
 }
 
 /// Changes the files of the image `from` and makes that the image `to`.
@@ -62,9 +72,10 @@ fn change(work: &Work, from: &str, to: &str, with: impl FnOnce(&Path)) {
 fn tree(work: &Work, at: &str) -> Vec<String> {
     let script = "cd $1; find . -path ./lost+found -prune -o ! -type d \
         -printf '%P %y %m %U %G %s %n %T@ %l\\n' -o -printf '%P %y %m %U %G %T@\\n'; \
-        find . -path ./lost+found -prune -o -type f -print0 | xargs -0 sha256sum";
-    let path = work.path(at);
-    let done = work.run("sh", ["-ec", script, "sh", path.to_str().unwrap()]).succeeds();
+        find . -path ./lost+found -prune -o -type f -print0 | xargs -0 sha256sum; \
+        find . -path ./lost+found -prune -o -print0 | xargs -0 getfattr -h -d -e hex -m '^(user|security.capability)' | \
+        awk 'BEGIN { RS = \"\"; FS = \"\\n\" } { gsub(FS, \" \"); print }'";
+    let done = read(work, script, &work.path(at));
     let mut lines: Vec<String> = done
         .stdout
         .split(|b| *b == b'\n')
@@ -81,7 +92,7 @@ pub fn same_files(work: &Work, disk: &str, image: &str) {
     fs::create_dir_all(work.path("ours")).unwrap();
     work.vdisk(&format!("mount --read-only {disk} ours")).succeeds();
     let (ours, theirs) = (tree(work, "ours"), tree(work, "theirs/rootfs"));
-    work.vdisk("umount ours").succeeds();
+    work.command(VDISK, ["umount", "ours"]).finish(None, LONG).succeeds();
     fs::remove_dir_all(work.path("theirs")).unwrap();
     let odd: Vec<&String> = ours
         .iter()
@@ -101,7 +112,8 @@ pub fn layers(work: &Work, store: &str) -> Vec<(String, String)> {
     names.sort();
     let sum = |name: &String| {
         let path = work.path(store).join("layers").join(name);
-        let done = work.run("sha256sum", [path.to_str().unwrap()]).succeeds();
+        let sum = work.command("sha256sum", [path.to_str().unwrap()]);
+        let done = sum.finish(None, LONG).succeeds();
         done.text().split(' ').next().unwrap_or_default().to_owned()
     };
     names.iter().map(|name| (name.clone(), sum(name))).collect()
@@ -130,6 +142,14 @@ fn an_imported_image_holds_what_others_unpack_and_is_the_same_everywhere() {
     std::thread::sleep(std::time::Duration::from_millis(1100));
     work.vdisk("import oci:lay:b other --store elsewhere").succeeds();
     assert_eq!(layers(&work, "s1"), layers(&work, "elsewhere"));
+    // By other users, who have no root.
+    work.run("chmod", ["-R", "a+rX", "lay"]).succeeds();
+    give(&work);
+    for ids in [Ids::Lent, Ids::One] {
+        let words = format!("import oci:lay:b mine --store {ids:?}");
+        run(&work, Who::Someone(ids), words.split_whitespace()).succeeds();
+        assert_eq!(layers(&work, "elsewhere"), layers(&work, &format!("{ids:?}")));
+    }
     for (name, _) in layers(&work, "s1") {
         work.qemu_img(&format!("check s1/layers/{name}")).succeeds();
     }

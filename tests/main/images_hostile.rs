@@ -4,7 +4,8 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
 
-use crate::host::Work;
+use crate::host::{VDISK, Work};
+use crate::images::{LONG, layers};
 
 /// A tar of what `script` makes, packed with `options`.
 fn tar(work: &Work, name: &str, script: &str, options: &str) {
@@ -57,8 +58,10 @@ fn what_does_not_fit_is_an_error_and_leaves_no_image() {
     assert_eq!(fs::read_dir(work.path("s/layers")).unwrap().count(), 0);
     // More names than there are inodes.
     tar(&work, "many.tar", "mkdir d; cd d; seq 1 40000 | xargs touch", "");
-    work.vdisk(&format!("import many.tar x {IMPORT}")).fails(&[]);
-    work.vdisk("import many.tar x --store s --size 4M").fails(&[]);
+    for size in ["64M", "4M"] {
+        let words = ["import", "many.tar", "x", "--store", "s", "--size", size];
+        work.command(VDISK, words).finish(None, LONG).fails(&[]);
+    }
 }
 
 #[test]
@@ -74,11 +77,19 @@ fn whiteouts_take_away_what_is_below_and_nothing_of_their_own_layer() {
     work.vdisk("clone --store s x d.qcow2").succeeds();
     assert_eq!(work.vdisk("cat d.qcow2:/g").succeeds().stdout, b"2\n");
     work.vdisk("cat d.qcow2:/.wh.g").fails(&[]);
+    // In a directory that is a file by now.
+    let script = "mkdir -p one two/d; echo file >one/d; touch two/d/.wh.f two/d/.wh..wh..opq; \
+        tar -C one -cf now.tar d; tar -C two -rf now.tar d/.wh.f d/.wh..wh..opq";
+    work.run("sh", ["-ec", script]).succeeds();
+    work.vdisk(&format!("import now.tar z {IMPORT}")).succeeds();
+    work.vdisk("clone --store s z now.qcow2").succeeds();
+    assert_eq!(work.vdisk("cat now.qcow2:/d").succeeds().stdout, b"file\n");
     // A hundred thousand of them.
     fs::create_dir(work.path("w")).unwrap();
     let script = "cd w; seq -f .wh.%g 1 100000 | xargs touch; tar -cf ../w.tar .";
     work.run("sh", ["-ec", script]).succeeds();
-    work.vdisk(&format!("import w.tar y {IMPORT}")).succeeds();
+    let words = ["import", "w.tar", "y"].into_iter().chain(IMPORT.split(' '));
+    work.command(VDISK, words).finish(None, LONG).succeeds();
 }
 
 #[test]
@@ -99,6 +110,37 @@ fn what_is_no_archive_or_was_cut_short_is_refused() {
         assert!(said.text().contains(name), "{}", said.text());
     }
     assert_eq!(work.vdisk("image list --store s").succeeds().stdout, b"");
+}
+
+#[test]
+fn a_compressed_archive_is_taken_as_it_is_and_may_not_ask_for_any_amount_of_memory() {
+    let work = Work::new();
+    tar(&work, "a.tar", "head -c 100000 /dev/urandom >f; echo x >g", "");
+    // In two streams, one after the other, where the form allows it.
+    let script = "for with in gzip:gz xz:xz zstd:zst; do
+        { head -c 51200 a.tar | ${with%:*} -c; tail -c +51201 a.tar | ${with%:*} -c; } >a.tar.${with#*:}; done
+        truncate -s 300M zeroes; zstd -q --long=30 zeroes -o long.tar.zst";
+    work.run("sh", ["-ec", script]).succeeds();
+    work.vdisk("import a.tar plain --store a --size 64M").succeeds();
+    for end in ["gz", "zst", "xz"] {
+        work.vdisk(&format!("import a.tar.{end} x --store {end} --size 64M")).succeeds();
+        assert_eq!(layers(&work, "a"), layers(&work, end), "{end}");
+    }
+    // The dictionary, in the header of the first block: of 4 GiB, and of 1 GiB.
+    for size in [40, 36] {
+        let mut bytes = work.bytes("a.tar.xz");
+        let end = 12 + usize::from(bytes[12]) * 4;
+        let header = &mut bytes[12..end];
+        let at = header.iter().position(|byte| *byte == 0x21).unwrap() + 2;
+        header[at] = size;
+        let sum = crc32fast::hash(header);
+        bytes[end..end + 4].copy_from_slice(&sum.to_le_bytes());
+        work.put("large.tar.xz", bytes);
+        let said = work.vdisk(&format!("import large.tar.xz y {IMPORT}")).fails(&["memory"]);
+        assert!(said.text().contains("large.tar.xz"), "{}", said.text());
+    }
+    work.vdisk(&format!("import long.tar.zst y {IMPORT}")).fails(&["long.tar.zst"]);
+    assert_eq!(work.vdisk("image list --store s").out(), "");
 }
 
 fn flate2(bytes: &[u8]) -> Vec<u8> {

@@ -18,26 +18,26 @@ const LENT: Who = Who::Someone(Ids::Lent);
 
 /// Instances of one user, which end with the test. Root's are in one place for the whole host: their
 /// names are no other test's.
-struct Room<'a> {
+pub struct Room<'a> {
     work: &'a Work,
     who: Who,
-    name: String,
+    pub name: String,
 }
 
 impl<'a> Room<'a> {
-    fn new(work: &'a Work, who: Who, name: &str) -> Room<'a> {
+    pub fn new(work: &'a Work, who: Who, name: &str) -> Room<'a> {
         if who != Who::Root {
             give(work);
         }
         Room { work, who, name: format!("t-{name}-{}", std::process::id()) }
     }
 
-    fn vdisk(&self, words: &str) -> Done {
+    pub fn vdisk(&self, words: &str) -> Done {
         run(self.work, self.who, words.replace("NAME", &self.name).split_whitespace())
     }
 
     /// Starts a shell script, detached.
-    fn start(&self, options: &str, script: &str) -> Done {
+    pub fn start(&self, options: &str, script: &str) -> Done {
         let words = format!("run -d --name {} {options} web.qcow2 -- sh -c", self.name);
         run(self.work, self.who, words.split_whitespace().chain([script]))
     }
@@ -50,7 +50,7 @@ impl<'a> Room<'a> {
     }
 
     /// What it has printed, without what vdisk says of its own.
-    fn logs(&self) -> String {
+    pub fn logs(&self) -> String {
         let all = self.vdisk("logs NAME").out();
         all.split_inclusive('\n').filter(|line| !line.starts_with("vdisk: warning:")).collect()
     }
@@ -255,11 +255,12 @@ fn a_paused_container_stands_still_and_its_snapshot_can_be_taken() {
         room.vdisk("pause NAME").succeeds();
         assert_eq!(room.record().unwrap()["phase"], "paused");
         let turn = room.pid("turn");
-        let states = states(turn.as_raw());
-        assert!(
-            !states.is_empty() && states.iter().all(|s| "TZ".contains(*s)),
-            "{who:?}: {states:?}"
-        );
+        // Root's stand still in a control group that is frozen, where there can be one.
+        if who != Who::Root {
+            let states = states(turn.as_raw());
+            let stand = states.iter().all(|s| "TZ".contains(*s));
+            assert!(!states.is_empty() && stand, "{who:?}: {states:?}");
+        }
         let name = format!("{who:?}").replace(['(', ')'], "");
         room.vdisk(&format!("snapshot create web.qcow2 {name}")).succeeds();
         room.vdisk("resume NAME").succeeds();

@@ -29,6 +29,8 @@ pub enum Need {
     Xfs,
     /// `mkfs.vfat` and `mcopy`: FAT file systems that others made.
     Fat,
+    /// The superuser, mmdebstrap(1) and, which shows only then, Debian's packages from the network.
+    Debian,
     /// newuidmap(1) and newgidmap(1).
     Uidmap,
     /// passt(1).
@@ -60,6 +62,7 @@ impl Need {
             Need::Registry => "registry",
             Need::Xfs => "xfs",
             Need::Fat => "fat",
+            Need::Debian => "debian",
             Need::Uidmap => "uidmap",
             Need::Pasta => "pasta",
             Need::Passt => "passt",
@@ -95,6 +98,7 @@ impl Need {
                 false => Some("mkfs.xfs does not run".to_owned()),
             }),
             Need::Fat => unfound("mkfs.vfat").or_else(|| unfound("mcopy")),
+            Need::Debian => Need::Root.missing().or_else(|| unfound("mmdebstrap")),
             Need::Uidmap => unfound("newuidmap").or_else(|| unfound("newgidmap")),
             Need::Passt => unfound("passt"),
             Need::Pasta => unfound("pasta").or_else(|| unopenable("/dev/net/tun")),
@@ -111,7 +115,11 @@ impl Need {
 /// Whether this machine has `what`. Where it has not, the test is to return at once: a line on
 /// stderr says so, and where `VDISK_REQUIRE` (a comma list of words) names it, the test fails.
 pub fn have(what: Need) -> bool {
-    let Some(missing) = what.missing() else { return true };
+    what.missing().is_none_or(|missing| lacks(what, &missing))
+}
+
+/// The same where it has shown only now that the machine has it not: false.
+pub fn lacks(what: Need, missing: &str) -> bool {
     let required = std::env::var("VDISK_REQUIRE").unwrap_or_default();
     assert!(
         !required.split(',').any(|word| word.trim() == what.word()),

@@ -56,10 +56,8 @@ pub struct Roll {
 /// that `base` could take the place of.
 pub fn plan_roll(path: &Path, base: &Path, wishes: &Wishes<'_>) -> Result<Option<Roll>> {
     let path = &follow(path)?;
-    let Some(family) = Family::read(path)? else { return Err(no_clone(path)) };
-    let family = heal::healed(path, Some(family))?;
-    let below = below(&family).ok_or_else(|| no_clone(path))?;
-    if same_file(&below, base) {
+    let family = healed(path)?.ok_or_else(|| no_clone(path))?;
+    if is_on(&family, base)? {
         return Ok(None);
     }
     Beside::read(&family)?.refuse_head(&family)?;
@@ -134,10 +132,36 @@ impl Roll {
 /// the name `keep`.
 pub fn plan_back(path: &Path, keep: Option<&str>) -> Result<Option<Plan>> {
     let path = &follow(path)?;
-    let Some(family) = Family::read(path)? else { return Ok(None) };
-    let family = heal::healed(path, Some(family))?;
-    let rolled = last(&family).is_some_and(|event| is_roll(&family, &event));
-    if rolled { plan_undo(path, keep).map(Some) } else { Ok(None) }
+    if has_rolled(path)? { plan_undo(path, keep).map(Some) } else { Ok(None) }
+}
+
+/// Whether the disk at `path` stands on `base`: then [`plan_roll`] has nothing to do.
+///
+/// # Errors
+/// As [`plan_roll`].
+pub fn has_base(path: &Path, base: &Path) -> Result<bool> {
+    let path = &follow(path)?;
+    let family = healed(path)?.ok_or_else(|| no_clone(path))?;
+    is_on(&family, base)
+}
+
+/// Whether what the disk at `path` was before it was last put on another base is kept: then [`plan_back`] brings it
+/// back.
+pub fn has_rolled(path: &Path) -> Result<bool> {
+    let family = healed(&follow(path)?)?;
+    Ok(family.is_some_and(|family| last(&family).is_some_and(|event| is_roll(&family, &event))))
+}
+
+fn healed(path: &Path) -> Result<Option<Family>> {
+    match Family::read(path)? {
+        Some(family) => heal::healed(path, Some(family)).map(Some),
+        None => Ok(None),
+    }
+}
+
+fn is_on(family: &Family, base: &Path) -> Result<bool> {
+    let below = below(family).ok_or_else(|| no_clone(&family.head.path))?;
+    Ok(same_file(&below, base))
 }
 
 /// The file that the disk at `path` stands on, below its own snapshots; `None` where it stands on none, or

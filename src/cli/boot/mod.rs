@@ -29,7 +29,7 @@ use crate::cli::fleet::many;
 use crate::cli::image::Which;
 use crate::cli::instance::holding::{self, Whole};
 use crate::cli::instance::named::Named;
-use crate::cli::instance::start::{self, About, Keeping, Part};
+use crate::cli::instance::start::{self, About, As, Keeping, Part};
 use crate::cli::instance::switches::{Doors, KILLED, OfMachine};
 use crate::cli::measure::marks::Marks;
 use crate::cli::open::disk::{self, Use};
@@ -145,7 +145,8 @@ pub fn run(args: &Args) -> Result<u8> {
     };
     match start::part(&args.keeping, &named, &args.store, about)? {
         Part::Done(status) => Ok(status),
-        Part::Run(instance) => boot(args, &named, instance.as_deref()),
+        Part::Run(As::Turn(instance)) => boot(args, &named, Some(&instance)),
+        Part::Run(_) => boot(args, &named, None),
     }
 }
 

@@ -25,7 +25,8 @@ pub struct Target {
 /// [`ErrorKind::NotFound`] for a pattern that none fits; [`ErrorKind::Unsupported`] for an instance of which
 /// nothing is kept.
 pub fn find(globs: &[String], which: &Which) -> Result<Vec<Target>> {
-    let mut all: Vec<Target> = place::list()?.into_iter().map(of_record).collect();
+    let records = place::list()?.into_iter().filter(|record| !record.plain);
+    let mut all: Vec<Target> = records.map(of_record).collect();
     // Of several of one name, which only ended ones are, the last counts: `place::list` gives the oldest first.
     all.reverse();
     let mut names = std::collections::HashSet::new();

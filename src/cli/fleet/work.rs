@@ -122,7 +122,7 @@ impl Work {
     fn attempt(&self, target: &Target) -> Result<()> {
         // It may be another by now than it was when this was planned.
         let record = target.record.as_ref().map(|record| place::find(&record.id)).transpose()?;
-        let changes = turn::again(|| self.disk(target))?.is_some();
+        let changes = turn::again(|| self.changes(target))?;
         let mut record = match record {
             // Who stopped it before may be gone, and it is still on its way.
             Some(record) if record.lives() && (changes || record.again) => {
@@ -160,6 +160,14 @@ impl Work {
             // It may have ended by itself, just before.
             _ if !now.again => place::note(&now, |record| record.again = true),
             _ => Ok(now),
+        }
+    }
+
+    /// Whether something is to be done to its disk. What, is planned when nobody uses it any more.
+    fn changes(&self, target: &Target) -> Result<bool> {
+        match &self.goal {
+            Goal::To { base, .. } => roll::has_base(&target.disk, base).map(|there| !there),
+            Goal::Back => roll::has_rolled(&target.disk),
         }
     }
 

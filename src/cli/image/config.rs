@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use serde_json::Value;
+use vdisk::instance::signal;
 use vdisk::oci::changes::Changes;
 use vdisk::oci::config::{
     RunConfig, change, change_image, of_disk, of_image, raw_of_disk, raw_of_image,
@@ -95,6 +96,9 @@ pub struct Config {
     /// The user, by name or number.
     #[arg(long)]
     user: Option<String>,
+    /// The signal that asks it to stop, by name or number: `vdisk stop` sends it.
+    #[arg(long, value_name = "SIGNAL", value_parser = stop_signal)]
+    stop_signal: Option<String>,
     /// A label of the image; may be given more than once.
     #[arg(long, value_name = "NAME=VALUE")]
     label: Vec<String>,
@@ -110,7 +114,13 @@ impl Config {
             cmd: self.cmd.as_ref().map(words),
             workdir: self.workdir.clone(),
             user: self.user.clone(),
+            stop_signal: self.stop_signal.clone(),
             labels: self.label.clone(),
         }
     }
+}
+
+/// As it was written: images say it either way.
+fn stop_signal(text: &str) -> std::result::Result<String, String> {
+    signal::parse(text).map(|_| text.to_owned())
 }

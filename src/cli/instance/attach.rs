@@ -1,4 +1,5 @@
-//! `vdisk attach`: the console of a virtual machine that runs as an instance, the output of a container.
+//! `vdisk attach`: the console of a virtual machine that runs as an instance, the terminal of a container, or its
+//! output.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -17,10 +18,11 @@ use crate::cli::terminal::stop;
 /// Ctrl-A: the next key is for vdisk.
 const ESCAPE: u8 = 1;
 
-/// Connect to the serial console of a virtual machine, or to the output of a detached container
+/// Connect to the serial console of a virtual machine, or to the terminal or output of a detached container
 ///
-/// Ctrl-A d leaves a virtual machine; it goes on. A container is shown from now on until it ends, and its exit
-/// status is the command's; Ctrl-C leaves it. It reads nothing: `vdisk exec -t` is the way in.
+/// Ctrl-A d leaves a virtual machine, and a container with a terminal (`vdisk run -dt`); it goes on. A container
+/// is shown from now on until it ends, and the exit status is its command's then. Without a terminal it reads
+/// nothing, and Ctrl-C leaves it: `vdisk exec -t` is the way in.
 #[derive(ClapArgs)]
 pub struct AttachArgs {
     /// Its name, its id or the first digits, or its disk.
@@ -30,18 +32,27 @@ pub struct AttachArgs {
 
 pub fn attach(args: &AttachArgs) -> Result<u8> {
     let record = place::find(&args.instance)?;
-    if record.kind == Kind::Container {
+    let console = place::of(&record)?.join(CONSOLE);
+    if record.kind == Kind::Container && console.symlink_metadata().is_err() {
         return show(&record);
     }
-    let console = place::of(&record)?.join(CONSOLE);
     let stream = UnixStream::connect(&console).map_err(|e| {
         let text = format!("{} does not run: {e}", record.name);
         Error::new(ErrorKind::NotFound, text)
     })?;
     let raw = Raw::enter();
-    let ended = relay(stream).map_err(|e| Error::io("lost the console", e));
+    let left = relay(stream).map_err(|e| Error::io("lost the console", e));
     drop(raw);
-    ended.map(|()| 0)
+    match (left?, record.kind) {
+        (false, Kind::Container) => {
+            instance::ended(&record, &mut |_, _| true)?.ok_or_else(|| lost(&record))
+        }
+        _ => Ok(0),
+    }
+}
+
+fn lost(record: &Record) -> Error {
+    Error::new(ErrorKind::Io, format!("{} was lost", record.name))
 }
 
 /// Shows what a container prints, until it ends or the user leaves it.
@@ -58,8 +69,7 @@ fn show(record: &Record) -> Result<u8> {
         Err(e) if e.kind() == ErrorKind::Interrupted => Ok(0),
         ended => {
             logs::print(&mut tail)?;
-            let lost = || Error::new(ErrorKind::Io, format!("{} was lost", record.name));
-            ended?.ok_or_else(lost)
+            ended?.ok_or_else(|| lost(record))
         }
     }
 }
@@ -86,8 +96,9 @@ impl Drop for Raw {
     }
 }
 
-/// Both ways, until the guest ends or the user leaves it. An end of what is typed leaves the other way open.
-fn relay(mut stream: UnixStream) -> std::io::Result<()> {
+/// Both ways, until what runs there ends or the user leaves it; whether he did. An end of what is typed leaves the
+/// other way open.
+fn relay(mut stream: UnixStream) -> std::io::Result<bool> {
     let stdin = std::io::stdin();
     let (mut typing, mut escaped, mut buffer) = (true, false, [0; 4096]);
     loop {
@@ -103,8 +114,8 @@ fn relay(mut stream: UnixStream) -> std::io::Result<()> {
         let (shown, typed) = (ready.next() == Some(true), ready.next() == Some(true));
         if shown {
             let length = match stream.read(&mut buffer) {
-                Ok(0) => return Ok(()),
-                Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => return Ok(()),
+                Ok(0) => return Ok(false),
+                Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => return Ok(false),
                 length => length?,
             };
             let mut out = std::io::stdout();
@@ -114,7 +125,7 @@ fn relay(mut stream: UnixStream) -> std::io::Result<()> {
             let length = nix::unistd::read(&stdin, &mut buffer)?;
             typing = length > 0;
             let Some(keys) = meant(buffer.get(..length).unwrap_or_default(), &mut escaped) else {
-                return Ok(());
+                return Ok(true);
             };
             stream.write_all(&keys)?;
         }

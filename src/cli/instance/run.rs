@@ -8,8 +8,10 @@ use clap::Args as ClapArgs;
 use clap::ValueEnum;
 use vdisk::container::{self, Capabilities, Limits, Network, Publish, Space, Spec, Volume};
 use vdisk::control::place;
-use vdisk::instance::Kind;
+use vdisk::instance::alone::Alone;
 use vdisk::instance::link::Link;
+use vdisk::instance::signal;
+use vdisk::instance::{Kind, Record};
 use vdisk::mount::table;
 use vdisk::oci::config::RunConfig;
 use vdisk::{Error, Result};
@@ -17,8 +19,8 @@ use vdisk::{Error, Result};
 use super::exec;
 use super::named::Named;
 use super::root::{Root, Source};
-use super::start::{self, About, Keeping, Part};
-use super::switches::OfContainer;
+use super::start::{self, About, As, Keeping, Part};
+use super::switches::{OfContainer, console};
 use super::words::{
     Entrypoint, Security, entrypoint, hostname, hostname_of, memory, milli_cpus, rate, security,
     variable, volume,
@@ -35,16 +37,16 @@ pub const FAILED: u8 = 125;
 /// Run a command as a container whose root is a disk, or an image.
 ///
 /// Without a command, what the disk's or the image's configuration says is run: its entrypoint and
-/// command. Its variables, user and working directory count wherever no option says otherwise, and its
-/// stop signal is what `vdisk stop` sends. A command takes the place of its command; with an entrypoint,
+/// command. Its variables, user and working directory, which is made where it is missing, count wherever no
+/// option says otherwise, and its stop signal is what `vdisk stop` sends. A command takes the place of its command; with an entrypoint,
 /// it is the entrypoint's arguments. Its volumes are directories of the disk like all others, and ports
 /// that it exposes are opened by --publish only.
 ///
 /// Of an image a clone is run that goes when it ends; with --name it is kept, and run again the next
 /// time, until `vdisk rm N`.
 ///
-/// With --name, --detach, --rm or --restart it is an instance: `vdisk ps` lists it, `vdisk stop`, `kill`,
-/// `pause`, `logs`, `wait` and `inspect` find it.
+/// It is an instance: `vdisk ps` lists it, `vdisk stop`, `kill`, `pause`, `exec`, `wait` and `inspect` find it.
+/// Without --name, --detach, --rm or --restart it is forgotten when it ends.
 ///
 /// The command has the disk's files as its root directory, and its own processes, mounts, host
 /// name, IPC and network. Its exit status is returned: 128 and the number of the signal that ended
@@ -113,7 +115,8 @@ pub struct Args {
     /// no-new-privileges: set-user-id files give no rights. seccomp=unconfined: all system calls
     #[arg(long, value_name = "OPTION", value_parser = security)]
     security_opt: Vec<Security>,
-    /// Give the command a terminal, also where input or output is none
+    /// Give the command a terminal, also where input or output is none; with --detach, `vdisk attach` is the
+    /// way to it
     #[arg(short, long)]
     tty: bool,
     /// Input is the command's always
@@ -128,6 +131,9 @@ pub struct Args {
     /// Run as this user of the disk's: names or numbers.
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
+    /// What `vdisk stop` sends, by name or number [default: what the configuration says, or TERM]
+    #[arg(long, value_name = "SIGNAL", value_parser = signal::parse)]
+    stop_signal: Option<i32>,
     /// The container's host name [default: the disk's name]
     #[arg(long, value_name = "NAME", value_parser = hostname)]
     hostname: Option<String>,
@@ -179,24 +185,32 @@ pub fn run(args: &Args) -> Result<u8> {
             kind: Kind::Container,
             named: args.disk.clone(),
             command: command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
-            stop_signal: start::stop_signal(&config.stop_signal)?,
+            stop_signal: match args.stop_signal {
+                Some(signal) => signal,
+                None => start::stop_signal(&config.stop_signal)?,
+            },
             exposed_ports: config.exposed_ports.clone(),
         })
     };
     match start::part(&args.keeping, &named, &args.store, about)? {
         Part::Done(status) => Ok(status),
-        Part::Run(instance) => contain(args, &named, &config, instance.as_deref()),
+        Part::Run(instance) => contain(args, &named, &config, instance),
     }
 }
 
 /// Runs the container in this process.
-fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Path>) -> Result<u8> {
-    let link = instance.map(Link::connect).transpose()?;
+fn contain(args: &Args, named: &Named, config: &RunConfig, instance: As) -> Result<u8> {
+    let instance = Instance::of(instance)?;
     let mut spec = spec(args, config)?;
     let source = source(args, named, &spec)?;
     // First of all, while there is one thread.
     place::settle();
-    let limits = Limits { memory: args.memory, milli_cpus: args.cpus, pids: args.pids };
+    let limits = Limits {
+        memory: args.memory,
+        milli_cpus: args.cpus,
+        pids: args.pids,
+        freezable: !matches!(instance, Instance::Nobody),
+    };
     // Another disk's `umount` is not to wait until this container ends.
     let mut space = Space::enter(&limits, table::drop_copies)?;
     let marks = Marks::to(args.marks.as_deref())?;
@@ -204,15 +218,10 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
         let marks = marks.clone();
         spec.started = Some(Arc::new(move |_| marks.say(STARTED)));
     }
-    if let (Some(link), Some(dir)) = (link, instance) {
-        link.serve(Arc::new(OfContainer(space.handle())))?;
-        let entrance = dir.join(exec::ENTRANCE);
-        spec.started = Some(Arc::new(move |way| {
-            // Without it the container runs all the same, and nobody can be let in.
-            let _ = exec::keep(&entrance, way);
-            link.started();
-        }));
+    if let (Instance::Turn(dir, _), true) = (&instance, args.tty && args.keeping.detach) {
+        spec.console = Some(Arc::new(console(dir)?));
     }
+    let alone = instance.serve(OfContainer(space.handle()), &mut spec)?;
     if let Some(why) = space.why_one() {
         eprintln!("vdisk: warning: the container's only user is root: {why}");
     }
@@ -225,10 +234,58 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: Option<&Pat
     let ended = root.end();
     drop(space);
     let outcome = outcome?;
+    if let Some(alone) = alone {
+        alone.end(outcome.status);
+    }
     if let Some(error) = outcome.not_started {
         eprintln!("vdisk: {error}");
     }
     ended.map(|()| outcome.status)
+}
+
+/// How others reach what runs in this process.
+enum Instance {
+    Nobody,
+    Turn(PathBuf, Link),
+    Alone(Box<Record>),
+}
+
+impl Instance {
+    /// Called first of all, outside of the container's namespaces.
+    fn of(instance: As) -> Result<Instance> {
+        Ok(match instance {
+            As::Nobody => Instance::Nobody,
+            As::Turn(dir) => Instance::Turn(dir.clone(), Link::connect(&dir)?),
+            As::Alone(record) => Instance::Alone(record),
+        })
+    }
+
+    /// Lets them steer it, and enter it when it has started. Threads are started.
+    fn serve(self, switches: OfContainer, spec: &mut Spec) -> Result<Option<Alone>> {
+        let switches = Arc::new(switches);
+        let (dir, told, alone): (_, Arc<dyn Fn() + Send + Sync>, _) = match self {
+            Instance::Nobody => return Ok(None),
+            Instance::Turn(dir, link) => {
+                link.serve(switches)?;
+                (dir, Arc::new(move || link.started()), None)
+            }
+            Instance::Alone(record) => {
+                // Where they cannot be told of it, it runs all the same.
+                let Ok(alone) = Alone::serve(*record, switches) else { return Ok(None) };
+                (alone.dir()?, Arc::new(alone.started()), Some(alone))
+            }
+        };
+        let (entrance, before) = (dir.join(exec::ENTRANCE), spec.started.take());
+        spec.started = Some(Arc::new(move |way| {
+            if let Some(before) = &before {
+                before(way);
+            }
+            // Without it the container runs all the same, and nobody can be let in.
+            let _ = exec::keep(&entrance, way);
+            told();
+        }));
+        Ok(alone)
+    }
 }
 
 fn source<'a>(args: &'a Args, named: &'a Named, spec: &Spec) -> Result<Source<'a>> {
@@ -290,6 +347,7 @@ fn spec(args: &Args, config: &RunConfig) -> Result<Spec> {
     Ok(Spec {
         command: command(args, config)?,
         env: variables(args, config),
+        make_workdir: args.workdir.is_none(),
         workdir: args.workdir.clone().or_else(|| said(&config.workdir).map(PathBuf::from)),
         user: args.user.clone().or_else(|| said(&config.user).map(str::to_owned)),
         hostname: args.hostname.clone().unwrap_or_else(|| host(args)),
@@ -301,6 +359,7 @@ fn spec(args: &Args, config: &RunConfig) -> Result<Spec> {
         no_new_privileges: has(Security::NoNewPrivileges),
         unfiltered: has(Security::Unfiltered),
         terminal: args.tty,
+        console: None,
         owners: None,
         started: None,
     })

@@ -132,10 +132,20 @@ pub struct About {
 
 /// What a process has to do.
 pub enum Part {
-    /// Run it itself; for the instance in this directory, where there is one.
-    Run(Option<PathBuf>),
+    /// Run it itself.
+    Run(As),
     /// Nothing more: it was an instance, and this is the exit status.
     Done(u8),
+}
+
+/// As what something is run.
+pub enum As {
+    /// As no instance.
+    Nobody,
+    /// As the instance in this directory, which a keeper looks after.
+    Turn(PathBuf),
+    /// As an instance that nobody else looks after.
+    Alone(Box<Record>),
 }
 
 /// What is to be run: what the user names, or what the instance that this process is about runs.
@@ -160,7 +170,7 @@ pub fn part(
     about: impl FnOnce() -> Result<About>,
 ) -> Result<Part> {
     match ROLE.get() {
-        Some(Role::Turn(dir)) => Ok(Part::Run(Some(dir.clone()))),
+        Some(Role::Turn(dir)) => Ok(Part::Run(As::Turn(dir.clone()))),
         Some(Role::Keeper) => look_after(keeping, named, which, about()?).map(Part::Done),
         Some(Role::Again(id)) => {
             let (record, about) = (place::find(id)?, about()?);
@@ -168,7 +178,7 @@ pub fn part(
             let claim = Claim::again(&record, |record| set_out(record, &about))?;
             tend(claim, keeping, named, Origin::Again).map(Part::Done)
         }
-        _ if !keeping.wanted() => Ok(Part::Run(None)),
+        _ if !keeping.wanted() => alone(keeping, named, about()?).map(Part::Run),
         _ if keeping.detach => {
             // What is wrong is said before anything is started.
             about()?;
@@ -176,6 +186,15 @@ pub fn part(
         }
         _ => look_after(keeping, named, which, about()?).map(Part::Done),
     }
+}
+
+/// What is to be found by others though nobody has given it a name.
+fn alone(keeping: &Keeping, named: &Named, about: About) -> Result<As> {
+    if about.kind == Kind::Machine {
+        // Its process writes down nothing: it is in a jail.
+        return Ok(As::Nobody);
+    }
+    record(keeping, named, about).map(|record| As::Alone(Box::new(record)))
 }
 
 /// This command line, for another role.
@@ -368,6 +387,7 @@ fn record(keeping: &Keeping, named: &Named, about: About) -> Result<Record> {
         directory: std::env::current_dir().map(output::path).unwrap_or_default(),
         restart,
         remove: keeping.remove,
+        plain: false,
         detached: keeping.detach,
         stop_signal: about.stop_signal,
         exposed_ports: about.exposed_ports,

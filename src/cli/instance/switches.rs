@@ -13,8 +13,17 @@ use vdisk::{Error, Result};
 
 /// The exit status of a guest that was ended.
 pub const KILLED: u8 = 137;
-/// The socket in an instance's directory at which a guest's console is.
+/// The socket in an instance's directory at which a guest's console, or a container's terminal, is.
 pub const CONSOLE: &str = "console";
+
+/// Makes that socket.
+pub fn console(dir: &Path) -> Result<UnixListener> {
+    let console = dir.join(CONSOLE);
+    // An earlier turn's.
+    let _ = std::fs::remove_file(&console);
+    let failed = |e| Error::io("cannot show the console", e).at_path(dir);
+    UnixListener::bind(&console).map_err(failed)
+}
 
 /// A container's.
 pub struct OfContainer(pub container::Handle);
@@ -50,12 +59,7 @@ pub struct Doors {
 impl Doors {
     /// Those of the instance in this directory. Nobody is let in yet.
     pub fn open(dir: &Path) -> Result<Doors> {
-        let console = dir.join(CONSOLE);
-        // An earlier turn's.
-        let _ = std::fs::remove_file(&console);
-        let failed = |e| Error::io("cannot show the console", e).at_path(dir);
-        let console = UnixListener::bind(&console).map_err(failed)?;
-        Ok(Doors { console, keeper: Link::connect(dir)? })
+        Ok(Doors { console: console(dir)?, keeper: Link::connect(dir)? })
     }
 }
 

@@ -4,6 +4,7 @@ use clap::{Args as ClapArgs, Subcommand};
 use vdisk::Result;
 use vdisk::instance::{Record, place};
 
+use crate::cli::fleet::again::Words;
 use crate::cli::terminal::output;
 
 /// Print what lets other programs look after an instance
@@ -59,18 +60,11 @@ fn unit(record: &Record) -> String {
     )
 }
 
-/// The words that start it in the foreground, under its name.
+/// The words that start it in the foreground, under its name. What it prints is systemd's to keep.
 fn foreground(record: &Record) -> Vec<String> {
-    let own = |word: &&String| !matches!(word.as_str(), "-d" | "--detach");
-    // Behind the disk, words are the program's.
-    let disk = record.words.iter().position(|word| *word == record.named);
-    let (front, back) = record.words.split_at(disk.unwrap_or(record.words.len()));
-    let mut words: Vec<String> = front.iter().filter(own).cloned().collect();
-    if !front.iter().any(|word| word == "--name" || word.starts_with("--name=")) {
-        words.extend(["--name".to_owned(), record.name.clone()]);
-    }
-    words.extend(back.iter().cloned());
-    words
+    let words = Words::of(&record.words).without("detach").without("log_size");
+    let words = words.with("name", Some(record.name.as_ref())).all();
+    words.iter().map(output::path).collect()
 }
 
 /// What systemd.syntax(7) and systemd.service(5) read as this one word.

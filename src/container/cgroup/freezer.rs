@@ -30,10 +30,15 @@ pub(in crate::container) enum Frozen {
 
 /// Stops all processes of the container whose process 1 is `init` and which are in these groups.
 pub(in crate::container) fn freeze(init: i32, groups: &[PathBuf]) -> io::Result<Frozen> {
-    match groups.iter().find(|dir| dir.join("cgroup.freeze").exists()) {
+    match groups.iter().find(|dir| can(dir)) {
         Some(dir) => freeze_group(dir),
         None => stop_all(init),
     }
+}
+
+/// Whether this group is one that can be frozen.
+pub(super) fn can(dir: &Path) -> bool {
+    dir.join("cgroup.freeze").exists()
 }
 
 /// Lets them go on.

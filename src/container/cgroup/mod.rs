@@ -34,6 +34,8 @@ pub struct Limits {
     pub milli_cpus: Option<u64>,
     /// Processes and threads at once.
     pub pids: Option<u64>,
+    /// Whether it is to be stopped as a whole, unseen: by a group in cgroup v2, where it can have one.
+    pub freezable: bool,
 }
 
 /// A controller's name and what is to be written where, in v2 and in v1.
@@ -45,14 +47,16 @@ struct Setting {
 
 impl Limits {
     /// As words for [`from_words`](Limits::from_words).
-    pub(super) fn words(&self) -> [String; 3] {
+    pub(super) fn words(&self) -> [String; 4] {
         let word = |limit: Option<u64>| limit.map_or(String::new(), |limit| limit.to_string());
-        [word(self.memory), word(self.milli_cpus), word(self.pids)]
+        let freezable = u64::from(self.freezable).to_string();
+        [word(self.memory), word(self.milli_cpus), word(self.pids), freezable]
     }
 
     pub(super) fn from_words(words: &[&OsStr]) -> Limits {
         let number = |at: usize| words.get(at)?.to_str()?.parse().ok();
-        Limits { memory: number(0), milli_cpus: number(1), pids: number(2) }
+        let freezable = number(3) == Some(1);
+        Limits { memory: number(0), milli_cpus: number(1), pids: number(2), freezable }
     }
 
     fn settings(&self) -> Vec<Setting> {
@@ -119,10 +123,16 @@ impl Groups {
     pub(super) fn create(limits: &Limits, name: &str) -> Result<Groups> {
         let mut groups = Groups::default();
         let settings = limits.settings();
-        if settings.is_empty() {
+        if settings.is_empty() && !limits.freezable {
             return Ok(groups);
         }
-        let made = Host::read().and_then(|host| groups.make(&host, settings, name));
+        let made = Host::read().and_then(|host| {
+            groups.make(&host, settings, name)?;
+            if limits.freezable {
+                groups.make_freezable(&host, name);
+            }
+            Ok(())
+        });
         if made.is_err() {
             groups.remove();
         }
@@ -160,6 +170,24 @@ impl Groups {
             }
         }
         Ok(())
+    }
+
+    /// Makes a group that can be frozen, where there is none among those that the limits need. Where it
+    /// cannot be, signals do for it.
+    fn make_freezable(&mut self, host: &Host, name: &str) {
+        if self.dirs.iter().any(|dir| freezer::can(dir)) {
+            return;
+        }
+        let Some((_, own)) = host.v2_own() else { return };
+        let Ok((dir, held)) = make_dir(&own, name) else { return };
+        // Below one of threads, a group takes no processes.
+        let kind = fs::read_to_string(dir.join("cgroup.type")).unwrap_or_default();
+        if kind.trim() == "domain" && freezer::can(&dir) {
+            self.dirs.push(dir);
+            self.held.push(held);
+        } else {
+            remove(vec![dir]);
+        }
     }
 
     /// Removes the groups. Their processes have ended, but the kernel may need a moment more.

@@ -85,7 +85,11 @@ impl Unpacking<'_> {
                 _ => Err(Error::corrupt("the root is a directory")),
             };
         };
-        let parent = self.parent(&names)?;
+        let marks = name == OPAQUE || name.starts_with(WHITEOUT);
+        let Some(parent) = self.parent(&names, marks)? else {
+            self.done.whiteouts += 1;
+            return Ok(None);
+        };
         if name == OPAQUE {
             self.done.whiteouts += 1;
             return self.hide(parent).map(|()| None);
@@ -201,8 +205,9 @@ impl Unpacking<'_> {
         Ok(())
     }
 
-    /// The directory at `names`, made as far as it is not there.
-    fn parent(&mut self, names: &[&[u8]]) -> Result<u32> {
+    /// The directory at `names`, made as far as it is not there. Nothing for what `marks` that something is gone
+    /// where no directory is any more: the file that has taken its place comes with marks for all that was in it.
+    fn parent(&mut self, names: &[&[u8]], marks: bool) -> Result<Option<u32>> {
         let mut at = ROOT;
         let mut walked = Vec::new();
         for name in names {
@@ -218,6 +223,7 @@ impl Unpacking<'_> {
                 Some(Place { file: None, directory, name }) if !name.is_empty() => {
                     self.make_directory(directory, &name)?
                 }
+                _ if marks => return Ok(None),
                 // What was a file or a link to nowhere below gives way to what this layer says is a directory.
                 _ => {
                     let place = path::find(self.fs, &walked, false)?;
@@ -227,7 +233,7 @@ impl Unpacking<'_> {
                 }
             };
         }
-        Ok(at)
+        Ok(Some(at))
     }
 
     fn make_directory(&mut self, parent: u32, name: &[u8]) -> Result<u32> {
