@@ -45,6 +45,17 @@ pub(crate) fn chmod_at(dir: BorrowedFd<'_>, name: &[u8], mode: u32) -> io::Resul
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Writes out what the page cache holds of an open file and waits for it: its bytes are with the disk
+/// then, maybe in the disk's own memory, and what says where they are may not be.
+pub(crate) fn write_out(file: BorrowedFd<'_>) -> io::Result<()> {
+    let whole = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the call takes numbers only.
+    let result = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, whole) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// `struct file_handle` with room for the longest.
 #[repr(C)]
 struct HandleRoom {

@@ -142,7 +142,7 @@ fn end_all() {
 /// host process's is about to do that: the link would still be open.
 fn thaw(scratch: &Scratch) {
     let Ok(root) = fs::File::open(scratch.root()) else { return };
-    while fsfreeze::thaw(&root).is_ok() {}
+    fsfreeze::let_go(&root);
 }
 
 /// Connects the container's network, as the host process has asked: whatever does that is in this

@@ -34,8 +34,19 @@ pub fn ours(mount: &Mount) -> Option<Kind> {
         return Some(Kind::Raw(mount.device.clone()));
     }
     let number: u32 = mount.source.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
-    let name = loopdev::name_of(Path::new(&mount.source)).ok()??;
-    (name == super::LOOP_NAME).then(|| Kind::Files(format!("7:{number}")))
+    let is_ours = match loopdev::name_of(Path::new(&mount.source)) {
+        Ok(name) => name.is_some_and(|name| name == super::LOOP_NAME),
+        // The kernel asks the file first, and nobody serves that any more.
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => shows_dead_disk(number),
+        Err(_) => false,
+    };
+    is_ours.then(|| Kind::Files(format!("7:{number}")))
+}
+
+/// Whether a loop device shows the one file of a mount that stands in no directory, as vdisk's do.
+fn shows_dead_disk(number: u32) -> bool {
+    let file = std::fs::read_to_string(format!("/sys/block/loop{number}/loop/backing_file"));
+    file.is_ok_and(|file| file.trim_end().strip_prefix('/') == Some(super::FILE))
 }
 
 /// Lets go of the copies of vdisk's mounts that this thread's mount namespace was given when it

@@ -31,3 +31,9 @@ pub fn thaw(directory: &File) -> Result<()> {
     let done = unsafe { ioctl::thaw(directory.as_raw_fd(), &mut unused) };
     done.map(drop).map_err(|e| Error::io("the file system could not be thawed", e.into()))
 }
+
+/// The same, however often it was frozen, and none of it an error: for a file system that somebody may
+/// have left at rest who is gone.
+pub fn let_go(directory: &File) {
+    while thaw(directory).is_ok() {}
+}

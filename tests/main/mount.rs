@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -207,9 +207,37 @@ fn a_server_that_is_killed_leaves_a_mount_that_fails_and_can_be_taken_away() {
         let probe =
             work.run("dd", ["if=/dev/zero", "of=at/more", "bs=1M", "count=8", "conv=fsync"]);
         assert_ne!(probe.code, Some(0), "a write to nowhere succeeded");
+        // Longer than the kernel knows the disk's attributes without asking.
+        thread::sleep(Duration::from_millis(1500));
         work.vdisk("umount at").fails(&["at", "gone"]);
         assert!(!is_mounted(&at));
     }
+    work.qemu_img("check -r leaks disk.qcow2");
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/kept"), b"durable");
+    work.vdisk("umount at").succeeds();
+}
+
+#[test]
+fn a_file_system_that_its_server_left_at_rest_is_let_go_on_and_taken_away() {
+    if !can_mount() {
+        return;
+    }
+    let work = ext4_disk();
+    let at = work.path("at");
+    work.vdisk("mount disk.qcow2 at").succeeds();
+    fs::write(work.path("at/kept"), "durable").unwrap();
+    let device = fs::metadata(&at).unwrap().dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let backing = format!("/sys/dev/block/{major}:{minor}/loop/backing_file");
+    assert!(Path::new(&backing).exists());
+    // As a server does for a snapshot, and is killed before it is taken.
+    work.run("fsfreeze", ["--freeze", "at"]).succeeds();
+    kill(server(&at).unwrap(), Signal::SIGKILL).unwrap();
+    is_left_alone(&at);
+    work.vdisk("umount at").fails(&["at", "gone"]);
+    assert!(!is_mounted(&at));
+    soon("the loop device to be free", || !Path::new(&backing).exists());
     work.qemu_img("check -r leaks disk.qcow2");
     work.vdisk("mount disk.qcow2 at").succeeds();
     assert_eq!(work.bytes("at/kept"), b"durable");

@@ -120,6 +120,21 @@ fn what_is_changed_goes_into_the_upper_layer_in_the_form_of_overlayfs() {
     laid.umount();
 }
 
+#[test]
+fn the_superusers_overlay_reads_ahead_as_far_as_one_request_reaches() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    laid.mount();
+    // What was answered came after the greeting, in which the kernel lets itself be bounded.
+    let device = fs::metadata(laid.path("at")).unwrap().dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let ahead = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    assert_eq!(fs::read_to_string(ahead).unwrap().trim(), "1024");
+    laid.umount();
+}
+
 /// A file system in memory, until dropped.
 struct Memory(PathBuf);
 

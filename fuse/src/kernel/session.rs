@@ -95,13 +95,15 @@ fn greet(device: &Device, keeping: Keeping) -> io::Result<bool> {
             writev(device.as_fd(), &[IoSlice::new(out.finish(head.unique, 0))])?;
             continue;
         }
-        let readahead = body.u32()?;
+        // What the kernel reads ahead is its own setting, which may have been raised since it asked; the
+        // least of both counts.
+        body.u32()?;
         let mut offered = u64::from(body.u32()?);
         if offered & init::INIT_EXT != 0 {
             offered |= u64::from(body.u32()?) << 32;
         }
         let flags = offered & wanted(keeping);
-        out.u32(7).u32(wire::MINOR).u32(readahead).u32(flags as u32);
+        out.u32(7).u32(wire::MINOR).u32(MAX_REQUEST as u32).u32(flags as u32);
         out.u16(MAX_BACKGROUND).u16(MAX_BACKGROUND / 4 * 3);
         out.u32(MAX_REQUEST as u32).u32(1).u16((MAX_REQUEST / 4096) as u16).u16(0);
         // Backing files may not stand on a stacked file system; in turn this one may be stacked.

@@ -154,28 +154,37 @@ impl Overlay {
             libc::S_IFREG => {
                 let to = upper.work.create(name, OFlags::RDWR, 0o600)?;
                 let len = source.len.min(source.attr.size);
-                let mut open = None;
+                // Of nothing, nothing is missing.
+                let (mut open, mut copied) = (None, Copied::Shared);
                 if len > 0 {
                     let from = match data {
                         Some(file) => file.dir.get(&self.recent)?.open(&file.name)?,
                         None => source.dir.open(own)?,
                     };
-                    if copy_data(from.as_ref(), &to, len, source.clones)? != len {
+                    copied = copy_data(from.as_ref(), &to, len, source.clones)?;
+                    if copied != Copied::Until(len) {
                         rustix::fs::ftruncate(&to, len)?;
                     }
                     open = data.is_none().then_some(from);
                 }
                 // By the open files: their directories need not be looked at again.
                 self.copy_attributes(Spot::File(to.as_fd()), source, open.as_deref())?;
-                if len > 0 && self.durable.load(Ordering::Relaxed) {
-                    rustix::fs::fsync(&to)?;
-                }
+                self.settle(upper, &to, copied)?;
                 return Ok(Some(to));
             }
             libc::S_IFLNK => upper.work.symlink(name, &source.dir.readlink(own)?)?,
             _ => upper.work.mknod(name, source.attr.mode & !0o7777 | 0o600, source.attr.rdev)?,
         }
         self.copy_attributes(upper.work.at(name), source, None).map(|()| None)
+    }
+
+    /// Sees to it that no crash shows a copy without what was copied. What two files share is on the
+    /// disk: the file system sees to that.
+    fn settle(&self, upper: &Upper, to: &File, copied: Copied) -> io::Result<()> {
+        if copied == Copied::Shared || !self.durable.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        upper.order.keep(to)
     }
 
     /// Owner, permissions, attributes, times: in the order in which none takes another back. `open`
@@ -355,10 +364,8 @@ impl Overlay {
         let len = len.min(attr.size);
         if len > 0 {
             let from = data.dir.get(&self.recent)?.open(&data.name)?;
-            copy_data(from.as_ref(), &to, len, &Tri::default())?;
-            if self.durable.load(Ordering::Relaxed) {
-                rustix::fs::fsync(&to)?;
-            }
+            let copied = copy_data(from.as_ref(), &to, len, &Tri::default())?;
+            self.settle(self.upper()?, &to, copied)?;
         }
         let spot = Spot::Open(to.as_fd());
         spot.set_times(Some(SetTime::To(attr.atime)), Some(SetTime::To(attr.mtime)))?;
@@ -386,15 +393,23 @@ fn may_stay(key: &OsStr, error: &io::Error) -> bool {
     }
 }
 
-/// Copies the first `len` bytes, holes as holes, and returns where the last data ends; the whole
-/// file where the two file systems share the bytes, of which `clones` keeps whether they can.
-fn copy_data(from: &dyn LayerFile, to: &File, len: u64, clones: &Tri) -> io::Result<u64> {
+/// What came of copying.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Copied {
+    /// The whole file, which may be longer than was asked for: both share the same bytes.
+    Shared,
+    /// What there is, up to where the last data ends.
+    Until(u64),
+}
+
+/// Copies the first `len` bytes, holes as holes. `clones` keeps whether the two file systems can share
+/// bytes.
+fn copy_data(from: &dyn LayerFile, to: &File, len: u64, clones: &Tri) -> io::Result<Copied> {
     if clones.get() != Some(false)
         && let Some(fd) = from.fd()
     {
         match rustix::fs::ioctl_ficlone(to, fd) {
-            // It may be longer.
-            Ok(()) => return Ok(u64::MAX),
+            Ok(()) => return Ok(Copied::Shared),
             Err(Errno::OPNOTSUPP | Errno::XDEV) => clones.set(false),
             Err(_) => {}
         }
@@ -402,13 +417,13 @@ fn copy_data(from: &dyn LayerFile, to: &File, len: u64, clones: &Tri) -> io::Res
     if len <= SMALL {
         let start = match from.seek(0, libc::SEEK_DATA) {
             Ok(start) => start.min(len),
-            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(0),
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(Copied::Until(0)),
             // A file system that knows no holes.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => 0,
             Err(e) => return Err(e),
         };
         copy_range(from, to, start, len)?;
-        return Ok(len);
+        return Ok(Copied::Until(len));
     }
     // Where the next hole is first: most files have none, and that is all there is to ask then.
     let (mut at, mut end) = (0, hole(from, 0, len)?);
@@ -417,16 +432,16 @@ fn copy_data(from: &dyn LayerFile, to: &File, len: u64, clones: &Tri) -> io::Res
             copy_range(from, to, at, end)?;
         }
         if end >= len {
-            return Ok(end);
+            return Ok(Copied::Until(end));
         }
         let start = match from.seek(end, libc::SEEK_DATA) {
             Ok(start) if start > end && start < len => start,
-            Ok(start) if start >= len => return Ok(end),
-            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(end),
+            Ok(start) if start >= len => return Ok(Copied::Until(end)),
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(Copied::Until(end)),
             // Nothing is certain: as data, then.
             _ => {
                 copy_range(from, to, end, len)?;
-                return Ok(len);
+                return Ok(Copied::Until(len));
             }
         };
         (at, end) = (start, hole(from, start, len)?);

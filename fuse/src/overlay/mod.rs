@@ -15,6 +15,7 @@ mod lookup;
 pub mod marks;
 mod node;
 mod open;
+mod order;
 mod owners;
 mod remove;
 mod rename;
@@ -37,6 +38,7 @@ use marks::Words;
 use node::recent::Recent;
 use node::table::Table;
 use node::{Dir, Fresh, LowerDir, State, Tri, UPPER_DEVICE};
+use order::Order;
 
 /// The most lower layers.
 pub const MAX_LOWERS: usize = 500;
@@ -76,6 +78,8 @@ pub(crate) struct Upper {
     xattrs: bool,
     /// To whom belongs what is made in `work`; `None` where that depends.
     owner: Option<(u32, u32)>,
+    /// What it takes that a copy is on the disk before its name.
+    order: Order,
     /// Numbers for names in `work`.
     next: AtomicU64,
     /// Locked as long as the overlay is served.
@@ -244,6 +248,7 @@ impl Upper {
             devices: false,
             xattrs: false,
             owner: None,
+            order: Order::of(lock.as_fd()),
             next: AtomicU64::new(0),
             _lock: lock,
         };

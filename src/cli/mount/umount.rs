@@ -1,6 +1,7 @@
 //! `vdisk umount`: ends a mount of `vdisk mount`; returns when everything is durable and the
 //! disk is free.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use nix::mount::{MntFlags, umount2};
 use vdisk::control::{self, Connection, Request, place};
 use vdisk::mount::table::{self, Kind};
 use vdisk::mount::{busy, unmount};
+use vdisk::storage::fsfreeze;
 use vdisk::{Error, ErrorKind, Result};
 use vdisk_fuse::apart::Apart;
 
@@ -38,6 +40,9 @@ pub fn run(args: &Args) -> Result<u8> {
     let device = kind.device();
     // Asked before: what happens from then on is told.
     let server = control::ask_at(&place::mount(device), &Request::Wait)?;
+    if server.is_none() {
+        let_go_on(&dir, &kind);
+    }
     match (server, release(&dir, &kind)) {
         (Some(server), result) => {
             result?;
@@ -57,6 +62,14 @@ pub fn run(args: &Args) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// Lets a file system go on that its server had at rest, for a snapshot, when it was killed. Unmounted
+/// as it is, it would keep its loop device for good, and whoever waits to write there would never end.
+fn let_go_on(dir: &Path, kind: &Kind) {
+    if let (Kind::Files(_), Ok(root)) = (kind, File::open(dir)) {
+        fsfreeze::let_go(&root);
+    }
 }
 
 /// Writes everything out and unmounts, with the rights that the user has. Who uses it for a moment only,
