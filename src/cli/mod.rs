@@ -152,6 +152,7 @@ impl Verb {
                 | Verb::MountDaemon(_)
                 | Verb::Read(_)
                 | Verb::Serve(_)
+                | Verb::Write(_)
         )
     }
 

@@ -217,7 +217,7 @@ fn the_process_that_runs_a_guest_is_jailed_and_the_guest_goes_on() {
 }
 
 #[test]
-fn commands_that_read_disks_are_jailed_when_they_read() {
+fn commands_that_read_or_write_disks_are_jailed_when_they_do() {
     if !have(Need::Landlock) {
         return;
     }
@@ -225,6 +225,7 @@ fn commands_that_read_disks_are_jailed_when_they_read() {
     work.vdisk("create disks/plain.qcow2 8M").succeeds();
     for words in [
         "read disks/clone.qcow2 0 4096",
+        "write disks/clone.qcow2 4096",
         "map disks/clone.qcow2",
         "check disks/clone.qcow2",
         "check disks/plain.qcow2 --repair all",

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use vdisk::block::{BlockDevice, check_range};
+use vdisk::jail::{Jail, Work};
 use vdisk::{Error, Result};
 
 use crate::cli::open::disk::{self, Use};
@@ -71,6 +72,9 @@ pub fn read(args: &ReadArgs) -> Result<u8> {
 
 pub fn write(args: &WriteArgs) -> Result<u8> {
     let disk = disk::open(&args.disk, &args.opening.writing())?;
+    let mut jail = Jail::new(Work::Command);
+    jail::change(&mut jail, &disk);
+    jail::close(jail)?;
     let mut input = std::io::stdin().lock();
     let mut buf = vec![0; CHUNK as usize];
     let mut at = args.offset;

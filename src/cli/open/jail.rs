@@ -82,6 +82,13 @@ pub fn disk(jail: &mut Jail, chain: &Chain, held: bool) -> Result<()> {
         chain.all_layers().iter().for_each(|layer| admit(jail, layer, false));
         return Ok(());
     }
+    change(jail, chain);
+    jail.reach(&place::directory()?, Reach::Sockets);
+    Ok(())
+}
+
+/// Lets through what a change of the disk's own files may open, and reads of its bases.
+pub fn change(jail: &mut Jail, chain: &Chain) {
     let layers = chain.all_layers();
     let own = layers.first().and_then(disk_of);
     for (depth, layer) in layers.iter().enumerate() {
@@ -90,8 +97,6 @@ pub fn disk(jail: &mut Jail, chain: &Chain, held: bool) -> Result<()> {
         admit(jail, layer, is_own);
         clones_of(layer).iter().for_each(|dir| jail.reach(dir, Reach::Read));
     }
-    jail.reach(&place::directory()?, Reach::Sockets);
-    Ok(())
 }
 
 fn disk_of(layer: &Layer) -> Option<Id> {
