@@ -59,7 +59,7 @@ pub(super) fn run(scratch: &Scratch, words: &[&OsStr]) -> Result<u8> {
     }
     thaw(scratch);
     // The host process does it, too, unless it was killed.
-    drop(words.get(5).and_then(|leaf| Room::of(Path::new(leaf))));
+    drop(words.get(4).and_then(|leaf| Room::of(Path::new(leaf))));
     Ok(0)
 }
 

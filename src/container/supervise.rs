@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::cgroup::freezer::{self, Frozen};
+use super::cgroup::freezer::{self, Cold, Frozen};
 use super::handle::Order;
 use super::keeper::STOP;
 use super::network::{Network, user};
@@ -51,11 +51,12 @@ pub(super) fn run(
         failure: None,
         status: None,
         frozen: None,
+        cold: None,
     };
     let watched = container.watch();
     container.space.handle.close();
     container.relay = None;
-    let Container { space, groups, ended_by, failure, status, .. } = container;
+    let Container { space, groups, ended_by, failure, status, cold, .. } = container;
     if watched.is_err() {
         // All ends with it.
         space.keeper.kill().map_err(doing("cannot end the container's keeper"))?;
@@ -67,6 +68,7 @@ pub(super) fn run(
     };
     // A keeper that was killed has left them.
     cgroup::remove(groups);
+    drop(cold);
     watched.map_err(doing("lost the container"))?;
     if let Some((failed_with, reason)) = failure {
         let kind = if failed_with == Some(127) { ErrorKind::NotFound } else { ErrorKind::Io };
@@ -199,6 +201,8 @@ struct Container<'a> {
     status: Option<u8>,
     /// What stands still while it is paused.
     frozen: Option<Frozen>,
+    /// The group that was made for that.
+    cold: Option<Cold>,
 }
 
 impl Container<'_> {
@@ -424,7 +428,7 @@ impl Container<'_> {
             Order::Pause => match &self.init {
                 _ if self.frozen.is_some() => Ok(()),
                 Some(init) if init.link.is_none() => {
-                    self.frozen = Some(freezer::freeze(init.pid, &self.groups)?);
+                    self.frozen = Some(freezer::freeze(init.pid, &self.groups, &mut self.cold)?);
                     Ok(())
                 }
                 _ => Err(io::Error::new(io::ErrorKind::WouldBlock, "it has not started yet")),

@@ -65,14 +65,16 @@ fn a_container_is_frozen_by_its_control_group_and_sees_nothing_of_it() {
     room.start("", script).succeeds();
     eventually("it runs", || !running(&["sleep", "7021"]).is_empty());
     let pid = running(&["sleep", "7021"])[0];
+    let other = start(&work, Who::Root, ["exec", &room.name, "sleep", "7022"]);
+    eventually("the other runs", || !running(&["sleep", "7022"]).is_empty());
+    room.vdisk("pause NAME").succeeds();
     let dir = group(pid).filter(|dir| dir.join("cgroup.freeze").exists());
     let Some(dir) = dir else {
         skipped("this host has no cgroup v2 in which root may make groups");
         return;
     };
-    let other = start(&work, Who::Root, ["exec", &room.name, "sleep", "7022"]);
-    eventually("the other runs", || !running(&["sleep", "7022"]).is_empty());
     assert_eq!(group(running(&["sleep", "7022"])[0]).as_ref(), Some(&dir));
+    room.vdisk("resume NAME").succeeds();
     let is = |frozen: &str| {
         fs::read_to_string(dir.join("cgroup.events")).unwrap().lines().any(|line| line == frozen)
     };

@@ -205,12 +205,7 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: As) -> Resu
     let source = source(args, named, &spec)?;
     // First of all, while there is one thread.
     place::settle();
-    let limits = Limits {
-        memory: args.memory,
-        milli_cpus: args.cpus,
-        pids: args.pids,
-        freezable: !matches!(instance, Instance::Nobody),
-    };
+    let limits = Limits { memory: args.memory, milli_cpus: args.cpus, pids: args.pids };
     // Another disk's `umount` is not to wait until this container ends.
     let mut space = Space::enter(&limits, table::drop_copies)?;
     let marks = Marks::to(args.marks.as_deref())?;

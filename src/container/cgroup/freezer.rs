@@ -5,7 +5,7 @@
 //! frozen group is seen by nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -28,11 +28,65 @@ pub(in crate::container) enum Frozen {
     Processes(BTreeSet<i32>),
 }
 
-/// Stops all processes of the container whose process 1 is `init` and which are in these groups.
-pub(in crate::container) fn freeze(init: i32, groups: &[PathBuf]) -> io::Result<Frozen> {
-    match groups.iter().find(|dir| can(dir)) {
-        Some(dir) => freeze_group(dir),
-        None => stop_all(init),
+/// A group that was made to freeze a container. It is made at the first pause: to enter one takes the kernel
+/// milliseconds, which no start is to wait for.
+#[derive(Debug)]
+pub(in crate::container) struct Cold {
+    dir: PathBuf,
+    /// What says that it is in use.
+    _held: File,
+}
+
+impl Drop for Cold {
+    fn drop(&mut self) {
+        super::remove(vec![self.dir.clone()]);
+    }
+}
+
+/// Stops all processes of the container whose process 1 is `init` and which are in these groups, or comes to be in
+/// one for that.
+pub(in crate::container) fn freeze(
+    init: i32,
+    groups: &[PathBuf],
+    cold: &mut Option<Cold>,
+) -> io::Result<Frozen> {
+    if let Some(dir) = groups.iter().find(|dir| can(dir)) {
+        return freeze_group(dir);
+    }
+    if cold.is_none() {
+        let made = super::make_freezable(&format!("vdisk-{}", std::process::id()));
+        *cold = made.map(|(dir, held)| Cold { dir, _held: held });
+    }
+    match cold {
+        // Where it may be made, processes need not be let in all the same.
+        Some(Cold { dir, .. }) if gather(init, dir).is_ok() => freeze_group(dir),
+        _ => stop_all(init),
+    }
+}
+
+/// Moves processes into a group until a look at all of them finds none outside: each may start more meanwhile.
+fn gather(init: i32, dir: &Path) -> io::Result<()> {
+    let until = Instant::now() + TO_STOP;
+    let procs = dir.join("cgroup.procs");
+    loop {
+        let inside = fs::read_to_string(&procs)?;
+        let inside: BTreeSet<i32> = inside.lines().filter_map(|pid| pid.parse().ok()).collect();
+        let all = members(init)?.into_iter().filter(|(_, state)| !matches!(state, 'Z' | 'X'));
+        let outside: Vec<i32> =
+            all.map(|(pid, _)| pid).filter(|pid| !inside.contains(pid)).collect();
+        if outside.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > until {
+            return Err(not_stopped());
+        }
+        for pid in outside {
+            match fs::write(&procs, pid.to_string()) {
+                // One that has just ended need not be there.
+                Err(e) if e.raw_os_error() == Some(Errno::ESRCH as i32) => {}
+                moved => moved?,
+            }
+        }
     }
 }
 

@@ -34,8 +34,6 @@ pub struct Limits {
     pub milli_cpus: Option<u64>,
     /// Processes and threads at once.
     pub pids: Option<u64>,
-    /// Whether it is to be stopped as a whole, unseen: by a group in cgroup v2, where it can have one.
-    pub freezable: bool,
 }
 
 /// A controller's name and what is to be written where, in v2 and in v1.
@@ -47,16 +45,14 @@ struct Setting {
 
 impl Limits {
     /// As words for [`from_words`](Limits::from_words).
-    pub(super) fn words(&self) -> [String; 4] {
+    pub(super) fn words(&self) -> [String; 3] {
         let word = |limit: Option<u64>| limit.map_or(String::new(), |limit| limit.to_string());
-        let freezable = u64::from(self.freezable).to_string();
-        [word(self.memory), word(self.milli_cpus), word(self.pids), freezable]
+        [word(self.memory), word(self.milli_cpus), word(self.pids)]
     }
 
     pub(super) fn from_words(words: &[&OsStr]) -> Limits {
         let number = |at: usize| words.get(at)?.to_str()?.parse().ok();
-        let freezable = number(3) == Some(1);
-        Limits { memory: number(0), milli_cpus: number(1), pids: number(2), freezable }
+        Limits { memory: number(0), milli_cpus: number(1), pids: number(2) }
     }
 
     fn settings(&self) -> Vec<Setting> {
@@ -123,16 +119,10 @@ impl Groups {
     pub(super) fn create(limits: &Limits, name: &str) -> Result<Groups> {
         let mut groups = Groups::default();
         let settings = limits.settings();
-        if settings.is_empty() && !limits.freezable {
+        if settings.is_empty() {
             return Ok(groups);
         }
-        let made = Host::read().and_then(|host| {
-            groups.make(&host, settings, name)?;
-            if limits.freezable {
-                groups.make_freezable(&host, name);
-            }
-            Ok(())
-        });
+        let made = Host::read().and_then(|host| groups.make(&host, settings, name));
         if made.is_err() {
             groups.remove();
         }
@@ -172,28 +162,25 @@ impl Groups {
         Ok(())
     }
 
-    /// Makes a group that can be frozen, where there is none among those that the limits need. Where it
-    /// cannot be, signals do for it.
-    fn make_freezable(&mut self, host: &Host, name: &str) {
-        if self.dirs.iter().any(|dir| freezer::can(dir)) {
-            return;
-        }
-        let Some((_, own)) = host.v2_own() else { return };
-        let Ok((dir, held)) = make_dir(&own, name) else { return };
-        // Below one of threads, a group takes no processes.
-        let kind = fs::read_to_string(dir.join("cgroup.type")).unwrap_or_default();
-        if kind.trim() == "domain" && freezer::can(&dir) {
-            self.dirs.push(dir);
-            self.held.push(held);
-        } else {
-            remove(vec![dir]);
-        }
-    }
-
     /// Removes the groups. Their processes have ended, but the kernel may need a moment more.
     pub(super) fn remove(&mut self) {
         remove(std::mem::take(&mut self.dirs));
     }
+}
+
+/// Makes a group in cgroup v2 for processes that are to be frozen, below the one that this process is in; and what says
+/// that it is in use. Nothing where this process may not.
+fn make_freezable(name: &str) -> Option<(PathBuf, File)> {
+    let host = Host::read().ok()?;
+    let (_, own) = host.v2_own()?;
+    let (dir, held) = make_dir(&own, name).ok()?;
+    // Below one of threads, a group takes no processes.
+    let kind = fs::read_to_string(dir.join("cgroup.type")).unwrap_or_default();
+    if kind.trim() == "domain" && freezer::can(&dir) {
+        return Some((dir, held));
+    }
+    remove(vec![dir]);
+    None
 }
 
 /// Removes groups, as far as they are there. Their processes have ended or are about to.
