@@ -24,7 +24,7 @@ pub(super) enum Folded {
     Idle {
         upper: Layer,
         /// `None` once it is closed.
-        lower: Option<Chain>,
+        lower: Option<Box<Chain>>,
     },
     Held {
         _upper: WriteHandle,
@@ -108,7 +108,7 @@ impl Run<'_> {
         let mut meter = Meter::new(progress, data_bytes(&*upper.image)?, UNFINISHED);
         fold::down(&upper, in_batches, &lower, &mut meter, &mut |_| Ok(()))?;
         lower.flush()?;
-        self.folded = Some(Folded::Idle { upper, lower: Some(lower) });
+        self.folded = Some(Folded::Idle { upper, lower: Some(Box::new(lower)) });
         Ok(())
     }
 

@@ -291,7 +291,7 @@ impl Mounted {
         let Side { name: from, directory: mut old } = from;
         let Side { name: to, directory: mut new } = to;
         let apart = old.number != new.number;
-        let target = Target::of(&moved);
+        let target = Target::of(moved);
         if let Some(other) = &other {
             match (moved.is_directory(), other.is_directory()) {
                 (false, true) => return Err(errno(libc::EISDIR, "a directory")),
