@@ -285,7 +285,7 @@ mod tests {
     /// Many threads, more than have places, read two numbers that writers keep alike.
     #[test]
     fn readers_see_no_half_of_a_change() {
-        const CHANGES: u64 = 2000;
+        const CHANGES: u64 = 200;
         let lock = RwLock::new((0_u64, 0_u64));
         thread::scope(|scope| {
             for _ in 0..PLACES + 8 {
@@ -293,9 +293,14 @@ mod tests {
                     let mut last = 0;
                     while last < CHANGES {
                         let pair = lock.read();
-                        assert_eq!(pair.0, pair.1);
-                        assert!(pair.0 >= last);
-                        last = pair.0;
+                        let first = hint::black_box(&*pair).0;
+                        // All give way, and none is stopped for the whole of its turn with the lock.
+                        thread::yield_now();
+                        assert_eq!(hint::black_box(&*pair).1, first);
+                        drop(pair);
+                        assert!(first >= last);
+                        last = first;
+                        thread::yield_now();
                     }
                 });
             }
@@ -310,6 +315,8 @@ mod tests {
                         pair.0 += 1;
                         hint::spin_loop();
                         pair.1 += 1;
+                        drop(pair);
+                        thread::yield_now();
                     }
                 });
             }
@@ -321,14 +328,14 @@ mod tests {
     #[test]
     fn a_place_goes_from_thread_to_thread() {
         let lock = RwLock::new(0);
-        for _ in 0..PLACES * 3 {
+        for _ in 0..PLACES * 2 {
             warm(&lock);
             thread::scope(|scope| {
                 scope.spawn(|| *lock.read());
                 scope.spawn(|| *lock.write() += 1);
             });
         }
-        assert_eq!(*lock.read(), PLACES * 3);
+        assert_eq!(*lock.read(), PLACES * 2);
     }
 
     #[test]
@@ -339,6 +346,8 @@ mod tests {
         let (leave, may_leave) = channel::<()>();
         let (first, lock) = (lock.read(), &lock);
         thread::scope(|scope| {
+            // Goes with a failure, too: nobody waits for it then.
+            let leave = leave;
             scope.spawn(move || {
                 let guard = lock.read();
                 entered.send(()).unwrap();
