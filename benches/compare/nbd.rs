@@ -5,28 +5,21 @@
 use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::certificates::{Authority, Wanted};
-use super::peers::{Side, place, raw, row};
+use super::peers::{Running, Side, place, raw, row};
 use super::seconds;
 
 /// What is copied in small requests.
 const PART: u64 = 64 << 20;
 
-/// A server under way; killed with this guard.
+/// A server under way.
 struct Server {
-    child: Child,
+    _running: Running,
     port: u16,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Server {
@@ -48,7 +41,7 @@ impl Server {
         };
         let mut command = Command::new(program);
         command.args(words.split_whitespace()).current_dir(dir).stdout(Stdio::null());
-        let server = Server { child: command.spawn().unwrap(), port };
+        let server = Server { _running: Running(command.spawn().unwrap()), port };
         let until = Instant::now() + Duration::from_secs(10);
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
             assert!(Instant::now() < until, "{program} does not listen");

@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
@@ -29,6 +29,16 @@ pub const STEP: u64 = BLOCK * 40_503;
 const MAPPED: &str = "100G";
 /// Compression is slow, and its speed does not depend on the disk's size.
 const COMPRESSED_PART: u64 = 8;
+
+/// A server of one side's under way; killed with this guard.
+pub struct Running(pub Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 /// Both programs under one set of words.
 #[derive(Clone, Copy, PartialEq)]

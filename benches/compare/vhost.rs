@@ -3,10 +3,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use super::driver::{Driver, Job};
-use super::peers::{Side, place, raw, row};
+use super::peers::{Running, Side, place, raw, row};
 
 /// The disk. A write is the first one of its cluster only before anything is measured.
 const SIZE: u64 = 256 << 20;
@@ -16,17 +16,10 @@ const SMALL: Job =
 const LARGE: Job =
     Job { write: false, len: 1 << 20, depth: 4, requests: 1024, size: SIZE, random: false };
 
-/// A server under way; killed with this guard.
+/// A server under way.
 struct Server {
-    child: Child,
+    _running: Running,
     socket: PathBuf,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Server {
@@ -49,8 +42,8 @@ impl Server {
         };
         let mut command = Command::new(program);
         command.args(words.split_whitespace()).current_dir(dir).stdout(Stdio::null());
-        let child = command.stdin(Stdio::null()).spawn().unwrap();
-        Server { child, socket: dir.join(format!("{name}.sock")) }
+        let running = Running(command.stdin(Stdio::null()).spawn().unwrap());
+        Server { _running: running, socket: dir.join(format!("{name}.sock")) }
     }
 }
 
