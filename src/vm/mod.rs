@@ -29,8 +29,6 @@ mod mmio;
 mod network;
 mod power;
 mod terminal;
-#[cfg(test)]
-mod violations;
 
 pub use boot::Source;
 pub use console::Streams;

@@ -2,6 +2,9 @@
 //! that loop, overlap and lie, changed while several queues are at work. For a fuzz target and a seeded
 //! test; the devices are the guest's own, over memory of a few pages, without KVM.
 
+#[cfg(test)]
+mod violations;
+
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -10,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::bus::BusDevice;
-use super::mmio::Transport;
 use crate::block::{BlockDevice, BlockExtent, total, total_mut};
 use crate::error::{Error, Result};
 use crate::virtio::{Block, Frames, Id, Link, MAX_FRAME, Memory, Net, Rng, VirtioDevice};
+use crate::vm::bus::BusDevice;
+use crate::vm::mmio::Transport;
 
 const MEMORY: u64 = 0x2_0000;
 const DISK: u64 = 64 << 10;
@@ -23,7 +26,7 @@ const STEP: usize = 12;
 /// The most steps of one run.
 const STEPS: usize = 4096;
 /// How long devices may take to serve a request once they are left alone.
-pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A disk in memory.
 struct Ram(Mutex<Vec<u8>>);
@@ -102,13 +105,13 @@ impl Frames for Arc<Echo> {
 }
 
 /// Devices as a guest sees them.
-pub(super) struct Devices {
-    pub(super) memory: Arc<Memory>,
-    pub(super) all: Vec<Transport>,
+struct Devices {
+    memory: Arc<Memory>,
+    all: Vec<Transport>,
 }
 
 impl Devices {
-    pub(super) fn new() -> Result<Devices> {
+    fn new() -> Result<Devices> {
         let failed = |e| Error::io("cannot make devices", e);
         let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY as usize)])
             .map_err(|e| Error::invalid(e.to_string()))?;
@@ -128,13 +131,13 @@ impl Devices {
         Ok(Devices { memory, all: all? })
     }
 
-    pub(super) fn set(&self, device: usize, register: u64, value: u32) {
+    fn set(&self, device: usize, register: u64, value: u32) {
         if let Some(device) = self.all.get(device) {
             device.write(register, &value.to_le_bytes());
         }
     }
 
-    pub(super) fn get(&self, device: usize, register: u64) -> u32 {
+    fn get(&self, device: usize, register: u64) -> u32 {
         let mut value = [0; 4];
         if let Some(device) = self.all.get(device) {
             device.read(register, &mut value);
@@ -144,7 +147,7 @@ impl Devices {
 
     /// As a driver does it, with a queue's rings at `base`: descriptors, 0x400 on the available ones,
     /// 0x800 on the used ones.
-    pub(super) fn set_up(&self, device: usize, bases: &[u32]) {
+    fn set_up(&self, device: usize, bases: &[u32]) {
         self.set(device, STATUS, 0);
         for (register, value) in [(STATUS, 1), (STATUS, 3), (FEATURES_SEL, 1), (FEATURES, 1)] {
             self.set(device, register, value);
@@ -160,7 +163,7 @@ impl Devices {
         self.set(device, STATUS, 15);
     }
 
-    pub(super) fn put(&self, at: u64, bytes: &[u8]) {
+    fn put(&self, at: u64, bytes: &[u8]) {
         // A guest cannot write outside of its memory either.
         let _ = self.memory.write_slice(bytes, GuestAddress(at % MEMORY));
     }
@@ -214,7 +217,7 @@ impl Devices {
     }
 
     /// Whether the disk still answers to a driver that behaves.
-    pub(super) fn answers(&self) -> bool {
+    fn answers(&self) -> bool {
         // Rings are empty before a device sees them, and nobody is at work in them after a reset.
         self.set(0, STATUS, 0);
         let end = Instant::now() + PATIENCE;
@@ -251,16 +254,16 @@ impl Devices {
     }
 }
 
-pub(super) const QUEUE: u32 = 16;
-pub(super) const FEATURES: u64 = 0x20;
-pub(super) const FEATURES_SEL: u64 = 0x24;
-pub(super) const QUEUE_SEL: u64 = 0x30;
-pub(super) const QUEUE_NUM: u64 = 0x38;
-pub(super) const QUEUE_READY: u64 = 0x44;
-pub(super) const STATUS: u64 = 0x70;
-pub(super) const DESCRIPTORS: u64 = 0x80;
-pub(super) const AVAILABLE: u64 = 0x90;
-pub(super) const USED: u64 = 0xa0;
+const QUEUE: u32 = 16;
+const FEATURES: u64 = 0x20;
+const FEATURES_SEL: u64 = 0x24;
+const QUEUE_SEL: u64 = 0x30;
+const QUEUE_NUM: u64 = 0x38;
+const QUEUE_READY: u64 = 0x44;
+const STATUS: u64 = 0x70;
+const DESCRIPTORS: u64 = 0x80;
+const AVAILABLE: u64 = 0x90;
+const USED: u64 = 0xa0;
 
 /// Does to fresh devices what `script` says, a second thread changing memory meanwhile, and then uses
 /// the disk as a driver that behaves does.

@@ -12,8 +12,7 @@ use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::bus::BusDevice;
-use super::hostile::*;
+use super::*;
 
 const KNOWN: u32 = 1;
 const DRIVER: u32 = 2;
