@@ -73,22 +73,37 @@ pub trait BlockDevice: Send + Sync {
 }
 
 /// Fails unless `offset..offset + len` lies within `size` bytes.
+#[inline]
 pub fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
     match offset.checked_add(len) {
         Some(end) if end <= size => Ok(()),
-        _ => Err(Error::invalid(format!(
-            "{len} bytes at offset {offset} reach past the end of the disk ({size} bytes)"
-        ))),
+        _ => Err(past_the_end(offset, len, size)),
     }
 }
 
+#[cold]
+fn past_the_end(offset: u64, len: u64, size: u64) -> Error {
+    Error::invalid(format!(
+        "{len} bytes at offset {offset} reach past the end of the disk ({size} bytes)"
+    ))
+}
+
 /// The total length in bytes of a vector to be written.
+#[inline]
 pub fn total(bufs: &[IoSlice<'_>]) -> u64 {
+    // Asked several times for each request, most of which have one.
+    if let [only] = bufs {
+        return only.len() as u64;
+    }
     bufs.iter().map(|b| b.len() as u64).sum()
 }
 
 /// The total length in bytes of a vector to be filled.
+#[inline]
 pub fn total_mut(bufs: &[IoSliceMut<'_>]) -> u64 {
+    if let [only] = bufs {
+        return only.len() as u64;
+    }
     bufs.iter().map(|b| b.len() as u64).sum()
 }
 

@@ -1,11 +1,9 @@
-//! Many threads on one disk against pread and pwrite on a raw file: what shared locks cost.
+//! Many threads on one disk against pread and pwrite of the same bytes: what shared locks cost.
 //!
 //! Every thread works on blocks of its own, so that only what the engine shares can make one wait for
 //! another. A machine with fewer cores than threads shows what they cost where they take turns.
 
-use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::thread;
 
@@ -13,7 +11,7 @@ use vdisk::internals::block::BlockDevice;
 use vdisk::internals::open;
 use vdisk::internals::qcow2::CreateOptions;
 
-use super::{BLOCK, FILL, SIZE, SPENT, blocks, claim, claims, fill, taken};
+use super::{BLOCK, Beneath, SIZE, SPENT, blocks, claim, claims, fill, taken};
 
 const THREADS: [u64; 4] = [1, 2, 4, 8];
 
@@ -35,14 +33,11 @@ fn spread(threads: u64, seed: u64, work: impl Fn(u64) + Sync) {
 pub fn table() {
     let dir = tempfile::tempdir().unwrap();
     claims();
-    let path = dir.path().join("raw");
-    let raw = File::options().read(true).write(true).create_new(true).open(path).unwrap();
-    (0..SIZE / FILL).for_each(|n| raw.write_all_at(&[7; FILL as usize], n * FILL).unwrap());
-    raw.sync_all().unwrap();
     let path = dir.path().join("disk");
     open::create(&path, &CreateOptions::new(SIZE)).unwrap();
     let disk = super::open(&path);
     fill(&disk);
+    let beneath = Beneath::of(&disk, &path);
     for threads in THREADS {
         claim(
             &format!("4 KiB random reads, {threads} threads, engine / pread"),
@@ -54,7 +49,7 @@ pub fn table() {
             },
             |s| {
                 spread(threads, s, |at| {
-                    raw.read_exact_at(&mut [0; BLOCK as usize], at).unwrap();
+                    beneath.read(at, &mut [0; BLOCK as usize]);
                 });
             },
         );
@@ -67,7 +62,7 @@ pub fn table() {
                     disk.write_at(at, &[IoSlice::new(&[s as u8; BLOCK as usize])]).unwrap();
                 });
             },
-            |s| spread(threads, s, |at| raw.write_all_at(&[s as u8; BLOCK as usize], at).unwrap()),
+            |s| spread(threads, s, |at| beneath.write(at, &[s as u8; BLOCK as usize])),
         );
     }
 }

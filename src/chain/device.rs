@@ -45,13 +45,15 @@ impl Layers {
         let mut done = 0;
         while done < len {
             let pos = at + done;
-            let extent = self.head.image.map(pos, len - done)?;
+            // By reference: to be moved out of the result is as dear as the look itself.
+            let found = self.head.image.map(pos, len - done);
+            let Ok(extent) = &found else { return found.map(drop) };
             if extent.len == len && extent.mapping != Mapping::Unallocated {
-                return self.head.image.read(&extent, pos, bufs);
+                return self.head.image.read(extent, pos, bufs);
             }
             with_window(bufs, done, extent.len, |target| match extent.mapping {
                 Mapping::Unallocated => self.lower.read(pos, extent.len, target),
-                _ => self.head.image.read(&extent, pos, target),
+                _ => self.head.image.read(extent, pos, target),
             })?;
             done += extent.len;
         }
@@ -209,14 +211,15 @@ impl Chain {
         let mut done = 0;
         while done < len {
             let pos = offset + done;
-            let extent = head.map(GuestOffset(pos), len - done)?;
+            let found = head.map(GuestOffset(pos), len - done);
+            let Ok(extent) = &found else { return found.map(drop) };
             done += match extent.mapping {
                 Mapping::Data { exclusive: true, .. } if extent.len == len => {
-                    head.overwrite(&extent, extent.start, bufs)?;
+                    head.overwrite(extent, extent.start, bufs)?;
                     len
                 }
                 Mapping::Data { exclusive: true, .. } => {
-                    head.overwrite(&extent, extent.start, &window(bufs, done, extent.len))?;
+                    head.overwrite(extent, extent.start, &window(bufs, done, extent.len))?;
                     extent.len
                 }
                 _ => self.write_new(layers, pos, &window(bufs, done, len - done))?,

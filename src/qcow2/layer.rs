@@ -14,6 +14,7 @@ use crate::qcow2::guard::lock;
 use crate::qcow2::header::autoclear;
 use crate::qcow2::image::Image;
 use crate::qcow2::step;
+use crate::qcow2::tables::entry::Entry;
 use crate::storage::Storage;
 
 /// Freed bytes that wait for a flush, at most: a guest that never flushes gets them back, too.
@@ -67,10 +68,16 @@ impl image::Image for Image {
         if len == 0 {
             return Err(Error::invalid("a mapping past the end of the disk was asked for"));
         }
-        let (len, mapping) = self.with_slice(at, |tables, found| match found {
+        let (len, entry) = self.with_slice(at, |tables, found| match found {
             Some((place, slice)) => tables.scan(slice, place, at, len),
-            None => Ok((tables.unmapped(at, len), Mapping::Unallocated)),
+            None => Ok((tables.unmapped(at, len), Entry::default())),
         })?;
+        if let Some(cluster) = self.shape.plain(entry) {
+            let host = cluster + self.shape.cluster.within(at.0);
+            let mapping = Mapping::Data { host, exclusive: entry.exclusive() };
+            return Ok(Extent { start: at, len, mapping });
+        }
+        let mapping = self.shape.mapping(entry, at.0).map_err(|e| self.note_corruption(e))?;
         Ok(Extent { start: at, len, mapping })
     }
 

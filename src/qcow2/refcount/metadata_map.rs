@@ -46,6 +46,11 @@ impl MetadataMap {
     /// Whether metadata stands in any of the clusters that `len` bytes at `offset` touch.
     pub fn holds(&self, cluster: Unit, offset: u64, len: u64) -> bool {
         let hit = |(word, bits): (u64, u64)| self.words.get(&word).is_some_and(|w| w & bits != 0);
+        let first = cluster.index(offset);
+        // Most requests stay within one cluster.
+        if (1..=cluster.bytes() - cluster.within(offset)).contains(&len) {
+            return hit((first / 64, 1 << (first % 64)));
+        }
         words(cluster, offset, len).any(hit)
     }
 

@@ -65,16 +65,19 @@ impl Cache {
         self.generation
     }
 
+    #[inline]
     pub fn get(&self, offset: u64) -> Option<&[u8]> {
         self.slot(offset).map(|slot| self.bytes(slot))
     }
 
     /// The number of a slice's slot, good as long as the cache does not change.
+    #[inline]
     pub fn slot(&self, offset: u64) -> Option<usize> {
         self.index.get(&offset).copied()
     }
 
     /// The slice in a slot that [`slot`](Cache::slot) returned.
+    #[inline]
     pub fn bytes(&self, slot: usize) -> &[u8] {
         let slot = &self.slots[slot];
         // Readers share the cache: write the mark only where it changes, not to bounce the line.

@@ -4,6 +4,7 @@
 
 use crate::addr::{HostOffset, Unit};
 use crate::error::{Error, Result};
+use crate::image::Mapping;
 use crate::qcow2::header::Header;
 use crate::qcow2::tables::words::{words, words_mut};
 
@@ -129,6 +130,37 @@ impl Shape {
         } else {
             words[index].set(entry.descriptor);
         }
+    }
+
+    /// The cluster of an entry that names one in the image's own file and says nothing else, as nearly
+    /// every entry of a disk in use does: told by one look. `None` of any other.
+    #[inline]
+    pub fn plain(self, entry: Entry) -> Option<HostOffset> {
+        let host = entry.descriptor & !COPIED;
+        let plain = !self.extended && !self.external && host & !OFFSET == 0;
+        (plain && host != 0 && self.cluster.aligned(host)).then_some(HostOffset(host))
+    }
+
+    /// What the entry says about the guest's byte at `at`.
+    pub fn mapping(self, entry: Entry, at: u64) -> Result<Mapping> {
+        let within = self.cluster.within(at);
+        Ok(match self.kind(entry, within)? {
+            Kind::Unallocated => Mapping::Unallocated,
+            Kind::Zero => Mapping::Zero { host: self.host(entry).map(|h| h + within) },
+            Kind::Compressed => Mapping::Compressed { descriptor: entry.descriptor },
+            Kind::Data if self.external && entry.descriptor & OFFSET != at - within => {
+                return Err(Error::corrupt(format!(
+                    "External data file host cluster offset {:#x} does not match guest cluster \
+                     offset: {:#x}",
+                    entry.descriptor & OFFSET,
+                    at - within
+                )));
+            }
+            Kind::Data => Mapping::Data {
+                host: HostOffset((entry.descriptor & OFFSET) + within),
+                exclusive: entry.exclusive(),
+            },
+        })
     }
 
     /// How the part of the cluster at `within` bytes is mapped.

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::image::Mapping;
 use crate::qcow2::header::Header;
 use crate::qcow2::tables::cache::{Cache, Dirty, SLICE};
-use crate::qcow2::tables::entry::{COPIED, Entry, Kind, OFFSET, Shape};
+use crate::qcow2::tables::entry::{COPIED, Entry, OFFSET, Shape};
 use crate::qcow2::tables::words::{decode, encode};
 use crate::storage::Storage;
 
@@ -93,26 +93,31 @@ impl Tables {
     }
 
     /// The L2 table that maps `at`; `None` where none is allocated.
+    #[inline]
     pub fn table(&self, at: GuestOffset) -> Result<Option<Table>> {
         let index = self.coverage.index(at.0) as usize;
-        let entry = *self.l1.get(index).ok_or_else(|| {
-            Error::corrupt("the L1 table is too small for the disk").at_offset(self.l1_offset)
-        })?;
+        let Some(entry) = self.l1.get(index) else { return Err(self.l1_too_small()) };
         let host = entry & OFFSET;
         if !self.shape.cluster.aligned(host) {
-            let message = format!("L1 entry {index} points at an unaligned L2 table");
-            return Err(Error::corrupt(message).at_offset(host));
+            return Err(unaligned_table(index, host));
         }
         let table = Table { host: HostOffset(host), exclusive: entry & COPIED != 0 };
         Ok((host != 0).then_some(table))
     }
 
+    #[cold]
+    fn l1_too_small(&self) -> Error {
+        Error::corrupt("the L1 table is too small for the disk").at_offset(self.l1_offset)
+    }
+
     /// Where the L2 entry of `at` stands; `None` without an L2 table.
+    #[inline]
     pub fn place(&self, at: GuestOffset) -> Result<Option<Place>> {
         Ok(self.table(at)?.map(|table| self.place_in(table, at)))
     }
 
     /// Where the L2 entry of `at` stands in its table.
+    #[inline]
     pub fn place_in(&self, table: Table, at: GuestOffset) -> Place {
         // Looked up for every request: shifts and masks, no division.
         let entry = self.shape.cluster.index(self.coverage.within(at.0)) << self.entry.bits();
@@ -168,26 +173,32 @@ impl Tables {
         self.slice_coverage.bytes() - self.slice_coverage.within(at.0)
     }
 
-    /// The longest run from `at` that is mapped in one way, at most `len` bytes, within one slice
-    /// that is in the cache at `place`.
+    /// The entry of `at`, in a slice that is in the cache at `place`, and how far from there, at most `len`
+    /// bytes and within the slice, the disk is mapped in one way.
+    #[inline]
     pub fn scan(
         &self,
         slice: &[u8],
         place: Place,
         at: GuestOffset,
         len: u64,
-    ) -> Result<(u64, Mapping)> {
-        let len = len.min(self.left_in_slice(at));
+    ) -> Result<(u64, Entry)> {
+        let first = self.shape.get(slice, place.index);
         let unit = self.shape.granularity();
-        let look = |done: u64| {
+        let mut done = unit.bytes() - unit.within(at.0);
+        // Most requests are small and end here.
+        if len <= done {
+            return Ok((len, first));
+        }
+        let len = len.min(self.left_in_slice(at));
+        let mapped = self.shape.mapping(first, at.0)?;
+        let goes_on = |done: u64| {
             let pos = at.0 + done;
             let clusters = self.shape.cluster.index(pos) - self.shape.cluster.index(at.0);
             let entry = self.shape.get(slice, place.index + clusters as usize);
-            mapping(self.shape, entry, pos)
+            Ok::<bool, Error>(continues(mapped, done, self.shape.mapping(entry, pos)?))
         };
-        let first = mapping(self.shape, self.shape.get(slice, place.index), at.0)?;
-        let mut done = (unit.bytes() - unit.within(at.0)).min(len);
-        while done < len && continues(first, done, look(done)?) {
+        while done < len && goes_on(done)? {
             done = (done + unit.bytes()).min(len);
         }
         Ok((done, first))
@@ -280,6 +291,12 @@ fn read_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
     Ok(decode(&raw))
 }
 
+#[cold]
+fn unaligned_table(index: usize, host: u64) -> Error {
+    let message = format!("L1 entry {index} points at an unaligned L2 table");
+    Error::corrupt(message).at_offset(host)
+}
+
 /// Whether the mapping `next`, `done` bytes after `first`, carries it on.
 fn continues(first: Mapping, done: u64, next: Mapping) -> bool {
     match (first, next) {
@@ -292,27 +309,4 @@ fn continues(first: Mapping, done: u64, next: Mapping) -> bool {
         (Mapping::Compressed { .. }, Mapping::Compressed { .. }) => false,
         (a, b) => a == b,
     }
-}
-
-/// What `entry` says about the guest's byte at `at`.
-#[inline]
-fn mapping(shape: Shape, entry: Entry, at: u64) -> Result<Mapping> {
-    let within = shape.cluster.within(at);
-    Ok(match shape.kind(entry, within)? {
-        Kind::Unallocated => Mapping::Unallocated,
-        Kind::Zero => Mapping::Zero { host: shape.host(entry).map(|h| h + within) },
-        Kind::Compressed => Mapping::Compressed { descriptor: entry.descriptor },
-        Kind::Data if shape.external && entry.descriptor & OFFSET != at - within => {
-            return Err(Error::corrupt(format!(
-                "External data file host cluster offset {:#x} does not match guest cluster offset: \
-                 {:#x}",
-                entry.descriptor & OFFSET,
-                at - within
-            )));
-        }
-        Kind::Data => Mapping::Data {
-            host: HostOffset((entry.descriptor & OFFSET) + within),
-            exclusive: entry.exclusive(),
-        },
-    })
 }

@@ -61,14 +61,17 @@ impl Image {
     fn try_slice<T>(
         &self,
         at: GuestOffset,
-        look: impl Fn(&Tables, Option<(Place, &[u8])>) -> Result<T>,
+        look: &impl Fn(&Tables, Option<(Place, &[u8])>) -> Result<T>,
     ) -> Result<Slice<T>> {
         let tables = self.tables.read();
-        let Some(place) = tables.place(at)? else { return look(&tables, None).map(Slice::Looked) };
-        if let Some(slice) = tables.cache.get(place.slice) {
-            return look(&tables, Some((place, slice))).map(Slice::Looked);
-        }
-        Ok(Slice::Missing(Missing::new(&tables, place)))
+        let found = match tables.place(at)? {
+            Some(place) => match tables.cache.get(place.slice) {
+                Some(slice) => Some((place, slice)),
+                None => return Ok(Slice::Missing(Missing::new(&tables, place))),
+            },
+            None => None,
+        };
+        look(&tables, found).map(Slice::Looked)
     }
 
     /// Passes an error on that metadata caused. Where that is wrong, the image says so from now on

@@ -90,13 +90,14 @@ impl Image {
         let Some(slice) = tables.cache.get(place.slice) else {
             return Ok(Look::Missing(Missing::new(tables, place)));
         };
-        let (mapped, mapping) = tables.scan(slice, place, at, len)?;
+        let (mapped, entry) = tables.scan(slice, place, at, len)?;
+        let mapping = self.shape.mapping(entry, at.0)?;
         let extent = Extent { start: at, len: mapped, mapping };
         let in_place = matches!(mapping, Mapping::Data { exclusive: true, .. });
         if !in_place && !table.exclusive {
             return Ok(Look::Shared(Some(table)));
         }
-        let (entry, cluster) = (tables.entry_in(slice, place), self.shape.cluster);
+        let cluster = self.shape.cluster;
         let want = cluster.count(cluster.within(at.0) + len);
         let clusters = self.alike(slice, place.index, want);
         let crowded = tables.cache.crowded();
