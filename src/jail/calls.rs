@@ -26,12 +26,16 @@ pub enum Work {
     Files,
     /// It reads and writes disks, and ends.
     Command,
+    /// It makes trees of files as others have them: links and devices, and programs that run as their owner.
+    Trees,
 }
 
 /// What is let through.
 pub(super) struct Calls {
     plain: Vec<&'static [i64]>,
     ioctls: Vec<&'static [u64]>,
+    /// Whether files are made that run with the rights of their owner.
+    set_id: bool,
 }
 
 impl Work {
@@ -41,8 +45,10 @@ impl Work {
             Work::Server => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL]),
             Work::Files => (&[BASIC, NAMES, SOCKETS, APART], &[PLAIN, CHANNEL]),
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
+            Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
         };
-        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec() }
+        let set_id = self == Work::Trees;
+        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id }
     }
 }
 
@@ -53,7 +59,7 @@ impl Thread {
             Thread::Queue => (&[BASIC], &[PLAIN]),
             Thread::Connection => (&[BASIC, SOCKETS], &[PLAIN]),
         };
-        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec() }
+        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id: false }
     }
 }
 
@@ -95,6 +101,9 @@ const NAMES: &[i64] = &[
 /// A file below a directory, and not by way of a link: for what an archive names.
 const BENEATH: &[i64] = &[SYS_openat2];
 
+/// Files of other kinds: links and devices.
+const KINDS: &[i64] = &[SYS_mknod, SYS_mknodat, SYS_symlink, SYS_symlinkat];
+
 /// Connections that others make to sockets which are open.
 #[rustfmt::skip]
 const SOCKETS: &[i64] = &[
@@ -124,6 +133,10 @@ const DESCRIPTORS: &[u64] =
 /// FUSE_DEV_IOC_CLONE: one more channel to the kernel.
 const CHANNEL: &[u64] = &[0x8004_e500];
 
+/// Calls that say what a file's mode is to be.
+const MODES: &[i64] =
+    &[SYS_chmod, SYS_creat, SYS_fchmod, SYS_fchmodat, SYS_fchmodat2, SYS_open, SYS_openat];
+
 /// What an argument must be.
 type Condition = (u8, SeccompCmpOp, u64);
 
@@ -142,8 +155,9 @@ const SET_IO_FLUSHER: u64 = 57;
 const SET_VMA: u64 = 0x5356_4d41;
 
 /// Calls with conditions on what they are given: one of the lists has to hold, all of it.
-fn conditional(process: u32, ioctls: &[&[u64]]) -> Vec<(i64, Vec<Vec<Condition>>)> {
+fn conditional(process: u32, calls: &Calls) -> Vec<(i64, Vec<Vec<Condition>>)> {
     use SeccompCmpOp::{Eq, MaskedEq};
+    let ioctls = &calls.ioctls;
     let own = u64::from(process);
     let executable = MaskedEq(PROT_EXEC as u64);
     let is = |argument, values: &[u64]| -> Vec<Vec<Condition>> {
@@ -189,9 +203,9 @@ pub(super) fn program(calls: &Calls, process: u32) -> seccompiler::Result<BpfPro
     for number in calls.plain.iter().flat_map(|list| list.iter()) {
         rules.insert(*number, Vec::new());
     }
-    for (number, cases) in conditional(process, &calls.ioctls) {
+    for (number, cases) in conditional(process, calls) {
         let of_a_list = NAMES.contains(&number) || APART.contains(&number);
-        if of_a_list && !rules.contains_key(&number) {
+        if of_a_list && !rules.contains_key(&number) || calls.set_id && MODES.contains(&number) {
             continue;
         }
         let cases = cases.into_iter().map(rule).collect::<Result<_, _>>()?;
@@ -239,7 +253,7 @@ mod tests {
             SYS_userfaultfd, SYS_perf_event_open, SYS_open_by_handle_at, SYS_personality,
             SYS_memfd_create, SYS_setuid, SYS_capset, SYS_chroot, SYS_pivot_root,
         ];
-        for list in [BASIC, NAMES, SOCKETS] {
+        for list in [BASIC, NAMES, SOCKETS, KINDS] {
             assert!(never.iter().all(|call| !list.contains(call)));
         }
         let opens = [SYS_open, SYS_openat, SYS_openat2, SYS_creat, SYS_unlink, SYS_rename];
@@ -248,7 +262,8 @@ mod tests {
 
     #[test]
     fn every_filter_is_one_that_the_kernel_takes() {
-        let works = [Work::Machine, Work::Server, Work::Files, Work::Command].map(Work::calls);
+        let works = [Work::Machine, Work::Server, Work::Files, Work::Command, Work::Trees];
+        let works = works.map(Work::calls);
         let threads = [Thread::Processor, Thread::Queue, Thread::Connection].map(Thread::calls);
         for calls in works.into_iter().chain(threads) {
             // BPF_MAXINSNS.
