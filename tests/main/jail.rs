@@ -96,6 +96,11 @@ fn let_through(prey: &Prey, call: impl Fn(i64, &[Word<'_>]) -> i64) -> Vec<(&'st
 
 /// Requires that all threads of a process are jailed, among them such.
 fn assert_jailed(process: u32, kinds: &[&str], prey: &Prey) {
+    assert_jailed_as(process, kinds, prey, &[]);
+}
+
+/// The same, where it is suffered to do some things.
+fn assert_jailed_as(process: u32, kinds: &[&str], prey: &Prey, suffered: &[&str]) {
     // A thread has its name a moment after its start.
     let is_there = |kind: &&str| threads(process).iter().any(|(name, _)| name == kind);
     for kind in kinds {
@@ -104,7 +109,8 @@ fn assert_jailed(process: u32, kinds: &[&str], prey: &Prey) {
     assert_bounded(process);
     for (name, thread) in threads(process) {
         let puppet = Puppet::stop(process, thread);
-        let through = let_through(prey, |number, words| puppet.call(number, words));
+        let mut through = let_through(prey, |number, words| puppet.call(number, words));
+        through.retain(|(what, _)| !suffered.contains(what));
         assert!(through.is_empty(), "{name}: {through:?}");
     }
     assert!(!prey.program.exists());
@@ -322,8 +328,7 @@ fn a_copy_out_of_a_disk_is_jailed_and_makes_what_it_finds() {
     work.run("mke2fs", ["-q", "-t", "ext4", "-d", "tree", "disks/files.raw", "16M"]).succeeds();
     let words = ["cp", "--archive", "disks/files.raw:/.", "out", "--jail", "require"];
     let through = through_at_the_end(&work, &prey, &words);
-    // It can make what runs as its owner, in what it writes to alone.
-    assert!(through.iter().all(|(what, _)| *what == "lend its rights to all"), "{through:?}");
+    assert!(through.is_empty(), "{through:?}");
     let mode = fs::metadata(work.path("out/link")).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o4755);
 }
@@ -434,6 +439,74 @@ fn the_server_of_an_ordinary_users_mount_is_jailed_and_serves_on() {
     assert_jailed(process, &kinds, &prey);
     running.type_in(b"go\n");
     assert_eq!(running.wait().succeeds().out(), "hello\n");
+}
+
+/// Requires that all threads of a mount's server are jailed, among them such, but for one thing that they
+/// are suffered to do.
+fn assert_jailed_but(at: &Path, kinds: &[&str], prey: &Prey, but: &str) {
+    let process = u32::try_from(server(at).unwrap().as_raw()).unwrap();
+    assert_jailed_as(process, kinds, prey, &[but]);
+}
+
+#[test]
+fn the_server_of_a_superusers_mount_in_user_space_is_jailed_and_knows_its_users() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    work.run("mke2fs", ["-q", "-t", "ext4", "disks/files.raw", "16M"]).succeeds();
+    fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("mount disks/files.raw at --user-space --jail require").succeeds();
+    let at = work.path("at");
+    let process = u32::try_from(server(&at).unwrap().as_raw()).unwrap();
+    assert_jailed(process, &["vdisk", "fuse", "ending", "control"], &prey);
+    keeps_what_an_administrator_may_keep(&work);
+    work.vdisk("umount at").succeeds();
+    is_left_alone(&at);
+}
+
+/// A superuser writes to a program that runs as its owner, and it goes on being one; his attributes are his.
+fn keeps_what_an_administrator_may_keep(work: &Work) {
+    work.put("at/program", "one");
+    fs::set_permissions(work.path("at/program"), fs::Permissions::from_mode(0o4755)).unwrap();
+    work.run("sh", ["-c", "echo two >> at/program"]).succeeds();
+    let mode = fs::metadata(work.path("at/program")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o4755);
+    work.run("setfattr", ["-n", "trusted.mine", "-v", "1", "at/program"]).succeeds();
+    let listed = work.run("getfattr", ["-m", "-", "at/program"]).succeeds();
+    assert!(listed.out().contains("trusted.mine"), "{}", listed.out());
+}
+
+#[test]
+fn the_server_of_an_overlay_is_jailed_and_goes_on_with_all_kinds_of_files() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    for dir in ["lower", "lower/deep", "upper", "at"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    work.put("lower/deep/file", "lower");
+    work.run("mke2fs", ["-q", "-t", "ext4", "-d", "lower", "disks/files.raw", "32M"]).succeeds();
+    let at = work.path("at");
+    for lower in ["disks/files.raw", "lower"] {
+        work.vdisk(&format!("mount {lower} at --overlay upper --jail require")).succeeds();
+        // A mode that a file is given by its name is one of any file: an overlay gives files theirs.
+        assert_jailed_but(&at, &["vdisk", "ending", "control"], &prey, "lend its rights to all");
+        fs::set_permissions(&prey.secret, fs::Permissions::from_mode(0o600)).unwrap();
+        keeps_what_an_administrator_may_keep(&work);
+        let script = "cd at && ln -s program link && ln program more && mknod null c 1 3 && \
+                      mkfifo fifo && mkdir dir && mv dir other && mv program other/ && \
+                      rm link more null fifo && rm -r other && sync .";
+        work.run("sh", ["-ec", script]).succeeds();
+        work.run("sh", ["-ec", "echo up >> at/deep/file && mv at/deep at/far"]).succeeds();
+        assert_eq!(fs::read(work.path("at/far/file")).unwrap(), b"lowerup\n");
+        work.run("sh", ["-ec", "mv at/far at/deep && rm -r at/deep"]).succeeds();
+        work.vdisk("umount at").succeeds();
+        is_left_alone(&at);
+        work.run("rm", ["-r", "upper", "upper.work"]).succeeds();
+        fs::create_dir(work.path("upper")).unwrap();
+    }
 }
 
 #[test]
