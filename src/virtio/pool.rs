@@ -69,7 +69,7 @@ impl Pool {
     /// Takes on one more request; its turn comes in [`next`](Pool::next).
     pub(super) fn begin<M: Lent>(&mut self, chain: DescriptorChain<M>, memory: M) {
         let (head, executor) = (chain.head_index(), self.executor.clone());
-        let work = move || parse(chain, &*memory).map(|request| executor.answer(request));
+        let work = move || parse(chain, &memory).map(|request| executor.answer(request));
         let mut state = self.shared.lock();
         state.begun += 1;
         let number = state.begun;

@@ -272,8 +272,11 @@ fn is_held_by_other(file: &File, byte: i64) -> Result<bool> {
     }
 }
 
-/// Who had which file when this process could still see it: device and inode number.
-static NOTED: Mutex<Vec<((u64, u64), Vec<Holder>)>> = Mutex::new(Vec::new());
+/// Device and inode number of a file.
+type FileKey = (u64, u64);
+
+/// Who had which file when this process could still see it.
+static NOTED: Mutex<Vec<(FileKey, Vec<Holder>)>> = Mutex::new(Vec::new());
 
 /// Notes who has the file now, for a process that will not see others any more. Costs next to nothing where
 /// nobody has.
