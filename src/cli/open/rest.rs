@@ -2,11 +2,12 @@
 //! layers, before any of them is opened for good.
 
 use std::collections::HashSet;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use vdisk::Result;
 use vdisk::family::tree::Family;
-use vdisk::image::Label;
+use vdisk::image::{Backing, Label};
 use vdisk::jail::{Jail, Mode, Reach, Work};
 use vdisk::open::{self, Format, MAX_DEPTH, resolve};
 use vdisk::qcow2::Header;
@@ -18,14 +19,14 @@ use super::jail;
 /// What is let through of the disks of a command.
 pub struct Rest {
     jail: Jail,
-    /// Files whose headers were looked at.
-    seen: HashSet<PathBuf>,
+    /// Files whose headers were looked at, and whether they are changed.
+    seen: HashSet<(PathBuf, bool)>,
 }
 
 /// What a header says that leads to other files.
 struct Leads {
     label: Option<Label>,
-    backing: Option<String>,
+    backing: Option<Backing>,
     data_file: Option<String>,
 }
 
@@ -56,7 +57,7 @@ impl Rest {
 
     /// A disk that is written into the one that it stands on.
     pub fn disk_and_base(self, path: &Path) -> Rest {
-        let backing = Leads::of(path).and_then(|leads| leads.backing);
+        let backing = Leads::of(path, false).and_then(|leads| leads.backing);
         let base = backing.and_then(|backing| below(path, &backing));
         let rest = self.disk(path);
         match base {
@@ -70,7 +71,7 @@ impl Rest {
         let (mut rest, mut at) = (self, path.to_owned());
         for _ in 0..=MAX_DEPTH {
             rest = rest.disk(&at);
-            let backing = Leads::of(&at).and_then(|leads| leads.backing);
+            let backing = Leads::of(&at, false).and_then(|leads| leads.backing);
             let Some(next) = backing.and_then(|backing| below(&at, &backing)) else { break };
             at = next;
         }
@@ -79,7 +80,10 @@ impl Rest {
 
     /// A file that is made.
     pub fn made(mut self, path: &Path) -> Rest {
-        self.jail.reach(directory(path), Reach::Change);
+        let there = fs::canonicalize(path).ok();
+        for path in there.as_deref().into_iter().chain([path]) {
+            self.jail.reach(directory(path), Reach::Change);
+        }
         self
     }
 
@@ -133,12 +137,12 @@ impl Rest {
     /// Goes by what a layer's header names, down to the base. What is done to the layer is `reach`: what other
     /// disks are below one that changes is told who stands on it, and is read else.
     fn look(&mut self, path: &Path, reach: Reach) {
-        let (mut at, mut reach) = (path.to_owned(), reach);
+        let (mut at, mut reach, mut is_raw) = (path.to_owned(), reach, false);
         for _ in 0..=MAX_DEPTH {
-            if !self.seen.insert(at.clone()) {
+            if !self.seen.insert((at.clone(), reach == Reach::Change)) {
                 return;
             }
-            let Some(leads) = Leads::of(&at) else {
+            let Some(leads) = Leads::of(&at, is_raw) else {
                 // It may name others, and nobody knows which.
                 return self.jail.reach(Path::new("/"), Reach::Read);
             };
@@ -158,6 +162,8 @@ impl Rest {
             let Some(below) = below(&at, &backing) else {
                 return self.jail.reach(Path::new("/"), Reach::Read);
             };
+            // What its guest wrote is no header, whatever it looks like.
+            is_raw = backing.format.as_deref() == Some("raw");
             at = below;
             if reach == Reach::Change {
                 reach = Reach::Write;
@@ -168,26 +174,25 @@ impl Rest {
 
 /// The file that the one at `path`, or what that is a link to, names as `backing`; `None` where there is
 /// nothing.
-fn below(path: &Path, backing: &str) -> Option<PathBuf> {
+fn below(path: &Path, backing: &Backing) -> Option<PathBuf> {
     let real = follow(path).ok();
     let names = real.as_deref().into_iter().chain([path]);
-    names.filter_map(|at| resolve(at, backing).ok()).find(|below| below.exists())
+    names.filter_map(|at| resolve(at, &backing.name).ok()).find(|below| below.exists())
 }
 
 impl Leads {
-    /// What the file at `path` leads to; `None` where that is not known.
-    fn of(path: &Path) -> Option<Leads> {
+    /// What the file at `path` leads to, which may be said to be raw; `None` where that is not known.
+    fn of(path: &Path, is_raw: bool) -> Option<Leads> {
         let file = FileStorage::open(path, FileOptions { access: None, write: false }).ok()?;
         // From within the jail nobody sees who has it.
         note_holders(file.file());
-        match open::probe(&file).ok()? {
+        match if is_raw { Format::Raw } else { open::probe(&file).ok()? } {
             Format::Raw => Some(Leads { label: None, backing: None, data_file: None }),
             Format::Qcow2 => {
                 let header = Header::read(&file).ok()?;
                 let identity = header.identity().ok()?;
                 let data_file = header.data_file().ok()?.map(str::to_owned);
-                let backing = identity.backing.map(|backing| backing.name);
-                Some(Leads { label: identity.label, backing, data_file })
+                Some(Leads { label: identity.label, backing: identity.backing, data_file })
             }
             _ => None,
         }
