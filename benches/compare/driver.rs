@@ -21,6 +21,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// Writes last when they are flushed, as the drivers of systems have it: else a device makes each of them last,
+/// or one that does not keep to that seems fast.
+const FLUSH: u64 = 1 << 9;
 /// Of a disk with several queues.
 const MQ: u64 = 1 << 12;
 
@@ -80,7 +83,7 @@ impl Driver {
         let mut front_end = connected(socket, queues);
         front_end.set_owner().unwrap();
         let offered = front_end.get_features().unwrap();
-        let wanted = EVENT_IDX | VERSION_1 | PROTOCOL_FEATURES | MQ;
+        let wanted = EVENT_IDX | VERSION_1 | PROTOCOL_FEATURES | FLUSH | MQ;
         front_end.set_features(offered & wanted).unwrap();
         assert_eq!(offered & (VERSION_1 | EVENT_IDX), VERSION_1 | EVENT_IDX);
         let protocol = front_end.get_protocol_features().unwrap();

@@ -11,7 +11,7 @@ mod image;
 mod instance;
 mod measure;
 mod mount;
-mod open;
+pub(crate) mod open;
 mod report;
 mod snapshot;
 mod terminal;
@@ -139,19 +139,32 @@ impl Verb {
     fn is_jailed(&self) -> bool {
         matches!(
             self,
-            Verb::Boot(_)
+            Verb::Apply(_)
+                | Verb::Boot(_)
                 | Verb::Cat(_)
                 | Verb::Check(_)
+                | Verb::Clone(_)
+                | Verb::Commit(_)
+                | Verb::Compact(_)
                 | Verb::Compare(_)
                 | Verb::Convert(_)
+                | Verb::Cp(_)
+                | Verb::Export(_)
                 | Verb::Import(_)
                 | Verb::Info(_)
                 | Verb::Ls(_)
                 | Verb::Map(_)
-                | Verb::Mount(mount::Args { overlay: None, .. })
+                | Verb::Mount(_)
                 | Verb::MountDaemon(_)
+                | Verb::OverlayDaemon(_)
                 | Verb::Read(_)
+                | Verb::Rebase(_)
+                | Verb::Resize(_)
+                | Verb::Rm(_)
                 | Verb::Serve(_)
+                | Verb::Snapshot(_)
+                | Verb::Tree(_)
+                | Verb::Unseal(_)
                 | Verb::Write(_)
         )
     }

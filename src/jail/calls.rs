@@ -24,25 +24,45 @@ pub enum Work {
     Server,
     /// It serves a disk to the kernel, as files.
     Files,
+    /// It serves directories of the host to the kernel, one over the other.
+    Overlay,
     /// It reads and writes disks, and ends.
     Command,
+    /// It makes trees of files as others have them: links and devices, and programs that run as their owner.
+    Trees,
 }
 
 /// What is let through.
 pub(super) struct Calls {
     plain: Vec<&'static [i64]>,
     ioctls: Vec<&'static [u64]>,
+    /// Calls that may have files run with the rights of their owner.
+    set_id: &'static [i64],
 }
 
 impl Work {
+    /// Whether files of all kinds are made, as they are elsewhere.
+    pub(super) fn has_trees(self) -> bool {
+        matches!(self, Work::Trees | Work::Overlay)
+    }
+
     pub(super) fn calls(self) -> Calls {
         let (plain, ioctls): (&[&[i64]], &[&[u64]]) = match self {
             Work::Machine => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL, GUEST]),
             Work::Server => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL]),
             Work::Files => (&[BASIC, NAMES, SOCKETS, APART], &[PLAIN, CHANNEL]),
+            Work::Overlay => {
+                (&[BASIC, NAMES, SOCKETS, APART, KINDS, HANDLES], &[PLAIN, CHANNEL, BACKING])
+            }
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
+            Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
         };
-        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec() }
+        let set_id: &[i64] = match self {
+            Work::Trees => OPEN_MODES,
+            Work::Overlay => MODES,
+            _ => &[],
+        };
+        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id }
     }
 }
 
@@ -53,7 +73,7 @@ impl Thread {
             Thread::Queue => (&[BASIC], &[PLAIN]),
             Thread::Connection => (&[BASIC, SOCKETS], &[PLAIN]),
         };
-        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec() }
+        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id: &[] }
     }
 }
 
@@ -95,6 +115,12 @@ const NAMES: &[i64] = &[
 /// A file below a directory, and not by way of a link: for what an archive names.
 const BENEATH: &[i64] = &[SYS_openat2];
 
+/// Files of other kinds: links and devices.
+const KINDS: &[i64] = &[SYS_mknod, SYS_mknodat, SYS_symlink, SYS_symlinkat];
+
+/// What tells a file from all others, to be known again.
+const HANDLES: &[i64] = &[SYS_name_to_handle_at];
+
 /// Connections that others make to sockets which are open.
 #[rustfmt::skip]
 const SOCKETS: &[i64] = &[
@@ -124,6 +150,17 @@ const DESCRIPTORS: &[u64] =
 /// FUSE_DEV_IOC_CLONE: one more channel to the kernel.
 const CHANNEL: &[u64] = &[0x8004_e500];
 
+/// Calls that say what the mode of a file is to be that is made or open: one that Landlock has let through.
+const OPEN_MODES: &[i64] = &[SYS_creat, SYS_fchmod, SYS_open, SYS_openat];
+
+/// The same, and those of a file by its name, which may be any.
+const MODES: &[i64] =
+    &[SYS_chmod, SYS_creat, SYS_fchmod, SYS_fchmodat, SYS_fchmodat2, SYS_open, SYS_openat];
+
+/// Files that the kernel uses in the place of a server's, FUSE_DEV_IOC_BACKING_OPEN and _CLOSE; and
+/// FS_IOC_GETFSUUID.
+const BACKING: &[u64] = &[0x4010_e501, 0x4004_e502, 0x8011_1500];
+
 /// What an argument must be.
 type Condition = (u8, SeccompCmpOp, u64);
 
@@ -142,8 +179,9 @@ const SET_IO_FLUSHER: u64 = 57;
 const SET_VMA: u64 = 0x5356_4d41;
 
 /// Calls with conditions on what they are given: one of the lists has to hold, all of it.
-fn conditional(process: u32, ioctls: &[&[u64]]) -> Vec<(i64, Vec<Vec<Condition>>)> {
+fn conditional(process: u32, calls: &Calls) -> Vec<(i64, Vec<Vec<Condition>>)> {
     use SeccompCmpOp::{Eq, MaskedEq};
+    let ioctls = &calls.ioctls;
     let own = u64::from(process);
     let executable = MaskedEq(PROT_EXEC as u64);
     let is = |argument, values: &[u64]| -> Vec<Vec<Condition>> {
@@ -176,7 +214,8 @@ fn conditional(process: u32, ioctls: &[&[u64]]) -> Vec<(i64, Vec<Vec<Condition>>
         (SYS_kill, is(0, &[own])),
         // Limits are asked for and not set.
         (SYS_prlimit64, is(2, &[0])),
-        (SYS_unshare, is(0, &[CLONE_FILES as u64])),
+        // A table of files, a directory to stand in and a mask of its own.
+        (SYS_unshare, is(0, &[CLONE_FILES as u64, CLONE_FS as u64])),
         // To where the socket is connected. A pair of datagram sockets could send anywhere.
         (SYS_sendto, is(4, &[0])),
         (SYS_socketpair, vec![vec![(0, Eq, AF_UNIX as u64), (1, MaskedEq(TYPE), STREAM)]]),
@@ -189,9 +228,9 @@ pub(super) fn program(calls: &Calls, process: u32) -> seccompiler::Result<BpfPro
     for number in calls.plain.iter().flat_map(|list| list.iter()) {
         rules.insert(*number, Vec::new());
     }
-    for (number, cases) in conditional(process, &calls.ioctls) {
+    for (number, cases) in conditional(process, calls) {
         let of_a_list = NAMES.contains(&number) || APART.contains(&number);
-        if of_a_list && !rules.contains_key(&number) {
+        if of_a_list && !rules.contains_key(&number) || calls.set_id.contains(&number) {
             continue;
         }
         let cases = cases.into_iter().map(rule).collect::<Result<_, _>>()?;
@@ -239,7 +278,7 @@ mod tests {
             SYS_userfaultfd, SYS_perf_event_open, SYS_open_by_handle_at, SYS_personality,
             SYS_memfd_create, SYS_setuid, SYS_capset, SYS_chroot, SYS_pivot_root,
         ];
-        for list in [BASIC, NAMES, SOCKETS] {
+        for list in [BASIC, NAMES, SOCKETS, KINDS] {
             assert!(never.iter().all(|call| !list.contains(call)));
         }
         let opens = [SYS_open, SYS_openat, SYS_openat2, SYS_creat, SYS_unlink, SYS_rename];
@@ -248,9 +287,10 @@ mod tests {
 
     #[test]
     fn every_filter_is_one_that_the_kernel_takes() {
-        let works = [Work::Machine, Work::Server, Work::Files, Work::Command].map(Work::calls);
+        let works = [Work::Machine, Work::Server, Work::Files, Work::Overlay, Work::Command];
+        let works = works.into_iter().chain([Work::Trees]).map(Work::calls);
         let threads = [Thread::Processor, Thread::Queue, Thread::Connection].map(Thread::calls);
-        for calls in works.into_iter().chain(threads) {
+        for calls in works.chain(threads) {
             // BPF_MAXINSNS.
             assert!((1..=4096).contains(&program(&calls, 1).unwrap().len()));
         }

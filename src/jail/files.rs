@@ -21,6 +21,8 @@ pub enum Reach {
     Write,
     /// Files are written too, made and removed, and directories with them.
     Change,
+    /// The same, and links, devices, fifos and sockets with them: a tree of files as somebody has it.
+    Tree,
     /// Sockets are named there, and anything is removed.
     Sockets,
     /// Anything is removed there, and nothing made.
@@ -39,6 +41,10 @@ impl Reach {
                 read | make_bitflags!(AccessFs::{
                     WriteFile | Truncate | MakeReg | MakeDir | RemoveFile | RemoveDir | Refer
                 })
+            }
+            Reach::Tree => {
+                let more = AccessFs::MakeSym | AccessFs::MakeFifo | AccessFs::MakeSock;
+                Reach::Change.access() | more | AccessFs::MakeChar | AccessFs::MakeBlock
             }
             Reach::Sockets => list | AccessFs::MakeSock | AccessFs::RemoveFile,
             Reach::Remove => list | AccessFs::RemoveFile,

@@ -15,13 +15,14 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SYS_ADMIN)
     .union(CapabilitySet::SYS_RESOURCE);
 
-/// Gives them up, for this thread and those that it starts.
-pub(super) fn drop_idle() -> Result<(), String> {
+/// Gives them up, for this thread and those that it starts; devices can be made still where `devices` says so.
+pub(super) fn drop_idle(devices: bool) -> Result<(), String> {
+    let kept = if devices { KEPT.union(CapabilitySet::MKNOD) } else { KEPT };
     let failed = |e| format!("rights cannot be given up ({e})");
     let CapabilitySets { effective, permitted, .. } = capabilities(None).map_err(failed)?;
     let less = CapabilitySets {
-        effective: effective & KEPT,
-        permitted: permitted & KEPT,
+        effective: effective & kept,
+        permitted: permitted & kept,
         inheritable: CapabilitySet::empty(),
     };
     set_capabilities(None, less).map_err(failed)

@@ -2,7 +2,8 @@
 //!
 //! One file per command in [`commands`]. The rest of the room: [`options`] reads command lines as
 //! getopt does and lists of key and value, [`names`] the names of images, [`images`] opens them,
-//! [`foreign`] is of other programs' formats, [`fail`] says what went wrong in QEMU's words. It knows the
+//! [`foreign`] is of other programs' formats, [`jail`] bounds what a
+//! command can do, [`fail`] says what went wrong in QEMU's words. It knows the
 //! library like any other part of the command line.
 
 mod blkdebug;
@@ -11,6 +12,7 @@ mod encryption;
 mod fail;
 mod foreign;
 mod images;
+mod jail;
 mod json;
 mod names;
 mod options;
@@ -105,6 +107,7 @@ fn dispatch(args: &[String]) -> Outcome {
                     print!("{}", help());
                     return Ok(0);
                 }
+                jail::close(name, rest);
                 return run(rest);
             }
         }

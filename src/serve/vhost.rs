@@ -8,12 +8,10 @@
 //! it is served itself.
 //!
 //! A server that ends can be followed by another one under a running guest. The requests of a queue are
-//! carried out one after the other, in their order, so those that are under way are all from the index
-//! of the used ring on, and that is where the other program has the next server begin: there is nothing
+//! given back in their order, so those that are under way are all from the index of the used ring on, and that is where the other program has the next server begin: there is nothing
 //! to keep in memory that both share (`INFLIGHT_SHMFD`, which the crate does not offer either). It reads
 //! that index when it sees the connection end: none is ended while a request is carried out.
 
-use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -25,8 +23,10 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
-use virtio_queue::{Queue, QueueT};
+use vhost_user_backend::{
+    ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringMutex, VringState, VringT,
+};
+use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
@@ -37,14 +37,14 @@ use super::socket::UnixSocket;
 use crate::block::BlockDevice;
 use crate::error::{Error, Result};
 use crate::jail;
-use crate::virtio::{self, Block, Executor, Id, Memory, VirtioDevice};
+use crate::virtio::{self, Block, Id, Memory, Pool, Turn, VirtioDevice};
 
 /// The most queues that a device can have.
 pub const MAX_QUEUES: u16 = 64;
 /// Descriptors in a queue: QEMU lets its user choose up to so many.
 const MAX_QUEUE_SIZE: usize = 1024;
-/// Requests after which the driver hears of them, and the one who sets up the queue gets a word in.
-const TURN: u64 = 16;
+/// Requests after which the one who sets up the queue gets a word in.
+const TURN: u64 = 64;
 /// How long what is under way may take when the server stops.
 const TO_END: Duration = Duration::from_secs(60);
 /// How long to wait when the host has no more files or memory.
@@ -170,8 +170,17 @@ struct Backend {
     memory: Shared,
     /// Descriptors that the crate takes over and forgets to close.
     exits: Mutex<Vec<RawFd>>,
-    /// For each queue, held while requests of it are carried out: whether any were.
-    turns: Vec<Mutex<bool>>,
+    /// For each queue, held while requests of it are carried out.
+    kept: Vec<Mutex<Kept>>,
+}
+
+/// What is kept of a queue from turn to turn.
+#[derive(Default)]
+struct Kept {
+    /// Whether any requests were carried out.
+    begun: bool,
+    /// Who carries them out, and for which features of the driver.
+    requests: Option<(u64, Pool)>,
 }
 
 impl Drop for Backend {
@@ -188,8 +197,8 @@ impl Backend {
         let device = Mutex::new(Block::new(disk.clone(), id, queues));
         let (features, memory) = (AtomicU64::new(0), Shared::new(Memory::new()));
         let exits = Mutex::default();
-        let turns = (0..queues).map(|_| Mutex::default()).collect();
-        Arc::new(Backend { state, disk, queues, device, features, memory, exits, turns })
+        let kept = (0..queues).map(|_| Mutex::default()).collect();
+        Arc::new(Backend { state, disk, queues, device, features, memory, exits, kept })
     }
 
     fn device(&self) -> MutexGuard<'_, Block> {
@@ -222,8 +231,8 @@ impl Backend {
     /// Waits until nothing is carried out; nothing more is begun by a server that stops.
     fn come_to_rest(&self) {
         let until = Instant::now() + TO_END;
-        for turn in &self.turns {
-            while matches!(turn.try_lock(), Err(TryLockError::WouldBlock)) && Instant::now() < until
+        for kept in &self.kept {
+            while matches!(kept.try_lock(), Err(TryLockError::WouldBlock)) && Instant::now() < until
             {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -232,25 +241,33 @@ impl Backend {
 
     /// Carries out what waits in a queue, until nothing does.
     fn drain(&self, vring: &Vring, queue: usize) -> io::Result<()> {
-        let executor = self.device().executor(self.features.load(Ordering::SeqCst));
         loop {
             let mut ring = vring.get_mut();
-            let turn = self.turns.get(queue).ok_or(io::ErrorKind::InvalidInput)?;
-            let mut begun = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let kept = self.kept.get(queue).ok_or(io::ErrorKind::InvalidInput)?;
+            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
             if self.state.is_stopping() || !ring.is_enabled() || !ring.get_queue().ready() {
                 return Ok(());
             }
+            // A full counter means that the interrupt is on its way already.
+            let tell = |ring: &VringState<Shared>| drop(ring.signal_used_queue());
             // Another server may have carried out the last requests and ended before it said so.
-            let goes_on = ring.get_queue().next_avail() != 0;
-            let told = Cell::new(!std::mem::replace(&mut *begun, true) && goes_on);
-            let served = self.turn(ring.get_queue_mut(), &executor, || told.set(true));
-            if told.get() {
-                // A full counter means that the interrupt is on its way already.
-                let _ = ring.signal_used_queue();
+            if !std::mem::replace(&mut kept.begun, true) && ring.get_queue().next_avail() != 0 {
+                tell(&ring);
             }
+            // Nobody else looks at it before it is put back.
+            let mut taken = std::mem::take(ring.get_queue_mut());
+            let memory = self.memory.memory();
+            let turn = Turn {
+                queue: &mut taken,
+                memory: &memory,
+                stop: &self.state.stopping,
+                limit: TURN,
+            };
+            let served = turn.drain(self.requests(&mut kept), || tell(&ring));
+            *ring.get_queue_mut() = taken;
             match served {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
+                Ok(TURN..) => {}
+                Ok(_) => return Ok(()),
                 Err(virtio::Broken) => {
                     // The driver sets the queue up again, or never hears from it any more.
                     ring.set_enabled(false);
@@ -260,25 +277,12 @@ impl Backend {
         }
     }
 
-    /// Carries out the next requests; whether there may be more.
-    fn turn(
-        &self,
-        queue: &mut Queue,
-        executor: &Executor,
-        tell: impl Fn(),
-    ) -> std::result::Result<bool, virtio::Broken> {
-        let over = AtomicBool::new(false);
-        let mut served = 0;
-        let memory = self.memory.memory();
-        let serve = |chain: virtio_queue::DescriptorChain<&_>, memory: &_| {
-            served += 1;
-            if served == TURN || self.state.is_stopping() {
-                over.store(true, Ordering::Relaxed);
-            }
-            virtio::parse(chain, memory).map(|request| executor.answer(request))
-        };
-        virtio::drain(queue, &memory, &over, serve, tell)?;
-        Ok(over.load(Ordering::Relaxed))
+    /// Who carries out a queue's requests, for the driver that there is now.
+    fn requests<'k>(&self, kept: &'k mut Kept) -> &'k mut Pool {
+        let features = self.features.load(Ordering::SeqCst);
+        let made = kept.requests.take().filter(|(of, _)| *of == features);
+        let made = made.unwrap_or_else(|| (features, Pool::new(self.device().executor(features))));
+        &mut kept.requests.insert(made).1
     }
 }
 

@@ -29,7 +29,7 @@ pub use draft::Draft;
 pub use file::{FileOptions, FileStorage};
 #[cfg(feature = "virtio")]
 pub use guest_memory::{io_slices, io_slices_mut};
-pub use lock::{Access, Holder, Manners, Turn, holders, set_manners};
+pub use lock::{Access, Holder, Manners, Turn, holders, note_holders, set_manners};
 pub use memory::MemoryStorage;
 pub use name::follow;
 pub use share::shares_space;

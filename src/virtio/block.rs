@@ -8,13 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use virtio_queue::DescriptorChain;
-
 use super::config::{self, CONFIG_LEN, QUEUE_SIZE, WRITEBACK};
 use super::execute::Executor;
-use super::request::{Unanswerable, parse};
-use super::worker::{Serve, Worker};
-use super::{Activation, Memory, VirtioDevice};
+use super::pool::Pool;
+use super::worker::Worker;
+use super::{Activation, VirtioDevice};
 use crate::block::BlockDevice;
 use crate::error::Result;
 
@@ -105,10 +103,10 @@ impl VirtioDevice for Block {
     fn activate(&mut self, activation: Activation) -> Result<()> {
         let Activation { memory, features, queues, interrupt } = activation;
         for active in queues {
-            let executor = self.executor(features);
+            let requests = Pool::new(self.executor(features));
             let (memory, interrupt) = (Arc::clone(&memory), Arc::clone(&interrupt));
             let name = "virtio-blk";
-            self.workers.push(Worker::start(name, active, memory, executor, interrupt)?);
+            self.workers.push(Worker::start(name, active, memory, requests, interrupt)?);
         }
         Ok(())
     }
@@ -118,15 +116,5 @@ impl VirtioDevice for Block {
         // A driver that knows nothing of the cache mode is to find the usual one.
         self.writeback.store(true, Ordering::Release);
         self.space[WRITEBACK] = 1;
-    }
-}
-
-impl Serve for Executor {
-    fn serve<'m>(
-        &mut self,
-        chain: DescriptorChain<&'m Memory>,
-        memory: &'m Memory,
-    ) -> std::result::Result<u32, Unanswerable> {
-        parse(chain, memory).map(|request| self.answer(request))
     }
 }

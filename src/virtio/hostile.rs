@@ -177,9 +177,7 @@ impl Bench {
         let mut ring = Ring::new(0, self.queue(), Arc::clone(&self.memory), bell);
         let executor =
             Block::new(Arc::clone(&self.disk) as _, Id::new("ram"), 1).executor(self.features);
-        ring.drain(&AtomicBool::new(false), |chain, memory| {
-            parse(chain, memory).map(|request| executor.answer(request))
-        })
+        ring.drain(&AtomicBool::new(false), &mut Pool::new(executor))
     }
 
     /// Serves one chain from descriptor 0: its status byte and used length.

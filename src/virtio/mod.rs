@@ -18,16 +18,16 @@ mod execute;
 #[cfg(test)]
 mod hostile;
 mod net;
+mod pool;
 mod request;
 mod ring;
 mod rng;
 mod worker;
 
 pub use block::{Block, Id};
-pub use execute::Executor;
 pub use net::{Frames, Link, MAX_FRAME, Mac, Net};
-pub use request::parse;
-pub use ring::{Broken, drain};
+pub use pool::Pool;
+pub use ring::{Broken, Turn};
 pub use rng::Rng;
 
 /// The memory of a guest, mapped into this process.

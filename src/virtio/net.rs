@@ -18,8 +18,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::request::Unanswerable;
-use super::ring::Broken;
-use super::worker::{Serve, Worker};
+use super::ring::{Broken, Serve};
+use super::worker::Worker;
 use super::{Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
 use crate::error::{Error, Result};
 

@@ -4,6 +4,8 @@
 //! Nothing here knows a disk. A chain is read once; what it says is checked for form alone, and all
 //! that is allocated is bounded by [`MAX_SEGMENTS`].
 
+use std::ops::Deref;
+
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -179,7 +181,7 @@ pub struct Request<'m> {
 /// Any framing is taken (virtio 2.7.4): a header may be spread over descriptors or share one with
 /// data; the status is the last byte that the device may write.
 pub fn parse<'m>(
-    chain: DescriptorChain<&'m Memory>,
+    chain: DescriptorChain<impl Deref<Target = Memory>>,
     memory: &'m Memory,
 ) -> Result<Request<'m>, Unanswerable> {
     let Gathered { readable, mut writable, status, fault } = gather(chain, memory)?;
@@ -203,7 +205,7 @@ struct Gathered<'m> {
 
 /// Walks the chain to its end, so that a refusal finds the status byte too.
 fn gather<'m>(
-    chain: DescriptorChain<&'m Memory>,
+    chain: DescriptorChain<impl Deref<Target = Memory>>,
     memory: &'m Memory,
 ) -> Result<Gathered<'m>, Unanswerable> {
     let (mut readable, mut writable) = (Buffers::default(), Buffers::default());

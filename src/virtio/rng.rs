@@ -8,7 +8,8 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemoryError};
 
 use super::request::Unanswerable;
-use super::worker::{Serve, Worker};
+use super::ring::Serve;
+use super::worker::Worker;
 use super::{Activation, Memory, VirtioDevice};
 use crate::error::Result;
 

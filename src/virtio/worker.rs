@@ -6,23 +6,10 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use virtio_queue::DescriptorChain;
-
-use super::request::Unanswerable;
-use super::ring::Ring;
+use super::ring::{Ring, Serve};
 use super::{ActiveQueue, Interrupt, Memory};
 use crate::error::{Error, Result};
 use crate::jail;
-
-/// What is done with each chain of a queue; it returns how many bytes it has written.
-pub(super) trait Serve: Send + 'static {
-    /// Serves one chain.
-    fn serve<'m>(
-        &mut self,
-        chain: DescriptorChain<&'m Memory>,
-        memory: &'m Memory,
-    ) -> std::result::Result<u32, Unanswerable>;
-}
 
 /// A running thread; it ends when this is stopped or dropped.
 pub(super) struct Worker {
@@ -37,7 +24,7 @@ impl Worker {
         name: &str,
         active: ActiveQueue,
         memory: Arc<Memory>,
-        serve: impl Serve,
+        serve: impl Serve + Send + 'static,
         interrupt: Arc<dyn Interrupt>,
     ) -> Result<Worker> {
         let failed = |error| Error::io("cannot start a device's worker thread", error);
@@ -107,9 +94,7 @@ impl<S: Serve> Served<S> {
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            let serve = &mut self.serve;
-            let served = self.ring.drain(&self.stop, |chain, memory| serve.serve(chain, memory));
-            if served.is_err() {
+            if self.ring.drain(&self.stop, &mut self.serve).is_err() {
                 return self.alarm.0.needs_reset();
             }
         }

@@ -72,7 +72,8 @@ pub fn server(at: &Path) -> Option<Pid> {
     let found = numbers.find(|pid| {
         let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<&[u8]> = words.split(|b| *b == 0).collect();
-        words.get(1) == Some(&b"mount-daemon".as_slice()) && words.contains(&at.as_bytes())
+        let verbs: [&[u8]; 2] = [b"mount-daemon", b"overlay-daemon"];
+        words.get(1).is_some_and(|verb| verbs.contains(verb)) && words.contains(&at.as_bytes())
     });
     found.map(Pid::from_raw)
 }

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use vdisk::block::{BlockDevice, check_range};
-use vdisk::jail::{Jail, Work};
 use vdisk::{Error, Result};
 
 use crate::cli::open::disk::{self, Use};
@@ -72,9 +71,7 @@ pub fn read(args: &ReadArgs) -> Result<u8> {
 
 pub fn write(args: &WriteArgs) -> Result<u8> {
     let disk = disk::open(&args.disk, &args.opening.writing())?;
-    let mut jail = Jail::new(Work::Command);
-    jail::change(&mut jail, &disk);
-    jail::close(jail)?;
+    jail::close_on_changes(&disk)?;
     let mut input = std::io::stdin().lock();
     let mut buf = vec![0; CHUNK as usize];
     let mut at = args.offset;

@@ -13,7 +13,9 @@ use vdisk::{Error, Result};
 use crate::cli::disk::{convert, resize};
 use crate::cli::image::Which;
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::open::options::{Moment, Opening};
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::size;
 
 /// Make linked clones of a base: they hold only what changes. The base is sealed.
@@ -79,6 +81,12 @@ pub fn run(args: &Args) -> Result<u8> {
         let using = args.opening.reading(&args.moment);
         let config = convert::config_of(&named, &args.opening, &args.moment, &args.store)?;
         let along = convert::Along { bitmaps: args.bitmaps, config };
+        if named.exists() {
+            let rest = Rest::new().disk(&named);
+            names.iter().fold(rest, |rest, name| rest.made(name)).close()?;
+        } else {
+            jail::refuse("what a server has is copied without")?;
+        }
         let copy = |name: &PathBuf| convert::flatten(&named, &using, name, &along);
         return names.iter().try_for_each(copy).map(|()| 0);
     }
@@ -92,8 +100,11 @@ pub fn run(args: &Args) -> Result<u8> {
         let base: Arc<dyn BlockDevice> = base;
         growable(&base).map_err(|e| e.at_path(&named))?;
     }
+    let config = args.store.config(&args.base)?;
+    let rest = Rest::new().disk(&file);
+    names.iter().fold(rest, |rest, name| rest.made(name)).close()?;
     let base = Base::seal_with(&file, &options, &names)?;
-    let base = base.with_config(args.store.config(&args.base)?);
+    let base = base.with_config(config);
     let stop = crate::cli::terminal::stop::on_signals()?;
     base.clone_all(&names, &mut |_| !stop.asked())?;
     drop(base);
@@ -108,6 +119,7 @@ pub fn run(args: &Args) -> Result<u8> {
 
 pub fn unseal(args: &UnsealArgs) -> Result<u8> {
     args.opening.govern(&args.disk)?;
+    Rest::new().disk(&args.disk).close()?;
     for clone in change::unseal(&args.disk, args.even_if_cloned)? {
         eprintln!("vdisk: warning: {} stands on it, unprotected from now on", clone.display());
     }

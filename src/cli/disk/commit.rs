@@ -8,6 +8,7 @@ use vdisk::Result;
 use vdisk::change::commit::{Commit, commit, plan_commit};
 
 use crate::cli::open::options::Opening;
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::output::{self, Progress};
 use crate::cli::terminal::size;
 
@@ -28,6 +29,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<u8> {
     args.opening.govern(&args.disk)?;
+    Rest::new().disk_and_base(&args.disk).close()?;
     let plan = plan_commit(&args.disk)?;
     if args.json {
         output::json(&json!({

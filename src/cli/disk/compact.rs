@@ -12,7 +12,7 @@ use vdisk::open::OpenOptions;
 use vdisk::{Error, Result};
 
 use crate::cli::open::options::Opening;
-use crate::cli::open::{disk, held};
+use crate::cli::open::{disk, held, jail};
 use crate::cli::terminal::output::{self, Progress};
 use crate::cli::terminal::{size, stop};
 
@@ -77,6 +77,7 @@ fn plan(args: &Args, stop: &stop::Stop) -> Result<()> {
     // Whoever has the disk may go on using it: then this is what was so a moment ago.
     let options = OpenOptions { shared: true, ..args.opening.options()? };
     let disk = change::open(&args.disk, &options)?;
+    jail::close_on_open_files()?;
     let mut bar: Option<Progress> = None;
     let plan = disk.plan_compact(&mut |done, total| {
         bar.get_or_insert_with(|| Progress::new("looking", total)).at(done);
@@ -110,6 +111,7 @@ fn plan(args: &Args, stop: &stop::Stop) -> Result<()> {
 
 fn idle(args: &Args, stop: &stop::Stop) -> Result<Compacted> {
     let disk = disk::open(&args.disk, &args.opening.writing())?;
+    jail::close_on_changes(&disk)?;
     // What is counted as free is punched: it had better be.
     if disk.head().image.details().is_some() {
         let check = disk.head().image.check(Repair::None)?;

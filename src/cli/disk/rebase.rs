@@ -10,6 +10,7 @@ use vdisk::change::rebase::{Contents, accept_base, flatten, rebase};
 use vdisk::open::Format;
 
 use crate::cli::open::options::{self as opening, Opening};
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::output::{self, Progress};
 use crate::cli::terminal::size;
 
@@ -50,6 +51,11 @@ pub fn run(args: &Args) -> Result<u8> {
         _ => args.opening.govern(&args.disk)?,
     }
     let how = opening::options(args.backing_format, args.opening.links.follow)?;
+    let rest = Rest::new().disk(&args.disk);
+    match &args.backing {
+        Some(base) => rest.base(base).close()?,
+        None => rest.close()?,
+    }
     if args.accept_base {
         let recorded = accept_base(&args.disk)?;
         if recorded.is_empty() {

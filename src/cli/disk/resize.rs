@@ -11,7 +11,7 @@ use vdisk::filesystem::ext4::mounted::{grow, growable};
 use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::open::options::Opening;
-use crate::cli::open::{disk, held};
+use crate::cli::open::{disk, held, jail};
 use crate::cli::terminal::{output, size};
 
 /// What a disk consists of.
@@ -57,6 +57,7 @@ pub fn run(args: &Args) -> Result<u8> {
         None => {
             let disk = disk::open(&args.disk, &args.opening.writing())?;
             let old = disk.size();
+            jail::close_on_changes(&disk)?;
             (Some(disk), old)
         }
     };

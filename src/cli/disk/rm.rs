@@ -13,6 +13,8 @@ use crate::cli::files;
 use crate::cli::files::remove::RemoveArgs;
 use crate::cli::image::Which;
 use crate::cli::instance::named::clone_named;
+use crate::cli::open::jail;
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::{ask, output, size};
 
 /// Remove a disk with its snapshots, files in a disk (DISK:PATH), or an instance
@@ -43,6 +45,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
+    enclose(&args.targets)?;
     for word in &args.targets {
         match files::is_in_disk(word) {
             true => files::remove(word, &args.files)?,
@@ -51,6 +54,19 @@ pub fn run(args: &Args) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// Closes the jail around the removal of disks, and of files in disks. What is kept of instances is elsewhere.
+fn enclose(targets: &[OsString]) -> Result<()> {
+    let mut rest = Rest::new();
+    for word in targets {
+        rest = match files::disk_of(word) {
+            Some(disk) => rest.disk(&disk),
+            None if Path::new(word).symlink_metadata().is_ok() => rest.disk(Path::new(word)),
+            None => return jail::refuse("instances are removed without"),
+        };
+    }
+    rest.close()
 }
 
 /// Removes an instance that has ended, and its clone: of one whose record a restart of the host has taken, that.

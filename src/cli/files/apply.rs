@@ -12,6 +12,7 @@ use vdisk_fuse::overlay::marks::Words;
 
 use super::changes::{self, Changes};
 use crate::cli::open::options::Opening;
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::output;
 
 /// Put the changes of an overlay into a disk, whole or not at all
@@ -62,6 +63,7 @@ pub fn run(args: &ApplyArgs) -> Result<u8> {
     }
     let _lock = take(&upper, args.work.as_deref())?;
     args.opening.govern(&args.disk)?;
+    Rest::new().disk(&args.disk).read(&upper).close()?;
     let mut done = Changes::default();
     let applied = apply(&args.disk, &args.opening.options()?, |device| {
         let fs =

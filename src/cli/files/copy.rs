@@ -1,12 +1,15 @@
 //! `vdisk cp`: files into a disk and out of it.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use vdisk::jail::Work;
+use vdisk::storage::name::directory;
 use vdisk::{Error, Result};
 
 use super::target::{Target, parse};
 use super::{Which, into, out};
+use crate::cli::open::rest::Rest;
 
 /// Copy files into a disk, or out of one: one side is DISK:PATH
 #[derive(clap::Args)]
@@ -48,6 +51,8 @@ pub fn run(args: &CopyArgs) -> Result<u8> {
     match parse(&args.target) {
         Target::Disk { disk, path } => {
             let sources: Vec<PathBuf> = sources.into_iter().map(host).collect::<Result<_>>()?;
+            let rest = Rest::new().disk(&disk);
+            sources.iter().fold(rest, |rest, source| rest.read(source)).close()?;
             let fs = args.which.open(&disk, true)?;
             let done = into::copy(&fs, &sources, &path, args.how, several);
             // What was copied before something failed is there.
@@ -55,6 +60,7 @@ pub fn run(args: &CopyArgs) -> Result<u8> {
             done.and(closed).map_err(|e| e.at_path(&disk))?;
         }
         Target::Host(target) => {
+            enclose(&sources, &target)?;
             for source in sources {
                 let Target::Disk { disk, path } = source else {
                     let text = "one side has to be in a disk that is there: DISK:PATH";
@@ -66,6 +72,16 @@ pub fn run(args: &CopyArgs) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// Closes the jail around a copy out of disks.
+fn enclose(sources: &[Target], target: &Path) -> Result<()> {
+    let disks = sources.iter().filter_map(|source| match source {
+        Target::Disk { disk, .. } => Some(disk),
+        Target::Host(_) => None,
+    });
+    let rest = disks.fold(Rest::of(Work::Trees), |rest, disk| rest.disk(disk));
+    rest.tree(if target.is_dir() { target } else { directory(target) }).close()
 }
 
 fn host(source: Target) -> Result<PathBuf> {

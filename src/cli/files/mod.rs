@@ -23,7 +23,7 @@ use crate::cli::open::options::{Moment, Opening};
 pub use apply::ApplyArgs;
 pub use copy::CopyArgs;
 pub use list::{CatArgs, ListArgs};
-pub use target::is_in_disk;
+pub use target::{disk_of, is_in_disk};
 pub use {
     apply::run as apply, copy::run as copy, list::cat, list::run as list, remove::run as remove,
 };

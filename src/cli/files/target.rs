@@ -37,7 +37,15 @@ pub fn parse(word: &OsStr) -> Target {
 
 /// Whether a word names a file in a disk, and not a file of the host.
 pub fn is_in_disk(word: &OsStr) -> bool {
-    !Path::new(word).exists() && matches!(parse(word), Target::Disk { .. })
+    disk_of(word).is_some()
+}
+
+/// The disk in which a word names a file.
+pub fn disk_of(word: &OsStr) -> Option<PathBuf> {
+    match parse(word) {
+        Target::Disk { disk, .. } if !Path::new(word).exists() => Some(disk),
+        _ => None,
+    }
 }
 
 /// The disk and the path of a word that has to name a file in a disk.

@@ -13,6 +13,7 @@ use super::Which;
 use super::config::Config;
 use crate::cli::open::disk;
 use crate::cli::open::options::{Moment, Opening};
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::stop;
 
 /// Write a disk as an image: each delta as a layer
@@ -49,6 +50,8 @@ pub fn run(args: &Args) -> Result<u8> {
         let Target::Tar(file) = target(&args.target)? else {
             return Err(Error::invalid("a layer goes to FILE.tar, or - for standard output"));
         };
+        let rest = Rest::new().read(&args.disk);
+        made(rest, &file).close()?;
         let write = |out: &mut dyn Write| upper(&args.disk, out, &mut progress);
         return tar(write, &file).map(|()| 0);
     }
@@ -57,12 +60,28 @@ pub fn run(args: &Args) -> Result<u8> {
     let store = args.store.existing()?;
     let exporting = Exporting { store: store.as_ref(), disk: &chain, partition: args.partition };
     let changes = args.config.changes();
-    let done = match target(&args.target)? {
+    let target = target(&args.target)?;
+    let rest = match &store {
+        Some(store) => Rest::new().read(store.dir()),
+        None => Rest::new(),
+    };
+    let rest = rest.looked_at(&args.disk);
+    match &target {
+        Target::Layout(dir, _) => made(rest.tree(dir), dir),
+        Target::Archive(file, _) | Target::Tar(file) => made(rest, file),
+    }
+    .close()?;
+    let done = match target {
         Target::Layout(dir, tag) => exporting.layout(&dir, &tag, &changes, &mut progress),
         Target::Archive(file, tag) => exporting.archive(&file, &tag, &changes, &mut progress),
         Target::Tar(file) => tar(|out| exporting.tar(out, &mut progress), &file),
     };
     done.map_err(|e| e.at_path(&args.disk)).map(|()| 0)
+}
+
+/// Lets a file be made, unless it goes to standard output.
+fn made(rest: Rest, file: &Path) -> Rest {
+    if file.as_os_str() == "-" { rest } else { rest.made(file) }
 }
 
 /// One tar, which takes the place of another when it is whole.

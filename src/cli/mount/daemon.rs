@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nix::sys::signal::SigSet;
-use nix::unistd::geteuid;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 use vdisk::control::{self, Kind, place};
@@ -20,7 +19,7 @@ use vdisk_fuse::{Caching, Options, Server};
 use crate::cli::instance::holding::{self, Bystander, Files, UserSpaceFiles, Whole};
 use crate::cli::mount::apart::READY;
 use crate::cli::mount::args::Args;
-use crate::cli::mount::end::{Unmounter, unmount_ours};
+use crate::cli::mount::end::{Outside, unmount_ours};
 use crate::cli::mount::snapshots::Shown;
 use crate::cli::mount::umount;
 use crate::cli::mount::user_space::UserSpace;
@@ -38,9 +37,8 @@ pub fn run(args: &Args) -> Result<u8> {
     let ending = stop::hold_endings()?;
     let chain = open(args)?;
     let shown = Arc::new(Shown::new(&chain, &args.disk, args.opening.options()?)?);
-    // The superuser's mounts ask who their users are of all processes, and the kernel's are made by
-    // threads that serve already.
-    let (mount, control) = match args.raw || args.user_space && !geteuid().is_root() {
+    // The kernel's mounts are made by threads that serve already.
+    let (mount, control) = match args.raw || args.user_space {
         true => jailed(args, ending, &chain, shown)?,
         false => free(args, ending, &chain)?,
     };
@@ -52,37 +50,27 @@ pub fn run(args: &Args) -> Result<u8> {
 
 /// Mounts and begins to serve.
 fn free(args: &Args, ending: SigSet, chain: &Arc<Chain>) -> Result<(Mount, control::Server)> {
-    jail::refuse("what the superuser mounts, but for --raw, is served without")?;
+    jail::refuse("what the kernel mounts is served without")?;
     let device: Arc<dyn BlockDevice> = chain.clone();
     let named = |e: Error| e.at_path(&args.disk);
-    let (mount, number, files) = if args.user_space {
-        let mount = UserSpace::mount(device, args).and_then(UserSpace::serve).map_err(named)?;
-        let files = mount.file_system();
-        (Mount::UserSpace(mount), number_at(&args.dir), Some(files))
-    } else {
-        let name = args.disk.to_string_lossy().into_owned();
-        let (read_only, partition) = (args.read_only, args.partition);
-        let options =
-            AttachOptions { read_only, partition, inert: true, name, ..AttachOptions::default() };
-        let mount = attach(device, &options, &args.dir).map_err(named)?;
-        let number = mount.loop_device();
-        (Mount::Files(mount), Ok(number), None)
-    };
-    let started = number.and_then(|number| {
-        let (doing, at) = (doing(args), (&Apart::here(), args.dir.as_path()));
-        let kind: Arc<dyn Kind> = match files {
-            Some(files) => Arc::new(UserSpaceFiles::new(doing, at, files)?),
-            None => Arc::new(Files::new(doing, at, &number)?),
-        };
+    let name = args.disk.to_string_lossy().into_owned();
+    let (read_only, partition) = (args.read_only, args.partition);
+    let options =
+        AttachOptions { read_only, partition, inert: true, name, ..AttachOptions::default() };
+    let mount = attach(device, &options, &args.dir).map_err(named)?;
+    let number = mount.loop_device();
+    let started = (|| {
+        let at = (&Apart::here(), args.dir.as_path());
+        let kind = Arc::new(Files::new(doing(args), at, &number)?);
         let control = bind(chain, args, &number, kind)?.serve()?;
-        let dir = args.dir.clone();
+        let (dir, number) = (args.dir.clone(), number.clone());
         when_asked(ending, move || unmount_ours(&dir, &number))?;
         announced(control)
-    });
+    })();
     match started {
-        Ok(control) => Ok((mount, control)),
+        Ok(control) => Ok((Mount::Files(mount), control)),
         Err(error) => {
-            mount.abandon(&args.dir);
+            drop(mount.detach());
             Err(error)
         }
     }
@@ -111,27 +99,28 @@ fn jailed(
     let closed = number_at(&args.dir).and_then(|number| {
         let kind = waiting.kind(args, &number, shown)?;
         let bound = bind(chain, args, &number, kind)?;
-        let unmounter = Unmounter::start(&args.dir, &number)?;
+        let outside = Outside::start(&args.dir, &number)?;
+        outside.watch();
         jail::disk(&mut jail, chain, !chain.read_only() && !args.ephemeral)?;
         jail.reach(&place::directory()?, Reach::Sockets);
         jail::close(jail)?;
-        Ok((bound, unmounter))
+        Ok((bound, outside))
     });
-    let (bound, mut unmounter) = match closed {
+    let (bound, outside) = match closed {
         Ok(closed) => closed,
         Err(error) => {
             let _ = umount::detach(&args.dir);
             return Err(error);
         }
     };
-    let mount = waiting.serve().inspect_err(|_| unmounter.detach())?;
+    let mount = waiting.serve().inspect_err(|_| outside.detach())?;
     match bound.serve().and_then(announced) {
         Ok(control) => {
-            when_asked(ending, move || unmounter.unmount())?;
+            when_asked(ending, move || outside.unmount())?;
             Ok((mount, control))
         }
         Err(error) => {
-            unmounter.detach();
+            outside.detach();
             let _ = mount.wait();
             Err(error)
         }
@@ -211,18 +200,6 @@ impl Mount {
             Mount::Files(attached) => attached.wait(),
             Mount::UserSpace(files) => files.wait(),
             Mount::Raw(raw) => raw.wait(),
-        }
-    }
-
-    /// Takes away what nobody has used yet.
-    fn abandon(self, dir: &Path) {
-        match self {
-            Mount::Files(attached) => drop(attached.detach()),
-            served => {
-                if umount::detach(dir).is_ok() {
-                    let _ = served.wait();
-                }
-            }
         }
     }
 }

@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use vdisk::chain::Chain;
 use vdisk::control::{self, place};
 use vdisk::filesystem;
+use vdisk::jail::{Jail, Reach, Work};
 use vdisk::mount::layer::DiskLayer;
 use vdisk::mount::table;
 use vdisk::{Error, ErrorKind, Result};
-use vdisk_fuse::Server;
+use vdisk_fuse::Waiting;
 use vdisk_fuse::files::Keeping;
 use vdisk_fuse::host::HostLayer;
 use vdisk_fuse::layer::Layer;
@@ -22,9 +24,10 @@ use vdisk_fuse::server::{OVERLAY_SUBTYPE, Serving};
 
 use crate::cli::instance::holding::Bystander;
 use crate::cli::mount::apart::{directory, serve_apart};
-use crate::cli::mount::end::unmount_ours;
+use crate::cli::mount::end::Outside;
 use crate::cli::mount::{daemon as mount_daemon, umount};
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 use crate::cli::open::options::Opening;
 use crate::cli::terminal::stop;
 
@@ -75,11 +78,12 @@ impl OfDisk {
     }
 
     /// The files in the disk at `path`, for reading. `device` tells it from other layers.
-    fn layer(&self, path: &Path, device: u64) -> Result<DiskLayer> {
+    fn layer(&self, path: &Path, device: u64) -> Result<(DiskLayer, Arc<Chain>)> {
         let using = Use { snapshot: self.snapshot.as_deref(), ..Use::reading() };
         let disk = disk::open(path, &self.opening.holding(using))?;
-        let fs = filesystem::open(disk, self.partition, true).map_err(|e| e.at_path(path))?;
-        Ok(DiskLayer::new(Arc::new(fs), device))
+        let fs = filesystem::open(disk.clone(), self.partition, true);
+        let fs = fs.map_err(|e| e.at_path(path))?;
+        Ok((DiskLayer::new(Arc::new(fs), device), disk))
     }
 }
 
@@ -306,7 +310,7 @@ fn path(word: &[u8]) -> PathBuf {
 pub fn lay(mut wanted: Wanted, user_namespace: bool) -> Result<Arc<Overlay>> {
     wanted.options.extend(user_namespace.then(|| "userxattr".into()));
     wanted.settle_layers()?;
-    open(&wanted)
+    open(&wanted).map(|(overlay, _)| overlay)
 }
 
 /// Mounts an overlay and returns when it can be used.
@@ -387,25 +391,33 @@ pub fn serve(args: &Args) -> Result<u8> {
         options: args.option.clone(),
         source: args.source.clone(),
     };
-    let overlay = open(&wanted)?;
+    let (overlay, disks) = open(&wanted)?;
     let serving = Serving {
         mount: mount_options(&wanted),
         keeping: Keeping { ttl: FOREVER, writeback: false },
         threads: THREADS,
     };
     let failed = |e| Error::io("cannot mount over FUSE", e).at_path(&wanted.dir);
-    let server = Server::files(overlay, &wanted.dir, &serving).map_err(failed)?;
-    let started = listen(&wanted.dir).and_then(|(control, number)| {
-        let dir = wanted.dir.clone();
-        mount_daemon::when_asked(ending, move || unmount_ours(&dir, &number))?;
+    let waiting = Waiting::files(overlay, &wanted.dir, &serving).map_err(failed)?;
+    let (bound, outside) = match enclose(&wanted, &disks) {
+        Ok(enclosed) => enclosed,
+        Err(error) => {
+            let _ = umount::detach(&wanted.dir);
+            return Err(error);
+        }
+    };
+    drop(disks);
+    let server = waiting.serve().map_err(failed).inspect_err(|_| outside.detach())?;
+    let end = outside.clone();
+    let started = bound.serve().and_then(|control| {
+        mount_daemon::when_asked(ending, move || end.unmount())?;
         mount_daemon::announced(control)
     });
     let control = match started {
         Ok(control) => control,
         Err(error) => {
-            if umount::detach(&wanted.dir).is_ok() {
-                let _ = server.join();
-            }
+            outside.detach();
+            let _ = server.join();
             return Err(error);
         }
     };
@@ -414,19 +426,43 @@ pub fn serve(args: &Args) -> Result<u8> {
     ended.map(|()| 0)
 }
 
-fn listen(dir: &Path) -> Result<(control::Server, String)> {
-    let gone = || Error::new(ErrorKind::Io, "the mount is gone already").at_path(dir);
-    let number = table::at(dir).ok_or_else(gone)?.device;
-    let control = control::Server::listen(&place::mount(&number), Arc::new(Bystander))?;
-    Ok((control, number))
+/// Closes the jail around an overlay that is mounted: it reads its lower layers, and has all of its upper one.
+fn enclose(wanted: &Wanted, disks: &[Arc<Chain>]) -> Result<(control::Bound, Outside)> {
+    let gone = || Error::new(ErrorKind::Io, "the mount is gone already").at_path(&wanted.dir);
+    let number = table::at(&wanted.dir).ok_or_else(gone)?.device;
+    let bound = control::Server::bind(&place::mount(&number), Arc::new(Bystander))?;
+    let outside = Outside::start(&wanted.dir, &number)?;
+    outside.watch();
+    let mut jail = Jail::new(Work::Overlay);
+    for lower in wanted.lowers.iter().filter(|lower| lower.is_dir()) {
+        jail.reach(lower, Reach::Read);
+    }
+    for disk in disks {
+        jail::disk(&mut jail, disk, false)?;
+    }
+    for own in wanted.upper.iter().chain(&wanted.work) {
+        jail.reach(own, Reach::Tree);
+    }
+    for device in ["/dev/fuse", "/dev/null"] {
+        jail.reach(Path::new(device), Reach::Write);
+    }
+    // In which groups who makes a request is.
+    jail.reach(Path::new("/proc"), Reach::Read);
+    jail.reach(&place::directory()?, Reach::Sockets);
+    jail::close(jail)?;
+    Ok((bound, outside))
 }
 
-fn open(wanted: &Wanted) -> Result<Arc<Overlay>> {
+/// The overlay, and the disks under it.
+fn open(wanted: &Wanted) -> Result<(Arc<Overlay>, Vec<Arc<Chain>>)> {
+    let mut disks = Vec::new();
     let mut lowers: Vec<Arc<dyn Layer>> = Vec::new();
     // No device of the host's has such a number.
     for (number, lower) in (1 << 63..).zip(&wanted.lowers) {
         if !lower.is_dir() {
-            lowers.push(Arc::new(wanted.of_disk.layer(lower, number)?));
+            let (layer, disk) = wanted.of_disk.layer(lower, number)?;
+            lowers.push(Arc::new(layer));
+            disks.push(disk);
             continue;
         }
         let layer = HostLayer::open(lower)
@@ -447,7 +483,7 @@ fn open(wanted: &Wanted) -> Result<Arc<Overlay>> {
     if wanted.has("volatile") || wanted.has("nofsync") {
         overlay.set_volatile();
     }
-    Ok(Arc::new(overlay))
+    Ok((Arc::new(overlay), disks))
 }
 
 fn mount_options(wanted: &Wanted) -> MountOptions {

@@ -6,11 +6,16 @@ use serde_json::Value;
 use vdisk::control::{self, Request};
 use vdisk::{Error, ErrorKind, Result};
 
+use super::jail;
 use crate::cli::terminal::output::Progress;
 use crate::cli::terminal::stop::Stop;
 
-/// Asks the process that holds `disk`; `None` where none does that could be asked.
+/// Asks the process that holds `disk`; `None` where none does that could be asked. A command that is in its
+/// jail already, and is said again, asks nobody: whoever has the disk by now has it locked.
 pub fn ask(disk: &Path, request: &Request) -> Result<Option<Value>> {
+    if jail::is_closed() {
+        return Ok(None);
+    }
     control::ask(disk, request, &mut |_, _| true)
 }
 
@@ -21,6 +26,9 @@ pub fn ask_long(
     doing: &'static str,
     stop: &Stop,
 ) -> Result<Option<Value>> {
+    if jail::is_closed() {
+        return Ok(None);
+    }
     let mut bar: Option<Progress> = None;
     control::ask(disk, request, &mut |done, total| {
         if total > 0 {

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use clap::ValueEnum;
 use vdisk::chain::{Chain, Layer};
 use vdisk::control::place;
-use vdisk::image::Id;
+use vdisk::image::{Id, Label};
 use vdisk::jail::{self, Jail, Reach, Work};
 use vdisk::open::resolve;
 use vdisk::storage::name::directory;
@@ -43,10 +43,17 @@ pub fn words() -> Vec<OsString> {
     word.map(|word| format!("--jail={word}").into()).into_iter().collect()
 }
 
+/// Set where this command's jail was closed.
+static CLOSED: OnceLock<()> = OnceLock::new();
+
+/// Whether this command is in its jail.
+pub fn is_closed() -> bool {
+    CLOSED.get().is_some() && wanted() != Mode::Off
+}
+
 /// Closes a jail for this command, and says once where it is not whole. A command that is said again, since
 /// another was at work on its disk, is in it already.
 pub fn close(jail: Jail) -> Result<()> {
-    static CLOSED: OnceLock<()> = OnceLock::new();
     if CLOSED.set(()).is_err() {
         return Ok(());
     }
@@ -73,6 +80,13 @@ pub fn refuse(why: &str) -> Result<()> {
 /// Closes a jail for a command that needs no file from now on but those that are open.
 pub fn close_on_open_files() -> Result<()> {
     close(Jail::new(Work::Command))
+}
+
+/// Closes a jail for a command that needs no file from now on but those of an open disk, which it changes.
+pub fn close_on_changes(chain: &Chain) -> Result<()> {
+    let mut jail = Jail::new(Work::Command);
+    change(&mut jail, chain);
+    close(jail)
 }
 
 /// Lets through what may be opened of a disk: read only or, where `held` says that its tree may change
@@ -122,11 +136,17 @@ pub fn admit(jail: &mut Jail, layer: &Layer, write: bool) {
     }
 }
 
-/// The directories in which clones were made on a layer: who merges it looks whether they are there still.
 fn clones_of(layer: &Layer) -> Vec<PathBuf> {
     let label = layer.image.identity().ok().and_then(|identity| identity.label);
-    let places = label.and_then(|label| label.clones).map(|clones| clones.places);
-    let dir = directory(&layer.path);
+    clones_in(label.as_ref(), &layer.path)
+}
+
+/// The directories in which clones were made on the layer at `path`: who merges it looks whether they are
+/// there still.
+pub fn clones_in(label: Option<&Label>, path: &Path) -> Vec<PathBuf> {
+    let clones = label.and_then(|label| label.clones.as_ref());
+    let places = clones.map(|clones| clones.places.clone());
+    let dir = directory(path);
     let named = places.unwrap_or_default().into_iter().filter(|place| !place.path.is_empty());
     let mut dirs: Vec<PathBuf> =
         named.map(|place| directory(&dir.join(place.path)).to_path_buf()).collect();

@@ -8,4 +8,5 @@ pub mod limit;
 pub mod memory;
 pub mod options;
 pub mod passphrase;
+pub mod rest;
 pub mod turn;

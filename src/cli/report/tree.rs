@@ -11,6 +11,7 @@ use vdisk::family::forest::{Node, forest, measure, trees_of};
 use vdisk::image::Role;
 use vdisk::open::Format;
 
+use crate::cli::open::rest::Rest;
 use crate::cli::report::picture::rows::{self, Row};
 use crate::cli::report::picture::tree::{Facts, svg};
 use crate::cli::report::picture::{dot, plain};
@@ -44,6 +45,8 @@ const LEGEND: [(&str, &str); 4] = [
 ];
 
 pub fn run(args: &Args) -> Result<u8> {
+    // Which files stand on which is what is looked for: any is read, and none written.
+    Rest::new().read(Path::new("/")).close()?;
     let mut trees = if args.disk.is_dir() {
         forest(std::slice::from_ref(&args.disk))?
     } else {

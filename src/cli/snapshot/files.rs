@@ -16,10 +16,12 @@ use vdisk::{Error, ErrorKind, Result};
 
 use super::live::DiffArgs;
 use crate::cli::open::disk::{self, Use};
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::{output, stop};
 
 /// Prints which files differ.
 pub fn diff(args: &DiffArgs) -> Result<()> {
+    Rest::new().disk(&args.disk).close()?;
     let (from, to) = (args.name.as_str(), args.other.as_deref());
     let earlier = open(args, Some(from))?;
     let later = open(args, to).map_err(|e| match (e.kind(), to) {

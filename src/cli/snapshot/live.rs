@@ -14,6 +14,7 @@ use vdisk::{Error, ErrorKind, Result};
 use super::{CreateArgs, files};
 use crate::cli::open::held;
 use crate::cli::open::options::Opening;
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::{output, size};
 
 /// What changed between two moments.
@@ -47,6 +48,7 @@ pub fn create(args: &CreateArgs) -> Result<()> {
             let text = "is not mounted by vdisk: there is nothing to freeze";
             return Err(Error::invalid(text).at_path(&args.disk));
         }
+        Rest::new().disk(&args.disk).close()?;
         return snapshot::create(&args.disk, &args.name, &args.description);
     };
     if let Some(pause) = answer.get("pause_us").and_then(Value::as_u64) {
@@ -95,6 +97,7 @@ pub fn diff(args: &DiffArgs) -> Result<()> {
 }
 
 fn idle(disk: &Path, from: &str, to: Option<&str>) -> Result<Vec<Change>> {
+    Rest::new().looked_at(disk).close()?;
     // Without a lock, what is read could change meanwhile.
     let options = vdisk::open::OpenOptions { unprotected: true, ..Default::default() };
     let _held = vdisk::open::open_image(disk, &options)?;

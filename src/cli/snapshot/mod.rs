@@ -21,6 +21,7 @@ use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::open::held;
 use crate::cli::open::options::Opening;
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::output::{self, Progress};
 use crate::cli::terminal::{ask, size};
 
@@ -257,6 +258,7 @@ pub fn run(args: &Args) -> Result<u8> {
         Verb::Rename(a) => {
             let request = Request::Rename { old: a.old.clone(), new: a.new.clone() };
             if held::ask(&a.disk, &request)?.is_none() {
+                Rest::new().disk(&a.disk).close()?;
                 snapshot::rename_snapshot(&a.disk, &a.old, &a.new)?;
             }
         }
@@ -324,6 +326,7 @@ fn execute(plan: &Plan, request: Option<Request>) -> Result<()> {
     {
         return Ok(());
     }
+    Rest::new().disk(&plan.disk).close()?;
     let bar = Progress::new("moving", plan.moved.saturating_add(plan.linked));
     plan.execute(&mut |done, total| {
         bar.of(total);
@@ -370,6 +373,7 @@ fn age(text: &str) -> std::result::Result<Duration, String> {
 }
 
 fn list(args: &ListArgs) -> Result<()> {
+    Rest::new().looked_at(&args.disk).close()?;
     let family = Family::read(&args.disk)?;
     if family.is_none() && !args.disk.exists() {
         let missing = std::io::ErrorKind::NotFound.into();

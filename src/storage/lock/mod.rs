@@ -12,7 +12,7 @@ mod turn;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -272,8 +272,40 @@ fn is_held_by_other(file: &File, byte: i64) -> Result<bool> {
     }
 }
 
+/// Device and inode number of a file.
+type FileKey = (u64, u64);
+
+/// Who had which file when this process could still see it.
+static NOTED: Mutex<Vec<(FileKey, Vec<Holder>)>> = Mutex::new(Vec::new());
+
+/// Notes who has the file now, for a process that will not see others any more. Costs next to nothing where
+/// nobody has.
+pub fn note_holders(file: &File) {
+    let any = CONSISTENT_READ | WRITE | RESIZE;
+    let held = [(USED, any), (UNSHARED, any)].into_iter().any(|(base, bits)| {
+        bytes(base, bits).any(|byte| is_held_by_other(file, byte).unwrap_or(false))
+    });
+    if held && let Ok(meta) = file.metadata() {
+        let mut noted = NOTED.lock().unwrap_or_else(PoisonError::into_inner);
+        noted.push(((meta.dev(), meta.ino()), holders(file)));
+    }
+}
+
+/// Who was noted for the file, and lives.
+fn noted(file: &File) -> Vec<Holder> {
+    let Ok(meta) = file.metadata() else { return Vec::new() };
+    let noted = NOTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let of_file = noted.iter().rev().find(|(of, _)| *of == (meta.dev(), meta.ino()));
+    let mut holders = of_file.map(|(_, holders)| holders.clone()).unwrap_or_default();
+    holders.retain(|holder| fs::metadata(format!("/proc/{}", holder.pid)).is_ok());
+    holders
+}
+
 fn in_use(file: &File, access: Access) -> Error {
-    let holders = holders(file);
+    let mut holders = holders(file);
+    if holders.is_empty() {
+        holders = noted(file);
+    }
     let who = match &holders[..] {
         [] => "another process".to_owned(),
         some => some.iter().map(Holder::to_string).collect::<Vec<_>>().join(", "),
