@@ -16,7 +16,7 @@ const TICK: Duration = Duration::from_millis(2);
 /// did not, one leaves.
 const FEW: u32 = 8;
 /// After so many looks that found nothing done, nobody looks until something is.
-const MANY: u32 = 50;
+const MANY: u32 = 10;
 
 /// The threads of a server.
 pub(crate) struct Crew {

@@ -135,8 +135,8 @@ impl<'a> Near<'a> {
         self.at.is_some()
     }
 
-    /// A thread, 0 where none waits, has made a request.
-    pub(crate) fn came(&mut self, caller: u32) {
+    /// A thread, 0 where none waits, has made a request of `len` bytes.
+    pub(crate) fn came(&mut self, caller: u32, len: usize) {
         if self.free.is_none() || caller == 0 {
             return;
         }
@@ -145,7 +145,10 @@ impl<'a> Near<'a> {
             self.shy = (self.shy * 2).clamp(SHY, SHIEST);
             (self.again, self.well) = (Some(Instant::now() + self.shy), 0);
         }
-        if caller == self.caller {
+        if len > LARGE {
+            self.row = 0;
+            self.speak_against();
+        } else if caller == self.caller {
             (self.row, self.against) = (self.row.saturating_add(1), 0);
         } else {
             (self.caller, self.row) = (caller, 1);
@@ -265,21 +268,25 @@ mod tests {
         let (place, all) = (Place::default(), may_be());
         let mut near = Near::new(&place, true);
         for _ in 1..ROW {
-            near.came(own());
+            near.came(own(), 64);
             assert_eq!(may_be(), all);
         }
-        near.came(own());
+        near.came(own(), 64);
         assert_eq!(may_be(), 1);
         let mut yields = false;
         near.hand_over(own(), 16, || yields = place.yields());
         assert!(yields && !place.yields());
         near.hand_over(own(), LARGE + 1, || ());
-        near.came(0);
+        near.came(0, 64);
         assert_eq!(may_be(), 1, "one large answer, and one that nobody waits for, change nothing");
         for other in 0..AGAINST {
-            near.came(u32::MAX - other);
+            near.came(u32::MAX - other, 64);
         }
         assert_eq!(may_be(), all);
+        (0..ROW).for_each(|_| near.came(own(), 64));
+        assert_eq!(may_be(), 1);
+        (0..AGAINST).for_each(|_| near.came(own(), LARGE + 1));
+        assert_eq!(may_be(), all, "much to copy is copied elsewhere");
     }
 
     #[test]
@@ -290,16 +297,16 @@ mod tests {
         }
         let (place, all) = (Place::default(), may_be());
         let mut near = Near::new(&place, true);
-        (0..ROW).for_each(|_| near.came(own()));
+        (0..ROW).for_each(|_| near.came(own(), 64));
         assert_eq!(may_be(), 1);
         place.recall();
         assert_eq!(may_be(), all);
         // Longer than this test takes.
         near.shy = Duration::from_secs(3600);
-        (0..ROW * 2).for_each(|_| near.came(own()));
+        (0..ROW * 2).for_each(|_| near.came(own(), 64));
         assert!(near.again.is_some());
         near.again = None;
-        (0..ROW).for_each(|_| near.came(own()));
+        (0..ROW).for_each(|_| near.came(own(), 64));
         assert_eq!(may_be(), 1);
     }
 
@@ -307,7 +314,7 @@ mod tests {
     fn who_may_not_come_back_stays_as_it_is() {
         let (place, all) = (Place::default(), may_be());
         let mut near = Near::new(&place, false);
-        (0..ROW * 2).for_each(|_| near.came(own()));
+        (0..ROW * 2).for_each(|_| near.came(own(), 64));
         place.recall();
         assert_eq!(may_be(), all);
         let mut yields = true;

@@ -184,7 +184,7 @@ fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>)
             linger.came();
             duty.begin();
             let (head, body) = Reader::request(request.get(..len).unwrap_or_default())?;
-            near.came(head.caller.pid);
+            near.came(head.caller.pid, len);
             let mut out = Reply::new(buffer);
             if let Answer::Reply = dispatch.answer(&head, body, &mut out) {
                 let answer = out.whole();
