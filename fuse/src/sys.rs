@@ -58,6 +58,12 @@ pub(crate) fn write_out(file: BorrowedFd<'_>) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether this thread is scheduled as others are (`SCHED_OTHER`).
+pub(crate) fn runs_as_others() -> bool {
+    // SAFETY: the call takes a number only.
+    unsafe { libc::sched_getscheduler(0) == libc::SCHED_OTHER }
+}
+
 /// Has a thread, or this one, let every other go first (`SCHED_IDLE`), or run as others do again.
 pub(crate) fn yield_always(thread: Option<Pid>, always: bool) -> io::Result<()> {
     let policy = if always { libc::SCHED_IDLE } else { libc::SCHED_OTHER };

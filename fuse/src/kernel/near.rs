@@ -72,9 +72,13 @@ pub(crate) fn ready(device: BorrowedFd<'_>) -> bool {
     poll(&mut asked, Some(&at_once)).map_or(true, |ready| ready > 0)
 }
 
-/// Whether threads of this process may let everybody go first and come back: an ordinary user's may only do the
-/// former. Found out by one that is lost by it.
+/// Whether threads of this process may let everybody go first and come back: an ordinary user's may only
+/// do the former, which a thread finds out that is lost by it. One to whom the user has given another
+/// policy keeps that.
 pub(crate) fn allowed() -> bool {
+    if !sys::runs_as_others() {
+        return false;
+    }
     let trial = || sys::yield_always(None, true).and_then(|()| sys::yield_always(None, false));
     let trial = std::thread::Builder::new().spawn(move || trial().is_ok());
     trial.is_ok_and(|trial| trial.join().unwrap_or(false))
@@ -149,7 +153,7 @@ impl<'a> Near<'a> {
             self.row = 0;
             self.speak_against();
         } else if caller == self.caller {
-            (self.row, self.against) = (self.row.saturating_add(1), 0);
+            self.row = self.row.saturating_add(1);
         } else {
             (self.caller, self.row) = (caller, 1);
             self.speak_against();
@@ -202,6 +206,8 @@ impl<'a> Near<'a> {
         if len > LARGE {
             self.row = 0;
             self.speak_against();
+        } else if self.row > 1 {
+            self.against = 0;
         }
         if self.at.is_none() || caller == 0 {
             return write();
@@ -287,6 +293,13 @@ mod tests {
         assert_eq!(may_be(), 1);
         (0..AGAINST).for_each(|_| near.came(own(), LARGE + 1));
         assert_eq!(may_be(), all, "much to copy is copied elsewhere");
+        (0..ROW).for_each(|_| near.came(own(), 64));
+        assert_eq!(may_be(), 1);
+        for _ in 0..AGAINST {
+            near.came(own(), 64);
+            near.hand_over(own(), LARGE + 1, || ());
+        }
+        assert_eq!(may_be(), all, "also where it is in the answers");
     }
 
     #[test]
