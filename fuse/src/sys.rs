@@ -4,6 +4,8 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::thread::Pid;
+
 use crate::layer::FileHandle;
 
 /// Closes every descriptor above 2 except these in this thread's file table, which must be its own.
@@ -53,6 +55,22 @@ pub(crate) fn write_out(file: BorrowedFd<'_>) -> io::Result<()> {
         | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     // SAFETY: the call takes numbers only.
     let result = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, whole) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether this thread is scheduled as others are (`SCHED_OTHER`).
+pub(crate) fn runs_as_others() -> bool {
+    // SAFETY: the call takes a number only.
+    unsafe { libc::sched_getscheduler(0) == libc::SCHED_OTHER }
+}
+
+/// Has a thread, or this one, let every other go first (`SCHED_IDLE`), or run as others do again.
+pub(crate) fn yield_always(thread: Option<Pid>, always: bool) -> io::Result<()> {
+    let policy = if always { libc::SCHED_IDLE } else { libc::SCHED_OTHER };
+    let param = libc::sched_param { sched_priority: 0 };
+    let thread = thread.map_or(0, |thread| thread.as_raw_nonzero().get());
+    // SAFETY: the kernel reads one `sched_param` from the pointer, which is to a live local.
+    let result = unsafe { libc::sched_setscheduler(thread, policy, &raw const param) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

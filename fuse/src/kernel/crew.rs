@@ -8,19 +8,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::near::Place;
+
 /// How often it is looked at what the threads do, while they do anything.
 const TICK: Duration = Duration::from_millis(2);
 /// After so many looks in a row that found all of them busy, one more comes in; after so many that
 /// did not, one leaves.
 const FEW: u32 = 8;
 /// After so many looks that found nothing done, nobody looks until something is.
-const MANY: u32 = 50;
+const MANY: u32 = 10;
 
 /// The threads of a server.
 pub(crate) struct Crew {
-    /// What each is at: even while it waits for a request, odd while it works on one; a new number
-    /// with each.
-    at: Vec<AtomicU64>,
+    members: Vec<Member>,
     /// How many are to wait for requests or work on one.
     wanted: AtomicUsize,
     /// How many do.
@@ -37,6 +37,14 @@ pub(crate) struct Crew {
     look: Condvar,
 }
 
+#[derive(Default)]
+struct Member {
+    /// What it is at: even while it waits for a request, odd while it works on one; a new number
+    /// with each.
+    at: AtomicU64,
+    place: Place,
+}
+
 /// A thread on duty.
 pub(crate) struct Duty<'a> {
     crew: &'a Crew,
@@ -47,7 +55,7 @@ impl Crew {
     /// Of `threads` threads, at least one.
     pub(crate) fn new(threads: usize) -> Crew {
         Crew {
-            at: (0..threads.max(1)).map(|_| AtomicU64::new(0)).collect(),
+            members: (0..threads.max(1)).map(|_| Member::default()).collect(),
             wanted: AtomicUsize::new(1),
             on_duty: AtomicUsize::new(0),
             dozing: AtomicBool::new(false),
@@ -57,6 +65,11 @@ impl Crew {
             enter: Condvar::new(),
             look: Condvar::new(),
         }
+    }
+
+    /// Where thread `number` stands with the programs that it answers.
+    pub(crate) fn place(&self, number: usize) -> Option<&Place> {
+        self.members.get(number).map(|member| &member.place)
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
@@ -79,7 +92,7 @@ impl Crew {
     /// A thread goes for good: as nothing comes any more, or as it failed and leaves the work to the
     /// others, as long as there are any.
     pub(crate) fn gone(&self, failed: bool) {
-        if !failed || self.failed.fetch_add(1, Ordering::AcqRel) + 1 == self.at.len() {
+        if !failed || self.failed.fetch_add(1, Ordering::AcqRel) + 1 == self.members.len() {
             self.end();
         }
     }
@@ -91,30 +104,36 @@ impl Crew {
         self.look.notify_all();
     }
 
-    /// Looks after the others until the end.
-    pub(crate) fn look_after(&self) {
-        let mut seen = vec![0; self.at.len()];
+    /// Looks after the others until the end. `waiting` says whether a request waits for a thread.
+    pub(crate) fn look_after(&self, waiting: &dyn Fn() -> bool) {
+        let mut seen = vec![0; self.members.len()];
         let (mut extra, mut busy, mut calm, mut still) = (0, 0, 0, 0);
         while !self.ended.load(Ordering::Acquire) {
             self.pause();
             let (mut held_up, mut working, mut changed) = (0, 0, false);
-            for (at, seen) in self.at.iter().zip(&mut seen) {
-                let now = at.load(Ordering::SeqCst);
+            for (member, seen) in self.members.iter().zip(&mut seen) {
+                let now = member.at.load(Ordering::SeqCst);
                 let works = !now.is_multiple_of(2);
-                held_up += usize::from(works && now == *seen);
+                // One that lets a program go first is done, unless somebody waits for it.
+                let stuck = works && now == *seen && (!member.place.yields() || waiting());
+                if stuck {
+                    member.place.recall();
+                }
+                held_up += usize::from(stuck);
                 working += usize::from(works && now != *seen);
                 changed |= now != *seen;
                 *seen = now;
             }
-            // Those that are held up aside, one is there in any case, and more where all are busy.
-            let all = working > extra;
+            // Those that are held up aside, one is there in any case, and more where all are busy and
+            // that is not enough.
+            let all = working > extra && waiting();
             (busy, calm) = if all { (busy + 1, 0) } else { (0, calm + 1) };
             if busy >= FEW {
-                (extra, busy) = ((extra + 1).min(self.at.len()), 0);
+                (extra, busy) = ((extra + 1).min(self.members.len()), 0);
             } else if calm >= FEW {
                 (extra, calm) = (extra.saturating_sub(1), 0);
             }
-            self.want((1 + extra + held_up).min(self.at.len()));
+            self.want((1 + extra + held_up).min(self.members.len()));
             still = if changed || held_up > 0 { 0 } else { still + 1 };
             if still >= MANY {
                 still = 0;
@@ -140,11 +159,13 @@ impl Crew {
 
     /// Waits until somebody has begun to work since what was `seen`.
     fn doze(&self, seen: &[u64]) {
+        // Whom nobody looks after must not wait for everybody.
+        self.members.iter().filter(|member| member.place.yields()).for_each(|m| m.place.recall());
         let mut gate = self.lock();
         self.dozing.store(true, Ordering::SeqCst);
         while self.dozing.load(Ordering::SeqCst)
             && !self.ended.load(Ordering::Acquire)
-            && self.at.iter().zip(seen).all(|(at, seen)| at.load(Ordering::SeqCst) == *seen)
+            && self.members.iter().zip(seen).all(|(member, seen)| member.is_at(*seen))
         {
             gate = self.look.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
@@ -152,10 +173,16 @@ impl Crew {
     }
 }
 
+impl Member {
+    fn is_at(&self, seen: u64) -> bool {
+        self.at.load(Ordering::SeqCst) == seen
+    }
+}
+
 impl Duty<'_> {
     fn step(&self) {
-        if let Some(at) = self.crew.at.get(self.number) {
-            at.fetch_add(1, Ordering::SeqCst);
+        if let Some(member) = self.crew.members.get(self.number) {
+            member.at.fetch_add(1, Ordering::SeqCst);
         }
     }
 
@@ -196,7 +223,7 @@ mod tests {
         let (here, came) = mpsc::channel();
         std::thread::scope(|scope| {
             let crew = &crew;
-            scope.spawn(|| crew.look_after());
+            scope.spawn(|| crew.look_after(&|| false));
             for number in 0..3 {
                 let here = here.clone();
                 scope.spawn(move || {
@@ -224,7 +251,7 @@ mod tests {
         let crew = Crew::new(2);
         std::thread::scope(|scope| {
             let crew = &crew;
-            scope.spawn(|| crew.look_after());
+            scope.spawn(|| crew.look_after(&|| false));
             let duty = crew.enter(0).unwrap();
             let second = scope.spawn(|| crew.enter(1).is_some());
             for _ in 0..50 {

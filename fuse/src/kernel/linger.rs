@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use super::near::ready;
 
 /// How long to look out.
 const LOOK: Duration = Duration::from_micros(200);
@@ -100,12 +100,9 @@ enum Seen {
 
 /// Looks out from `start` on.
 fn watch(device: BorrowedFd<'_>, start: Instant) -> Seen {
-    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
     let mut last = start;
     loop {
-        let mut asked = [PollFd::from_borrowed_fd(device, PollFlags::IN)];
-        // An error is for the read to find.
-        let there = poll(&mut asked, Some(&at_once)).map_or(true, |ready| ready > 0);
+        let there = ready(device);
         let now = Instant::now();
         if now - last > STEP {
             return Seen::Others;

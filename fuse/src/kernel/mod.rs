@@ -4,6 +4,7 @@ mod crew;
 pub(crate) mod device;
 mod dispatch;
 mod linger;
+mod near;
 pub(crate) mod session;
 mod wire;
 

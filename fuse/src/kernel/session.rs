@@ -14,6 +14,7 @@ use crate::kernel::crew::Crew;
 use crate::kernel::device::Device;
 use crate::kernel::dispatch::{Answer, Dispatch, MAX_REQUEST, REPLY_ROOM};
 use crate::kernel::linger::{Linger, Lookout};
+use crate::kernel::near::{self, Near};
 use crate::kernel::wire::{self, Reader, Reply, init};
 
 /// Requests that the kernel may have under way without a waiting caller (readahead, writeback).
@@ -44,9 +45,10 @@ pub(crate) fn serve(
         let _ = rustix::process::configure_io_flusher_behavior(true);
         let crew = Crew::new(channels.len());
         let lookout = Lookout::new();
-        let (crew, lookout, files_now) = (&crew, &lookout, files.as_ref());
+        let (crew, lookout, files_now, near) = (&crew, &lookout, files.as_ref(), near::allowed());
         let run = |channel: &Device, number| {
-            let ended = worker(channel, files_now, keeping, &Post { crew, lookout, number });
+            let post = Post { crew, lookout, number, near };
+            let ended = worker(channel, files_now, keeping, &post);
             crew.gone(ended.is_err());
             ended
         };
@@ -57,7 +59,7 @@ pub(crate) fn serve(
                 .enumerate()
                 .map(|(number, channel)| named().spawn_scoped(scope, move || run(channel, number)))
                 .collect();
-            crew.look_after();
+            crew.look_after(&|| near::ready(device.as_fd()));
             let mut ended = Ok(());
             for worker in workers {
                 let one = worker.map(|worker| worker.join().unwrap_or_else(|_| Err(panicked())));
@@ -158,6 +160,8 @@ struct Post<'a> {
     lookout: &'a Lookout,
     /// Its number in the crew.
     number: usize,
+    /// Whether it may follow who asks.
+    near: bool,
 }
 
 /// Answers requests until the mount is gone.
@@ -166,20 +170,28 @@ fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>)
     let dispatch = Dispatch { files, keeping };
     let (mut request, mut buffer) = (Vec::new(), Vec::new());
     let mut linger = Linger::default();
+    let Some(place) = post.crew.place(post.number) else { return Ok(()) };
+    let mut near = Near::new(place, post.near);
     while let Some(duty) = post.crew.enter(post.number) {
         // Not before it is needed: some never are.
         request.resize(MAX_REQUEST + REQUEST_HEAD, 0);
         buffer.reserve(REPLY_ROOM);
         loop {
-            linger.look(post.lookout, device.as_fd());
+            if !near.settled(device.as_fd()) {
+                linger.look(post.lookout, device.as_fd());
+            }
             let Some(len) = receive(device, &mut request)? else { return Ok(()) };
             linger.came();
             duty.begin();
             let (head, body) = Reader::request(request.get(..len).unwrap_or_default())?;
+            near.came(head.caller.pid, len);
             let mut out = Reply::new(buffer);
             if let Answer::Reply = dispatch.answer(&head, body, &mut out) {
-                // Whoever asked may be gone; then what he was given is the kernel's to give back.
-                let _ = writev(device.as_fd(), &[IoSlice::new(out.whole())]);
+                let answer = out.whole();
+                near.hand_over(head.caller.pid, answer.len(), || {
+                    // Whoever asked may be gone; then what he was given is the kernel's to give back.
+                    let _ = writev(device.as_fd(), &[IoSlice::new(answer)]);
+                });
             }
             buffer = out.into_buffer();
             if !duty.done() {

@@ -1,17 +1,17 @@
 //! Copy-up: a lower file or directory comes to stand in the upper layer before it is changed. A
-//! copy is made whole in the work directory and then takes its place by one rename.
+//! copy is made whole in the work directory, without a name where it can be, and then takes its place in
+//! one step.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 
+use super::contents::{Copied, copy_data};
 use super::marks::Origin;
 use super::node::UPPER_DEVICE;
 use super::node::{Alias, Held, Index, LowerDir, LowerFile, Node, State, Tri};
@@ -19,13 +19,6 @@ use super::{Overlay, Upper};
 use crate::attr::{Attr, SetTime};
 use crate::host::{HostDir, Spot, split_names};
 use crate::layer::{LayerDir, LayerFile};
-
-/// How much of a file is read at a time where the kernel cannot copy it alone.
-const CHUNK: usize = 1 << 20;
-
-/// Up to here a file's holes are looked for only in front of its data: what is copied is then just
-/// what the kernel's overlayfs copies, hole for hole, and in one go.
-const SMALL: u64 = 1 << 20;
 
 fn errno(number: i32) -> io::Error {
     io::Error::from_raw_os_error(number)
@@ -42,6 +35,76 @@ struct Source<'a> {
     len: u64,
     /// Whether its file system may share bytes with the upper one.
     clones: &'a Tri,
+}
+
+impl Source<'_> {
+    /// The index and the name there of a file that has several.
+    fn place_in_index<'a>(&self, upper: &'a Upper) -> Option<(&'a HostDir, OsString)> {
+        let linked = self.attr.nlink > 1 && self.name.is_some();
+        let name = self.origin.as_ref().filter(|_| linked).and_then(Origin::index_name);
+        upper.index.as_ref().zip(name)
+    }
+}
+
+/// A copy that is no directory and has no place yet.
+struct Made {
+    /// What it is called in the work directory; `None` where it has no name at all.
+    temporary: Option<OsString>,
+    /// A regular file, open for reading and writing.
+    file: Option<File>,
+}
+
+impl Upper {
+    /// Makes what is to become a copy.
+    fn make(&self, source: &Source<'_>) -> io::Result<Made> {
+        let regular = source.attr.is_file();
+        // A place in the index may have been taken by one whose other names a crash has cut off.
+        if regular && self.unnamed.get() != Some(false) && source.place_in_index(self).is_none() {
+            // It costs the work directory nothing, which else were made durable with each file.
+            match self.work.tmpfile(OFlags::RDWR, 0o600) {
+                Ok(file) => return Ok(Made { temporary: None, file: Some(file) }),
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {
+                    self.unnamed.set(false);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        let (name, attr) = (self.temporary(), &source.attr);
+        let mut file = None;
+        match attr.kind() {
+            libc::S_IFREG => file = Some(self.work.create(&name, OFlags::RDWR, 0o600)?),
+            libc::S_IFLNK => {
+                let own = source.name.as_deref().unwrap_or_default();
+                self.work.symlink(&name, &source.dir.readlink(own)?)?;
+            }
+            _ => self.work.mknod(&name, attr.mode & !0o7777 | 0o600, attr.rdev)?,
+        }
+        Ok(Made { temporary: Some(name), file })
+    }
+}
+
+impl Made {
+    fn spot<'a>(&'a self, upper: &'a Upper) -> Spot<'a> {
+        match (&self.file, &self.temporary) {
+            (Some(file), _) => Spot::File(file.as_fd()),
+            (None, name) => upper.work.at(name.as_deref().unwrap_or_default()),
+        }
+    }
+
+    /// Gives it its name in a directory.
+    fn put(&self, upper: &Upper, place: &HostDir, name: &OsStr) -> io::Result<()> {
+        match (&self.temporary, &self.file) {
+            (None, Some(file)) => place.link(Spot::File(file.as_fd()), name),
+            (temporary, _) => {
+                upper.work.rename(temporary.as_deref().unwrap_or_default(), place, name, 0)
+            }
+        }
+    }
+
+    /// Takes away the name that it has in the work directory.
+    fn discard(&self, upper: &Upper) -> io::Result<()> {
+        self.temporary.as_ref().map_or(Ok(()), |name| upper.work.unlink(name))
+    }
 }
 
 impl Overlay {
@@ -106,7 +169,8 @@ impl Overlay {
         upper.work.mkdir(&temporary, 0o700)?;
         let made = || {
             self.copy_attributes(upper.work.at(&temporary), &source, None)?;
-            self.put(upper, &temporary, &alias.parent, &place, &alias.name, &source)
+            let put = || upper.work.rename(&temporary, &place, &alias.name, 0);
+            self.put(&alias.parent, &place, &source, put)
         };
         made().inspect_err(|_| {
             let _ = upper.work.rmdir(&temporary);
@@ -122,37 +186,37 @@ impl Overlay {
     ) -> io::Result<Option<File>> {
         let lower = state.lower.clone().ok_or_else(|| errno(libc::EIO))?;
         let source = self.source(&lower.dir, Some(&lower.name), len)?;
-        let temporary = upper.temporary();
-        let result = self.copy_to(upper, &temporary, &source, state.data.as_ref());
-        let result = result.and_then(|made| {
-            match state.names.first() {
-                Some(_) => self.put_file(upper, node, state, &temporary, &source)?,
-                None => {
-                    // Removed while somebody has it open: it gets no name any more.
-                    let fd = upper.work.at(&temporary).open(OFlags::PATH)?;
-                    upper.work.unlink(&temporary)?;
-                    state.orphan = Some(Arc::new(fd.into()));
-                }
+        let made = upper.make(&source)?;
+        let mut fill = || {
+            self.fill(upper, &made, &source, state.data.as_ref())?;
+            if state.names.is_empty() {
+                // Removed while somebody has it open: it gets no name any more.
+                let fd = made.spot(upper).open(OFlags::PATH)?;
+                state.orphan = Some(Arc::new(fd.into()));
+                return made.discard(upper);
             }
-            Ok(made)
-        });
-        result.inspect_err(|_| {
-            let _ = upper.work.unlink(&temporary);
-        })
+            self.put_file(upper, node, state, &made, &source)
+        };
+        match fill() {
+            Ok(()) => Ok(made.file),
+            Err(e) => {
+                let _ = made.discard(upper);
+                Err(e)
+            }
+        }
     }
 
-    /// Makes the copy of a file that is no directory; a regular one is returned open.
-    fn copy_to(
+    /// Makes the copy of a file that is no directory what the file is.
+    fn fill(
         &self,
         upper: &Upper,
-        name: &OsStr,
+        made: &Made,
         source: &Source<'_>,
         data: Option<&LowerFile>,
-    ) -> io::Result<Option<File>> {
+    ) -> io::Result<()> {
         let own = source.name.as_deref().unwrap_or_default();
-        match source.attr.kind() {
-            libc::S_IFREG => {
-                let to = upper.work.create(name, OFlags::RDWR, 0o600)?;
+        match &made.file {
+            Some(to) => {
                 let len = source.len.min(source.attr.size);
                 // Of nothing, nothing is missing.
                 let (mut open, mut copied) = (None, Copied::Shared);
@@ -161,21 +225,18 @@ impl Overlay {
                         Some(file) => file.dir.get(&self.recent)?.open(&file.name)?,
                         None => source.dir.open(own)?,
                     };
-                    copied = copy_data(from.as_ref(), &to, len, source.clones)?;
+                    copied = copy_data(from.as_ref(), to, len, source.clones)?;
                     if copied != Copied::Until(len) {
-                        rustix::fs::ftruncate(&to, len)?;
+                        rustix::fs::ftruncate(to, len)?;
                     }
                     open = data.is_none().then_some(from);
                 }
                 // By the open files: their directories need not be looked at again.
                 self.copy_attributes(Spot::File(to.as_fd()), source, open.as_deref())?;
-                self.settle(upper, &to, copied)?;
-                return Ok(Some(to));
+                self.settle(upper, to, copied)
             }
-            libc::S_IFLNK => upper.work.symlink(name, &source.dir.readlink(own)?)?,
-            _ => upper.work.mknod(name, source.attr.mode & !0o7777 | 0o600, source.attr.rdev)?,
+            None => self.copy_attributes(made.spot(upper), source, None),
         }
-        self.copy_attributes(upper.work.at(name), source, None).map(|()| None)
     }
 
     /// Sees to it that no crash shows a copy without what was copied. What two files share is on the
@@ -258,21 +319,20 @@ impl Overlay {
         }
     }
 
-    /// Puts a finished copy in its place, and leaves the directory's times as they were.
+    /// Puts a finished copy in its place in a directory, as `put` does, and leaves the directory's times
+    /// as they were.
     fn put(
         &self,
-        upper: &Upper,
-        temporary: &OsStr,
         parent: &Node,
         place: &HostDir,
-        name: &OsStr,
         source: &Source<'_>,
+        put: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
         let times = place.this().stat()?;
         if source.origin.is_some() {
             self.set_impure(parent, place)?;
         }
-        upper.work.rename(temporary, place, name, 0)?;
+        put()?;
         place.this().set_times(Some(SetTime::To(times.atime)), Some(SetTime::To(times.mtime)))
     }
 
@@ -291,26 +351,21 @@ impl Overlay {
         upper: &Upper,
         node: &Arc<Node>,
         state: &mut State,
-        temporary: &OsStr,
+        made: &Made,
         source: &Source<'_>,
     ) -> io::Result<()> {
-        let name = source.origin.as_ref().and_then(Origin::index_name);
-        let linked = source.attr.nlink > 1 && source.name.is_some();
-        let (index, name) = match (&upper.index, name) {
-            (Some(index), Some(name)) if linked => (index, name),
-            _ => {
-                let alias = state.names.first_mut().ok_or_else(|| errno(libc::ENOENT))?;
-                let place = alias.parent.upper_dir(&self.recent)?;
-                self.put(upper, temporary, &alias.parent, &place, &alias.name, source)?;
-                alias.upper = true;
-                return Ok(());
-            }
+        let Some((index, name)) = source.place_in_index(upper) else {
+            let alias = state.names.first_mut().ok_or_else(|| errno(libc::ENOENT))?;
+            let place = alias.parent.upper_dir(&self.recent)?;
+            self.put(&alias.parent, &place, source, || made.put(upper, &place, &alias.name))?;
+            alias.upper = true;
+            return Ok(());
         };
-        let copy = upper.work.at(temporary).stat()?;
+        let copy = made.spot(upper).stat()?;
         // As the kernel's overlayfs: into the index first, then to its place as a link of that.
         let links = source.attr.nlink;
-        self.mark(upper.work.at(temporary), &self.words.nlink, b"L+0")?;
-        upper.work.rename(temporary, index, &name, 0)?;
+        self.mark(made.spot(upper), &self.words.nlink, b"L+0")?;
+        made.put(upper, index, &name)?;
         state.index = Some(Index { links, name: name.as_os_str().into() });
         state.orphan = Some(Arc::new(index.at(&name).open(OFlags::PATH)?.into()));
         self.nodes.add_inode(node, state, (UPPER_DEVICE, copy.ino));
@@ -391,98 +446,4 @@ fn may_stay(key: &OsStr, error: &io::Error) -> bool {
         }
         _ => false,
     }
-}
-
-/// What came of copying.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Copied {
-    /// The whole file, which may be longer than was asked for: both share the same bytes.
-    Shared,
-    /// What there is, up to where the last data ends.
-    Until(u64),
-}
-
-/// Copies the first `len` bytes, holes as holes. `clones` keeps whether the two file systems can share
-/// bytes.
-fn copy_data(from: &dyn LayerFile, to: &File, len: u64, clones: &Tri) -> io::Result<Copied> {
-    if clones.get() != Some(false)
-        && let Some(fd) = from.fd()
-    {
-        match rustix::fs::ioctl_ficlone(to, fd) {
-            Ok(()) => return Ok(Copied::Shared),
-            Err(Errno::OPNOTSUPP | Errno::XDEV) => clones.set(false),
-            Err(_) => {}
-        }
-    }
-    if len <= SMALL {
-        let start = match from.seek(0, libc::SEEK_DATA) {
-            Ok(start) => start.min(len),
-            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(Copied::Until(0)),
-            // A file system that knows no holes.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => 0,
-            Err(e) => return Err(e),
-        };
-        copy_range(from, to, start, len)?;
-        return Ok(Copied::Until(len));
-    }
-    // Where the next hole is first: most files have none, and that is all there is to ask then.
-    let (mut at, mut end) = (0, hole(from, 0, len)?);
-    loop {
-        if end > at {
-            copy_range(from, to, at, end)?;
-        }
-        if end >= len {
-            return Ok(Copied::Until(end));
-        }
-        let start = match from.seek(end, libc::SEEK_DATA) {
-            Ok(start) if start > end && start < len => start,
-            Ok(start) if start >= len => return Ok(Copied::Until(end)),
-            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(Copied::Until(end)),
-            // Nothing is certain: as data, then.
-            _ => {
-                copy_range(from, to, end, len)?;
-                return Ok(Copied::Until(len));
-            }
-        };
-        (at, end) = (start, hole(from, start, len)?);
-    }
-}
-
-/// Where the first hole from `at` on begins, `len` where there is none before.
-fn hole(from: &dyn LayerFile, at: u64, len: u64) -> io::Result<u64> {
-    match from.seek(at, libc::SEEK_HOLE) {
-        Ok(hole) => Ok(hole.clamp(at, len)),
-        // A file system that knows no holes.
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENXIO | libc::EINVAL)) => Ok(len),
-        Err(e) => Err(e),
-    }
-}
-
-fn copy_range(from: &dyn LayerFile, to: &File, start: u64, end: u64) -> io::Result<()> {
-    let mut at = start;
-    if let Some(fd) = from.fd() {
-        while at < end {
-            let want = usize::try_from(end - at).unwrap_or(usize::MAX).min(1 << 30);
-            let (mut source, mut target) = (at, at);
-            match rustix::fs::copy_file_range(fd, Some(&mut source), to, Some(&mut target), want) {
-                Ok(0) => return Ok(()),
-                Ok(len) => at += len as u64,
-                // Not between these two: byte by byte, then.
-                Err(_) if at == start => break,
-                Err(e) => return Err(e.into()),
-            }
-        }
-    }
-    let mut buffer = vec![0; CHUNK.min(usize::try_from(end - at).unwrap_or(CHUNK))];
-    while at < end {
-        let want = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
-        let Some(part) = buffer.get_mut(..want) else { break };
-        let len = from.read_at(at, part)?;
-        if len == 0 {
-            break;
-        }
-        to.write_all_at(part.get(..len).unwrap_or_default(), at)?;
-        at += len as u64;
-    }
-    Ok(())
 }

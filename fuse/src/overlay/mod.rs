@@ -5,6 +5,7 @@
 //! The layers are ours alone while the overlay is served: nobody else may change them.
 
 mod attributes;
+mod contents;
 mod copy_up;
 mod create;
 mod enter;
@@ -76,6 +77,8 @@ pub(crate) struct Upper {
     devices: bool,
     /// Whether the overlay's own attributes can be set.
     xattrs: bool,
+    /// Whether files can be made there without a name.
+    unnamed: Tri,
     /// To whom belongs what is made in `work`; `None` where that depends.
     owner: Option<(u32, u32)>,
     /// What it takes that a copy is on the disk before its name.
@@ -247,6 +250,7 @@ impl Upper {
             index: None,
             devices: false,
             xattrs: false,
+            unnamed: Tri::default(),
             owner: None,
             order: Order::of(lock.as_fd()),
             next: AtomicU64::new(0),
