@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 
 use libc::*;
+use rustix::thread::CapabilitySet;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -41,19 +42,27 @@ pub(super) struct Calls {
 }
 
 impl Work {
-    /// Whether files of all kinds are made, as they are elsewhere.
-    pub(super) fn has_trees(self) -> bool {
-        matches!(self, Work::Trees | Work::Overlay)
+    /// What the superuser may do in it beside what all work on files takes.
+    pub(super) fn rights(self) -> CapabilitySet {
+        match self {
+            // Files of all kinds are made, as they are elsewhere.
+            Work::Trees => CapabilitySet::MKNOD,
+            // Threads that let others go first come back.
+            Work::Files => CapabilitySet::SYS_NICE,
+            Work::Overlay => CapabilitySet::MKNOD | CapabilitySet::SYS_NICE,
+            Work::Machine | Work::Server | Work::Command => CapabilitySet::empty(),
+        }
     }
 
     pub(super) fn calls(self) -> Calls {
         let (plain, ioctls): (&[&[i64]], &[&[u64]]) = match self {
             Work::Machine => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL, GUEST]),
             Work::Server => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL]),
-            Work::Files => (&[BASIC, NAMES, SOCKETS, APART], &[PLAIN, CHANNEL]),
-            Work::Overlay => {
-                (&[BASIC, NAMES, SOCKETS, APART, KINDS, HANDLES], &[PLAIN, CHANNEL, BACKING])
-            }
+            Work::Files => (&[BASIC, NAMES, SOCKETS, APART, FOLLOW], &[PLAIN, CHANNEL]),
+            Work::Overlay => (
+                &[BASIC, NAMES, SOCKETS, APART, FOLLOW, KINDS, HANDLES],
+                &[PLAIN, CHANNEL, BACKING],
+            ),
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
             Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
         };
@@ -130,6 +139,10 @@ const SOCKETS: &[i64] = &[
 
 /// A thread with a table of open files of its own: which flags unshare(2) takes stands below.
 const APART: &[i64] = &[SYS_close_range, SYS_unshare];
+
+/// A thread that goes where the program is which it answers, and lets it go first: which policies
+/// sched_setscheduler(2) takes stands below.
+const FOLLOW: &[i64] = &[SYS_sched_getscheduler, SYS_sched_setaffinity, SYS_sched_setscheduler];
 
 /// Of files and sockets: FIONBIO, FIONREAD, FIOCLEX, FIONCLEX, FICLONE and FICLONERANGE.
 const PLAIN: &[u64] = &[0x5421, 0x541b, 0x5451, 0x5450, 0x4004_9409, 0x4020_940d];
@@ -216,6 +229,7 @@ fn conditional(process: u32, calls: &Calls) -> Vec<(i64, Vec<Vec<Condition>>)> {
         (SYS_prlimit64, is(2, &[0])),
         // A table of files, a directory to stand in and a mask of its own.
         (SYS_unshare, is(0, &[CLONE_FILES as u64, CLONE_FS as u64])),
+        (SYS_sched_setscheduler, is(1, &[SCHED_OTHER as u64, SCHED_IDLE as u64])),
         // To where the socket is connected. A pair of datagram sockets could send anywhere.
         (SYS_sendto, is(4, &[0])),
         (SYS_socketpair, vec![vec![(0, Eq, AF_UNIX as u64), (1, MaskedEq(TYPE), STREAM)]]),
@@ -229,7 +243,7 @@ pub(super) fn program(calls: &Calls, process: u32) -> seccompiler::Result<BpfPro
         rules.insert(*number, Vec::new());
     }
     for (number, cases) in conditional(process, calls) {
-        let of_a_list = NAMES.contains(&number) || APART.contains(&number);
+        let of_a_list = [NAMES, APART, FOLLOW].iter().any(|list| list.contains(&number));
         if of_a_list && !rules.contains_key(&number) || calls.set_id.contains(&number) {
             continue;
         }

@@ -90,7 +90,7 @@ impl Jail {
         let walls: [Box<dyn FnOnce() -> std::result::Result<(), String>>; 4] = [
             Box::new(alone),
             Box::new(|| files.restrict()),
-            Box::new(move || rights::drop_idle(work.has_trees())),
+            Box::new(move || rights::drop_idle(work.rights())),
             Box::new(bounded),
         ];
         let mut missing = Vec::new();

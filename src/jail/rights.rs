@@ -15,9 +15,9 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SYS_ADMIN)
     .union(CapabilitySet::SYS_RESOURCE);
 
-/// Gives them up, for this thread and those that it starts; devices can be made still where `devices` says so.
-pub(super) fn drop_idle(devices: bool) -> Result<(), String> {
-    let kept = if devices { KEPT.union(CapabilitySet::MKNOD) } else { KEPT };
+/// Gives them up but for `more`, for this thread and those that it starts.
+pub(super) fn drop_idle(more: CapabilitySet) -> Result<(), String> {
+    let kept = KEPT | more;
     let failed = |e| format!("rights cannot be given up ({e})");
     let CapabilitySets { effective, permitted, .. } = capabilities(None).map_err(failed)?;
     let less = CapabilitySets {

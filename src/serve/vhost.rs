@@ -8,9 +8,10 @@
 //! it is served itself.
 //!
 //! A server that ends can be followed by another one under a running guest. The requests of a queue are
-//! given back in their order, so those that are under way are all from the index of the used ring on, and that is where the other program has the next server begin: there is nothing
-//! to keep in memory that both share (`INFLIGHT_SHMFD`, which the crate does not offer either). It reads
-//! that index when it sees the connection end: none is ended while a request is carried out.
+//! given back in their order, so those that are under way are all from the index of the used ring on, and
+//! that is where the other program has the next server begin: there is nothing to keep in memory that both
+//! share (`INFLIGHT_SHMFD`, which the crate does not offer either). It reads that index when it sees the
+//! connection end: none is ended while a request is carried out.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
