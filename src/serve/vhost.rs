@@ -95,13 +95,14 @@ impl Server {
         let (wake, woken) = UnixStream::pair().map_err(failed)?;
         let (told, ended) = mpsc::channel();
         let state = Arc::new(State::default());
-        let (own, device) = (state.clone(), disk.clone());
+        let offer = Offer { disk: disk.clone(), id, queues };
+        let own = state.clone();
         thread::Builder::new()
             .name("vhost".into())
             .spawn(move || {
                 jail::narrow(jail::Thread::Connection);
-                accept_all(&own, &device, (id, queues), &socket, &woken);
-                drop(device);
+                accept_all(&own, &offer, &socket, &woken);
+                drop(offer);
                 let _ = told.send(socket);
             })
             .map_err(failed)?;
@@ -135,14 +136,15 @@ impl Drop for Server {
     }
 }
 
+/// What every connection gets.
+struct Offer {
+    disk: Arc<dyn BlockDevice>,
+    id: Id,
+    queues: u16,
+}
+
 /// Serves one connection after the other, until the other end of `woken` is closed.
-fn accept_all(
-    state: &Arc<State>,
-    disk: &Arc<dyn BlockDevice>,
-    (id, queues): (Id, u16),
-    socket: &UnixSocket,
-    woken: &UnixStream,
-) {
+fn accept_all(state: &Arc<State>, offer: &Offer, socket: &UnixSocket, woken: &UnixStream) {
     loop {
         let mut ready = [
             PollFd::new(socket.listener().as_fd(), PollFlags::POLLIN),
@@ -152,7 +154,7 @@ fn accept_all(
         if state.is_stopping() {
             return;
         }
-        let backend = Backend::new(state.clone(), disk.clone(), id, queues);
+        let backend = Backend::new(state.clone(), offer);
         if polled.is_err() || backend.serve(socket).is_err() {
             thread::sleep(PAUSE);
         }
@@ -194,8 +196,9 @@ impl Drop for Backend {
 }
 
 impl Backend {
-    fn new(state: Arc<State>, disk: Arc<dyn BlockDevice>, id: Id, queues: u16) -> Arc<Backend> {
-        let device = Mutex::new(Block::new(disk.clone(), id, queues));
+    fn new(state: Arc<State>, offer: &Offer) -> Arc<Backend> {
+        let (disk, queues) = (offer.disk.clone(), offer.queues);
+        let device = Mutex::new(Block::new(disk.clone(), offer.id, queues));
         let (features, memory) = (AtomicU64::new(0), Shared::new(Memory::new()));
         let exits = Mutex::default();
         let kept = (0..queues).map(|_| Mutex::default()).collect();

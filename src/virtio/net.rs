@@ -110,9 +110,8 @@ impl VirtioDevice for Net {
             match active.index {
                 RECEIVE => {
                     if let Some(frames) = self.frames.take() {
-                        let link = Arc::clone(&self.link);
-                        let receiver = Receiver::start((link, frames), active, memory, interrupt)?;
-                        self.receiver = Some(receiver);
+                        let source = Source { link: Arc::clone(&self.link), frames };
+                        self.receiver = Some(Receiver::start(source, active, memory, interrupt)?);
                     }
                 }
                 TRANSMIT => {
@@ -182,6 +181,12 @@ impl Serve for Sender {
     }
 }
 
+/// Where frames for the driver come from.
+struct Source {
+    link: Arc<dyn Link>,
+    frames: Box<dyn Frames>,
+}
+
 /// A thread that gives frames to the driver.
 struct Receiver {
     stop: Arc<AtomicBool>,
@@ -191,7 +196,7 @@ struct Receiver {
 
 impl Receiver {
     fn start(
-        (link, frames): (Arc<dyn Link>, Box<dyn Frames>),
+        Source { link, frames }: Source,
         active: ActiveQueue,
         memory: Arc<Memory>,
         interrupt: Arc<dyn Interrupt>,

@@ -15,6 +15,13 @@ fn errno(number: i32) -> io::Error {
     io::Error::from_raw_os_error(number)
 }
 
+/// A name that takes part in one.
+#[derive(Clone, Copy)]
+struct Side<'a> {
+    parent: &'a Arc<Node>,
+    name: &'a OsStr,
+}
+
 /// One end of a renaming.
 struct End<'a> {
     parent: Arc<Node>,
@@ -59,7 +66,8 @@ impl Overlay {
         };
         let moved = self.child(&old, from.name, 0)?.ok_or_else(|| errno(libc::ENOENT))?;
         let victim = self.child(&new, to.name, 0)?;
-        let result = self.rename_node(&old, from.name, &moved, (&new, to.name), &victim, flags);
+        let sides = [Side { parent: &old, name: from.name }, Side { parent: &new, name: to.name }];
+        let result = self.rename_node(sides, &moved, &victim, flags);
         self.nodes.forget(moved.id, 0);
         if let Some(victim) = victim {
             self.nodes.forget(victim.id, 0);
@@ -69,10 +77,8 @@ impl Overlay {
 
     fn rename_node(
         &self,
-        old: &Arc<Node>,
-        old_name: &OsStr,
+        [from, to]: [Side<'_>; 2],
         moved: &Arc<Node>,
-        (new, new_name): (&Arc<Node>, &OsStr),
         victim: &Option<Arc<Node>>,
         flags: u32,
     ) -> io::Result<()> {
@@ -89,33 +95,33 @@ impl Overlay {
             _ => {}
         }
         let upper = self.upper()?;
-        self.copy_up(old)?;
-        self.copy_up(new)?;
-        self.raise(old, old_name, moved)?;
-        let end = |parent: &Arc<Node>, name| -> io::Result<End<'_>> {
+        self.copy_up(from.parent)?;
+        self.copy_up(to.parent)?;
+        self.raise(from, moved)?;
+        let end = |Side { parent, name }| -> io::Result<End<'_>> {
             let place = parent.upper_dir(&self.recent)?;
             let below = self.lower_has(parent, name)?;
             Ok(End { parent: parent.clone(), place, name, below })
         };
-        let (from, to) = (end(old, old_name)?, end(new, new_name)?);
+        let (source, target) = (end(from)?, end(to)?);
         match victim {
             Some(other) if exchange => {
-                self.raise(new, new_name, other)?;
-                self.exchange(&from, &to, moved, other)
+                self.raise(to, other)?;
+                self.exchange(&source, &target, moved, other)
             }
-            Some(victim) => self.replace(upper, &from, &to, moved, victim),
+            Some(victim) => self.replace(upper, &source, &target, moved, victim),
             None => {
                 let mut state = moved.lock();
-                self.prepare(moved, &mut state, &from, &to)?;
-                self.put_away(upper, &from, &to, moved.is_dir(), None)?;
-                self.moved(moved, &mut state, &from, &to);
+                self.prepare(moved, &mut state, &source, &target)?;
+                self.put_away(upper, &source, &target, moved.is_dir(), None)?;
+                self.moved(moved, &mut state, &source, &target);
                 Ok(())
             }
         }
     }
 
     /// Sees to it that a name stands in the upper layer.
-    fn raise(&self, parent: &Arc<Node>, name: &OsStr, node: &Arc<Node>) -> io::Result<()> {
+    fn raise(&self, Side { parent, name }: Side<'_>, node: &Arc<Node>) -> io::Result<()> {
         self.copy_up(node)?;
         let mut state = node.lock();
         match Self::which(&state, parent, name) {
@@ -266,7 +272,7 @@ impl Overlay {
         }
         self.before_name_goes(victim)?;
         if !victim.is_dir() && victim.has_upper() {
-            self.raise(&to.parent, to.name, victim)?;
+            self.raise(Side { parent: &to.parent, name: to.name }, victim)?;
         }
         let (mut state, mut gone) = lock_both(moved, victim);
         let which = Self::which(&gone, &to.parent, to.name).ok_or_else(|| errno(libc::ENOENT))?;

@@ -32,6 +32,12 @@ pub struct Wanted<'a> {
     pub keep: Option<Keep>,
 }
 
+/// The bytes of a kernel and of what it starts with.
+pub struct Sources {
+    pub kernel: Source,
+    pub initrd: Option<Source>,
+}
+
 /// A kernel and all that belongs to it.
 pub struct Chosen {
     /// Where it comes from, in words.
@@ -42,7 +48,7 @@ pub struct Chosen {
     pub initrds: Vec<PathBuf>,
     pub passed_over: Vec<String>,
     pub command_line: String,
-    pub sources: (Source, Option<Source>),
+    pub sources: Sources,
 }
 
 impl Wanted<'_> {
@@ -132,10 +138,10 @@ impl Wanted<'_> {
     }
 
     fn of_host(&self, from: String, kernel: &Path, initrd: Option<&Path>) -> Result<Chosen> {
-        let sources = (
-            Source::open(kernel, "kernel")?,
-            initrd.map(|path| Source::open(path, "initrd")).transpose()?,
-        );
+        let sources = Sources {
+            kernel: Source::open(kernel, "kernel")?,
+            initrd: initrd.map(|path| Source::open(path, "initrd")).transpose()?,
+        };
         Ok(Chosen {
             from,
             kernel: kernel.to_owned(),
@@ -168,7 +174,7 @@ impl Wanted<'_> {
             initrds,
             passed_over: found.passed_over,
             command_line: self.line(&found.options),
-            sources: (kernel, initrd),
+            sources: Sources { kernel, initrd },
         })
     }
 

@@ -23,7 +23,7 @@ use vdisk::open::{Format, follow_links};
 use vdisk::vm::{Config, Disk, Ended, Guest, Handle, MAX_DISKS, MAX_QUEUES, Streams};
 use vdisk::{Error, ErrorKind, Result};
 
-use kernel::{Chosen, Wanted};
+use kernel::{Chosen, Sources, Wanted};
 
 use crate::cli::fleet::many;
 use crate::cli::image::Which;
@@ -162,7 +162,7 @@ fn boot(args: &Args, named: &Named, instance: Option<&Path>) -> Result<u8> {
         disks.push(status.disk());
     }
     let chosen = choose(args, named, &chains)?;
-    let (kernel, initrd) = chosen.sources;
+    let Sources { kernel, initrd } = chosen.sources;
     let guest = Guest::new(Config {
         kernel,
         initrd,

@@ -1,5 +1,7 @@
 //! New VHDX images, fixed and dynamic: headers, an empty log, the block table, metadata. [MS-VHDX] 2.
 
+use std::ops::Range;
+
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -45,8 +47,8 @@ pub struct CreateOptions {
 
 /// Where the parts of the file stand, in bytes.
 struct Places {
-    log: (u64, u64),
-    bat: (u64, u64),
+    log: Range<u64>,
+    bat: Range<u64>,
     metadata: u64,
     /// The first block.
     data: u64,
@@ -85,7 +87,7 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
     }
     metadata(storage, options, block, places.metadata)?;
     if options.fixed || options.zero_blocks {
-        bat(storage, options.fixed.then_some(places.data), block, blocks, places.bat.0)?;
+        bat(storage, options.fixed.then_some(places.data), block, blocks, places.bat.start)?;
     }
     storage.sync()
 }
@@ -114,9 +116,10 @@ fn places(options: &CreateOptions, block: Unit) -> Result<Places> {
     }
     let blocks = block.count(options.size);
     let entries = super::entries(blocks, super::ratio(SECTOR, block));
-    let bat = (MIB + log, (entries * 8).next_multiple_of(MIB).max(MIB));
-    let metadata = bat.0 + bat.1;
-    Ok(Places { log: (MIB, log), bat, metadata, data: metadata + MIB })
+    let log = MIB..MIB + log;
+    let bat = log.end..log.end + (entries * 8).next_multiple_of(MIB).max(MIB);
+    let metadata = bat.end;
+    Ok(Places { log, bat, metadata, data: metadata + MIB })
 }
 
 fn file_type() -> Vec<u8> {
@@ -134,8 +137,8 @@ fn header(sequence: u64, ids: Ids, places: &Places) -> RawHeader {
         data_write_guid: ids.data_write.into(),
         // No entry of the log counts: its id is zero. Its version is 0, the file's 1.
         version: 1.into(),
-        log_length: (places.log.1 as u32).into(),
-        log_offset: places.log.0.into(),
+        log_length: ((places.log.end - places.log.start) as u32).into(),
+        log_offset: places.log.start.into(),
         ..RawHeader::new_zeroed()
     };
     header::seal(raw.as_mut_bytes());
@@ -144,7 +147,8 @@ fn header(sequence: u64, ids: Ids, places: &Places) -> RawHeader {
 
 fn regions(places: &Places) -> Vec<u8> {
     let mut bytes = vec![0; REGION_TABLE as usize];
-    let regions = [(header::BAT, places.bat), (header::METADATA, (places.metadata, MIB))];
+    let metadata = places.metadata..places.metadata + MIB;
+    let regions = [(header::BAT, &places.bat), (header::METADATA, &metadata)];
     let table = RawRegionTable {
         signature: *b"regi",
         entry_count: (regions.len() as u32).into(),
@@ -152,11 +156,11 @@ fn regions(places: &Places) -> Vec<u8> {
     };
     header::put(&mut bytes, 0, &table);
     let slots = (size_of::<RawRegionTable>()..).step_by(size_of::<RawRegion>());
-    for (slot, (id, (at, len))) in slots.zip(regions) {
+    for (slot, (id, place)) in slots.zip(regions) {
         let region = RawRegion {
             guid: id.into(),
-            file_offset: at.into(),
-            length: (len as u32).into(),
+            file_offset: place.start.into(),
+            length: ((place.end - place.start) as u32).into(),
             required: 1.into(),
         };
         header::put(&mut bytes, slot, &region);
