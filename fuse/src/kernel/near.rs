@@ -243,6 +243,14 @@ mod tests {
         gettid().as_raw_nonzero().get().cast_unsigned()
     }
 
+    fn can_follow() -> bool {
+        let can = allowed() && may_be() > 1;
+        if !can {
+            eprintln!("SKIPPED: may not come back, or has one processor only");
+        }
+        can
+    }
+
     fn may_be() -> u32 {
         sched_getaffinity(None).unwrap().count()
     }
@@ -267,8 +275,7 @@ mod tests {
 
     #[test]
     fn who_asks_in_a_row_is_followed_until_others_do() {
-        if !allowed() || may_be() < 2 {
-            eprintln!("SKIPPED: may not come back, or has one processor only");
+        if !can_follow() {
             return;
         }
         let (place, all) = (Place::default(), may_be());
@@ -304,8 +311,7 @@ mod tests {
 
     #[test]
     fn who_was_called_back_follows_nobody_for_a_while() {
-        if !allowed() || may_be() < 2 {
-            eprintln!("SKIPPED: may not come back, or has one processor only");
+        if !can_follow() {
             return;
         }
         let (place, all) = (Place::default(), may_be());
