@@ -2,7 +2,7 @@
 //! layers that somebody else made or that mean ill.
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use rustix::fs::XattrFlags;
 
 use crate::host::{VDISK, Work};
 use crate::require::{Need, have};
+use crate::same_calls::{Call, Side};
 use crate::same_overlay::{Layers, Mounting, agree, umount};
 
 /// Directories for an overlay, and what is mounted there.
@@ -117,6 +118,40 @@ fn what_is_changed_goes_into_the_upper_layer_in_the_form_of_overlayfs() {
     assert_eq!(fs::read(laid.path("at/kept")).unwrap(), b"above");
     assert!(laid.path("at/new/deep").is_dir());
     assert!(!laid.path("at/old").exists());
+    laid.umount();
+}
+
+#[test]
+fn a_directory_that_lost_its_set_group_id_mark_gives_its_group_to_nothing_new() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    let (somebody, others) = (1234, 77777);
+    for name in ["acl", "mode"] {
+        let dir = laid.path("lower").join(name);
+        fs::create_dir(&dir).unwrap();
+        chown(&dir, Some(somebody), Some(others)).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o2777)).unwrap();
+    }
+    laid.mount();
+    let at = laid.path("at");
+    let groups = std::thread::spawn(move || {
+        let mut side = Side::new(&at, 0);
+        side.make(&Call::As(somebody, somebody));
+        let mut groups = Vec::new();
+        let takes = [Call::Acl("acl".into(), false, 7), Call::Chmod("mode".into(), 0o777)];
+        for (name, take) in ["acl", "mode"].iter().zip(takes) {
+            for file in ["before", "after"] {
+                let path = Path::new(name).join(file);
+                assert_eq!(side.make(&Call::Symlink("to".into(), path.clone())), "()");
+                groups.push(fs::symlink_metadata(at.join(path)).unwrap().gid());
+                assert_eq!(side.make(&take), "()");
+            }
+        }
+        groups
+    });
+    assert_eq!(groups.join().unwrap(), [others, somebody, others, somebody]);
     laid.umount();
 }
 
