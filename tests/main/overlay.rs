@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rustix::fs::XattrFlags;
 
-use crate::host::{VDISK, Work};
+use crate::host::{VDISK, Work, with_own_mounts};
 use crate::require::{Need, have};
 use crate::same_calls::{Call, Side};
 use crate::same_overlay::{Layers, Mounting, agree, umount};
@@ -76,18 +76,13 @@ fn random_calls_are_answered_as_by_the_kernels_overlayfs_and_leave_the_same() {
         std::env::var(name).ok().map_or(otherwise, |word| word.parse::<u64>().unwrap())
     };
     let (runs, first) = (number("VDISK_OVERLAY_RUNS", 8), number("VDISK_OVERLAY_SEED", 1));
-    // Another program's mount namespace that copies our mounts would keep them busy.
-    let run = move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
-        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+    with_own_mounts(|| {
         for seed in first..first + runs {
             // Whether allocated space is a hole depends on who has read it, but in memory.
             let work = Work::below(Path::new("/dev/shm"));
             agree(seed, 300, work.dir(), &by_helper(work.dir()));
         }
-    };
-    std::thread::spawn(run).join().unwrap();
+    });
 }
 
 #[test]
