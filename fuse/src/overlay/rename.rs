@@ -95,6 +95,15 @@ impl Overlay {
             _ => {}
         }
         let upper = self.upper()?;
+        // Nobody makes a name in a directory that goes. That it is not empty is found out before anything
+        // is copied up, which may fail.
+        let goes = victim.as_ref().filter(|_| !exchange);
+        let _inside = goes.and_then(|victim| victim.dir.as_deref()).map(|dir| dir.changing());
+        if let Some(victim) = goes.filter(|victim| victim.is_dir())
+            && !self.list(victim)?.is_empty()
+        {
+            return Err(errno(libc::ENOTEMPTY));
+        }
         self.copy_up(from.parent)?;
         self.copy_up(to.parent)?;
         self.raise(from, moved)?;
@@ -265,11 +274,6 @@ impl Overlay {
         moved: &Arc<Node>,
         victim: &Arc<Node>,
     ) -> io::Result<()> {
-        let inside = victim.dir.as_deref();
-        let _inside = inside.map(|dir| dir.changing());
-        if victim.is_dir() && !self.list(victim)?.is_empty() {
-            return Err(errno(libc::ENOTEMPTY));
-        }
         self.before_name_goes(victim)?;
         if !victim.is_dir() && victim.has_upper() {
             self.raise(Side { parent: &to.parent, name: to.name }, victim)?;
