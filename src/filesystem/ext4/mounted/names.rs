@@ -213,13 +213,16 @@ impl Mounted {
         })?;
         let reap = self.change(|tx| {
             let End { directory: mut parent, file } = tx.end(directory, name)?;
-            let file = file.ok_or_else(|| errno(libc::ENOENT, "no such directory"))?;
+            let mut file = file.ok_or_else(|| errno(libc::ENOENT, "no such directory"))?;
             if !file.is_directory() {
                 return Err(errno(libc::ENOTDIR, "not a directory"));
             }
             if !tx.is_empty(&file)? {
                 return Err(errno(libc::ENOTEMPTY, "the directory is not empty"));
             }
+            // Who has it open sees that nothing is in it any more.
+            file.set_size(0);
+            tx.put_inode(&mut file)?;
             tx.remove(&parent, name)?;
             tx.remove_child(&mut parent);
             tx.touch_directory(&mut parent)?;
