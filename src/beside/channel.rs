@@ -2,12 +2,13 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
 };
 
 /// One's end of the channel. The other sees when it is closed.
@@ -39,6 +40,14 @@ impl Channel {
                 done => return Ok(done.map(drop)?),
             }
         }
+    }
+
+    /// Says that nothing more will be sent, and waits until the other is gone, so long.
+    pub fn finish(&self, patience: PollTimeout) -> io::Result<()> {
+        shutdown(&self.0, Shutdown::Write)?;
+        let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut ready, patience)?;
+        Ok(())
     }
 
     /// Waits for a packet; what does not fit into `bytes` is lost.

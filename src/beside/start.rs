@@ -37,6 +37,8 @@ fn settle(name: &CStr, channel: i32) -> io::Result<()> {
     // What ends the other is for the other.
     SigSet::all().thread_set_mask()?;
     prctl::set_name(name)?;
+    // What it stands in could not be unmounted.
+    std::env::set_current_dir("/")?;
     // Nobody of this user looks into it.
     prctl::set_dumpable(false)?;
     let null = File::options().read(true).write(true).open("/dev/null")?;

@@ -239,6 +239,7 @@ const USAGE: u8 = 64;
 /// The whole program: what `main` calls, and no other.
 pub fn main() -> ExitCode {
     let ended = run();
+    vdisk::jail::broker::leave();
     match say::finish() {
         Ok(()) => ended,
         Err(error) => {

@@ -578,3 +578,28 @@ fn the_server_of_a_mount_has_a_broker_and_one_who_unmounts() {
     work.vdisk("check disks/web.qcow2").succeeds();
     assert_eq!(work.vdisk("read disks/web.qcow2 0 2").succeeds().stdout, b"in");
 }
+
+#[test]
+fn a_file_system_can_be_unmounted_as_soon_as_the_server_of_a_disk_on_it_has_ended() {
+    if !have(Need::Root) || !have(Need::Fuse) {
+        return;
+    }
+    let work = Work::new();
+    for dir in ["host", "at"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    for _ in 0..5 {
+        work.run("mount", ["-t", "tmpfs", "tmpfs", "host"]).succeeds();
+        // Below what is to be unmounted, as a user is in the directory of his disks.
+        let own = Work::below(&work.path("host"));
+        own.vdisk("create disk.qcow2 8M").succeeds();
+        let served = Served::start(&own, "nbd disk.qcow2 --socket sock");
+        own.vdisk("snapshot create disk.qcow2 one").succeeds();
+        served.stop();
+        let disk = own.path("disk.qcow2");
+        work.vdisk(&format!("mount --raw {} at", disk.display())).succeeds();
+        work.vdisk("umount at").succeeds();
+        work.run("umount", ["host"]).succeeds();
+        drop(own);
+    }
+}

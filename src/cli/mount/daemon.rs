@@ -9,7 +9,7 @@ use nix::sys::signal::SigSet;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 use vdisk::control::{self, Kind, place};
-use vdisk::jail::broker::Broker;
+use vdisk::jail::broker::{self, Broker};
 use vdisk::jail::{Reach, Work};
 use vdisk::mount::volume::{DeviceVolume, Lost};
 use vdisk::mount::{AttachOptions, Attached, attach, table};
@@ -47,7 +47,7 @@ pub fn run(args: &Args) -> Result<u8> {
     };
     drop(chain);
     let result = mount.wait();
-    control.end(&result);
+    control.end_after(&result, broker::leave);
     result.map(|()| 0)
 }
 

@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use nix::fcntl::OFlag;
 
@@ -112,7 +112,7 @@ impl Broker {
     pub fn tell(self, grants: Grants, mode: Mode) -> Result<Told> {
         let Broker(channel) = self;
         let places = grants.0.iter().map(|place| place.identity).collect();
-        tell(&channel, grants, mode).map_err(|e| gone(e).at_path("vdisk-broker"))?;
+        tell(&channel, grants, mode).map_err(gone)?;
         Ok(Told { channel, places })
     }
 }
@@ -162,14 +162,29 @@ impl Told {
             }
             None => return Err(gone(io::ErrorKind::UnexpectedEof.into())),
         }
-        make_by(Box::new(Asking { channel: Mutex::new(channel), places }));
+        make_by(Box::new(Asking { channel: CHANNEL.get_or_init(|| Mutex::new(channel)), places }));
         Ok(())
+    }
+}
+
+/// The channel of this process, whose broker is one.
+static CHANNEL: OnceLock<Mutex<Channel>> = OnceLock::new();
+/// How long a broker may take to end.
+const FAREWELL: u16 = 5000;
+
+/// Lets the broker of this process go, where it has one, and returns when that has let go of the directories:
+/// who waits for the end of this process may be about to unmount them.
+pub fn leave() {
+    if let Some(channel) = CHANNEL.get() {
+        let channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        // It may be gone.
+        let _ = channel.finish(FAREWELL.into());
     }
 }
 
 /// A jailed process, which asks its broker.
 struct Asking {
-    channel: Mutex<Channel>,
+    channel: &'static Mutex<Channel>,
     /// Its directories, in the order in which it was told them.
     places: Vec<(u64, u64)>,
 }
