@@ -214,9 +214,10 @@ impl Around {
             let is_own = depth == 0 || disk.is_some() && disk_of(layer) == disk;
             let mut of_layer = files_of(layer);
             of_layer.retain(|path| admit_file(&mut self.jail, path, Reach::Read, is_own));
-            // Nothing takes the place of a device.
             let is_file = of_layer.first() == Some(&layer.path);
-            files.extend((is_own && is_file).then_some(of_layer));
+            // The tree of a disk on a device does not change: nothing takes a device's place.
+            let has_tree = depth == 0 || !files.is_empty();
+            files.extend((is_own && is_file && has_tree).then_some(of_layer));
             clones_of(layer).iter().for_each(|dir| self.jail.reach(dir, Reach::Read));
         }
         self.grant(&files)?;
