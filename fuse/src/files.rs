@@ -253,8 +253,9 @@ pub trait Files: Send + Sync {
     /// Removes an empty directory.
     fn rmdir(&self, name: Name<'_>) -> io::Result<()>;
 
-    /// Renames, with the flags of renameat2(2) (`RENAME_NOREPLACE`, `_EXCHANGE`, `_WHITEOUT`).
-    fn rename(&self, from: Name<'_>, to: Name<'_>, flags: u32) -> io::Result<()>;
+    /// Renames, with the flags of renameat2(2) (`RENAME_NOREPLACE`, `_EXCHANGE`, `_WHITEOUT`: what is
+    /// left at the old name is the caller's).
+    fn rename(&self, caller: Caller, from: Name<'_>, to: Name<'_>, flags: u32) -> io::Result<()>;
 
     /// Opens a regular file with the flags of open(2), `O_TRUNC` among them (without `O_CREAT`,
     /// `O_EXCL`, `O_NOCTTY`). `kill_privileges` as in [`Write`], for `O_TRUNC`.

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,8 +19,10 @@ use rustix::fs::{
     utimensat,
 };
 
-use crate::host::Work;
+use crate::host::{Work, with_own_mounts};
 use crate::require::{Need, have};
+use crate::same_overlay::{calls, now};
+use crate::same_tree;
 
 /// Numbers that look random, from a seed.
 #[derive(Clone)]
@@ -519,21 +521,89 @@ fn the_kernel_and_user_space_answer_alike_and_leave_the_same_trees() {
         // The kernel writes pages: blocks are as long.
         let options = ["-t ext4 -b 4096", "-t ext3 -b 4096", "-t ext4 -b 4096 -O ^metadata_csum"];
         let options = options[round as usize % options.len()];
-        let twins = Twins::new(options);
-        walk(&twins, "", seed, 1500);
-        let (kernel, ours) = (twins.work.path("kernel"), twins.work.path("ours"));
-        for side in [&kernel, &ours] {
-            rustix::fs::syncfs(File::open(side).unwrap()).unwrap();
-        }
-        same_trees(&kernel, &ours, "in use");
-        twins.umount();
-        twins.is_clean();
-        twins.mount();
-        // What was preallocated and then written, the kernel fills up with zeroes as it likes.
-        same_trees(&kernel, &ours, if seed & 1 == 0 { "mounted anew" } else { EXACTLY });
-        twins.umount();
+        with_own_mounts(|| agree(seed, options));
         round += 1;
     }
+}
+
+fn agree(seed: u64, options: &str) {
+    let twins = Twins::new(options);
+    walk(&twins, "", seed, 1500);
+    let (kernel, ours) = (twins.work.path("kernel"), twins.work.path("ours"));
+    for side in [&kernel, &ours] {
+        rustix::fs::syncfs(File::open(side).unwrap()).unwrap();
+    }
+    same_trees(&kernel, &ours, "in use");
+    twins.umount();
+    twins.is_clean();
+    twins.mount();
+    // What was preallocated and then written, the kernel fills up with zeroes as it likes.
+    same_trees(&kernel, &ours, if seed & 1 == 0 { "mounted anew" } else { EXACTLY });
+    twins.umount();
+}
+
+/// What a tree shows but for holes: what is preallocated and then written, the kernel fills up with zeroes
+/// as it likes.
+fn shown(root: &Path, started: i64) -> Vec<String> {
+    let is_range = |word: &str| {
+        let number = |text: &str| text.parse::<u64>().is_ok();
+        word.split_once('-').is_some_and(|(from, to)| number(from) && number(to))
+    };
+    let cut = |line: String| match line.split(' ').rev().take_while(|word| is_range(word)).count() {
+        0 => line,
+        ranges => line.rsplitn(ranges + 1, ' ').last().unwrap_or_default().to_owned(),
+    };
+    same_tree::tree(root, started).into_iter().map(cut).collect()
+}
+
+/// The calls that overlays are compared by: other users', with masks, locks, lists and files without a name.
+#[test]
+fn calls_of_several_users_are_answered_as_by_the_kernel_and_leave_the_same() {
+    if !(have(Need::Fuse) && have(Need::Root)) {
+        return;
+    }
+    let rounds = std::env::var("VDISK_TWIN_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(3);
+    for seed in (first_seed()..).take(rounds) {
+        eprintln!("VDISK_SEED={seed:#x}");
+        with_own_mounts(|| agree_for_users(seed));
+    }
+}
+
+fn agree_for_users(seed: u64) {
+    let twins = Twins::new("-t ext4 -b 4096");
+    let (kernel, ours) = (&twins.work.path("kernel"), &twins.work.path("ours"));
+    let started = now() - 1;
+    for thread in 0..2 {
+        for side in [kernel, ours] {
+            let dir = side.join(format!("t{thread}"));
+            fs::create_dir(&dir).unwrap();
+            fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+        }
+    }
+    for round in 0..2 {
+        std::thread::scope(|scope| {
+            for thread in 0..2 {
+                let seed = seed ^ round << 50;
+                scope.spawn(move || calls(seed, thread, 400, ours, kernel, started));
+            }
+        });
+        for side in [kernel, ours] {
+            rustix::fs::syncfs(File::open(side).unwrap()).unwrap();
+        }
+        for what in ["in use", "mounted anew"] {
+            let (ours, kernel) = (shown(ours, started), shown(kernel, started));
+            for (a, b) in ours.iter().zip(&kernel) {
+                assert_eq!(a, b, "VDISK_SEED={seed:#x}: {what}: first ours, then the kernel's");
+            }
+            assert_eq!(ours.len(), kernel.len(), "VDISK_SEED={seed:#x}: {what}");
+            if what == "in use" {
+                twins.umount();
+                twins.is_clean();
+                twins.mount();
+            }
+        }
+    }
+    twins.umount();
 }
 
 #[test]
@@ -541,16 +611,19 @@ fn threads_do_not_disturb_each_other() {
     if !(have(Need::Fuse) && have(Need::Root)) {
         return;
     }
-    let twins = Twins::new("-t ext4 -b 4096");
-    let seed = first_seed();
-    std::thread::scope(|scope| {
-        let twins = &twins;
-        let run = |n: u64| move || walk(twins, &format!("thread{n}"), seed.wrapping_add(n), 400);
-        let threads: Vec<_> = (0..4).map(|n| scope.spawn(run(n))).collect();
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    with_own_mounts(|| {
+        let twins = Twins::new("-t ext4 -b 4096");
+        let seed = first_seed();
+        std::thread::scope(|scope| {
+            let twins = &twins;
+            let run =
+                |n: u64| move || walk(twins, &format!("thread{n}"), seed.wrapping_add(n), 400);
+            let threads: Vec<_> = (0..4).map(|n| scope.spawn(run(n))).collect();
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+        });
+        let (kernel, ours) = (twins.work.path("kernel"), twins.work.path("ours"));
+        same_trees(&kernel, &ours, "in use");
+        twins.umount();
+        twins.is_clean();
     });
-    let (kernel, ours) = (twins.work.path("kernel"), twins.work.path("ours"));
-    same_trees(&kernel, &ours, "in use");
-    twins.umount();
-    twins.is_clean();
 }

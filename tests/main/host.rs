@@ -11,12 +11,32 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, umount2};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 /// How long a command may take before it counts as hung.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs a test where what is mounted is its own: no namespace that another test begins meanwhile has it,
+/// too, and keeps it busy, nor does this one keep what others have mounted.
+pub fn with_own_mounts(test: impl FnOnce() + Send) {
+    let run = || {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+        let table = fs::read_to_string("/proc/thread-self/mounts").unwrap();
+        for line in table.lines().rev() {
+            let words: Vec<_> = line.split(' ').collect();
+            if words[0].starts_with("/dev/loop") || words[2].starts_with("fuse") {
+                let _ = umount2(words[1], MntFlags::MNT_DETACH);
+            }
+        }
+        test();
+    };
+    thread::scope(|scope| scope.spawn(run).join()).unwrap();
+}
 
 /// A directory of the test's own, where its commands run. When it is dropped, what is mounted
 /// below it is unmounted, loop devices on its files are detached, and its files are removed.

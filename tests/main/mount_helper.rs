@@ -7,7 +7,7 @@ use std::process::Command;
 
 use nix::mount::MsFlags;
 
-use crate::host::{VDISK, Work};
+use crate::host::{VDISK, Work, with_own_mounts};
 use crate::require::{Need, have};
 
 /// A disk with a file in it, directories for an overlay, and the programs as a package installs them.
@@ -34,15 +34,11 @@ fn installed(test: impl FnOnce(&Work) + Send) {
         return;
     }
     let work = laid();
-    let run = || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+    with_own_mounts(|| {
         let (from, bind) = (work.path("bin"), MsFlags::MS_BIND);
         nix::mount::mount(Some(&from), "/usr/local/bin", None::<&str>, bind, None::<&str>).unwrap();
         test(&work);
-    };
-    std::thread::scope(|scope| scope.spawn(run).join()).unwrap();
+    });
 }
 
 fn mount(work: &Work, words: &[&str]) {

@@ -2,16 +2,17 @@
 //! layers that somebody else made or that mean ill.
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use rustix::fs::XattrFlags;
 
-use crate::host::{VDISK, Work};
+use crate::host::{VDISK, Work, with_own_mounts};
 use crate::mount::is_beside;
 use crate::require::{Need, have};
+use crate::same_calls::{Call, Side};
 use crate::same_overlay::{Layers, Mounting, agree, umount};
 
 /// Directories for an overlay, and what is mounted there.
@@ -76,18 +77,13 @@ fn random_calls_are_answered_as_by_the_kernels_overlayfs_and_leave_the_same() {
         std::env::var(name).ok().map_or(otherwise, |word| word.parse::<u64>().unwrap())
     };
     let (runs, first) = (number("VDISK_OVERLAY_RUNS", 8), number("VDISK_OVERLAY_SEED", 1));
-    // Another program's mount namespace that copies our mounts would keep them busy.
-    let run = move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
-        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+    with_own_mounts(|| {
         for seed in first..first + runs {
             // Whether allocated space is a hole depends on who has read it, but in memory.
             let work = Work::below(Path::new("/dev/shm"));
             agree(seed, 300, work.dir(), &by_helper(work.dir()));
         }
-    };
-    std::thread::spawn(run).join().unwrap();
+    });
 }
 
 #[test]
@@ -118,6 +114,40 @@ fn what_is_changed_goes_into_the_upper_layer_in_the_form_of_overlayfs() {
     assert_eq!(fs::read(laid.path("at/kept")).unwrap(), b"above");
     assert!(laid.path("at/new/deep").is_dir());
     assert!(!laid.path("at/old").exists());
+    laid.umount();
+}
+
+#[test]
+fn a_directory_that_lost_its_set_group_id_mark_gives_its_group_to_nothing_new() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    let (somebody, others) = (1234, 77777);
+    for name in ["acl", "mode"] {
+        let dir = laid.path("lower").join(name);
+        fs::create_dir(&dir).unwrap();
+        chown(&dir, Some(somebody), Some(others)).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o2777)).unwrap();
+    }
+    laid.mount();
+    let at = laid.path("at");
+    let groups = std::thread::spawn(move || {
+        let mut side = Side::new(&at, 0);
+        side.make(&Call::As(somebody, somebody));
+        let mut groups = Vec::new();
+        let takes = [Call::Acl("acl".into(), false, 7), Call::Chmod("mode".into(), 0o777)];
+        for (name, take) in ["acl", "mode"].iter().zip(takes) {
+            for file in ["before", "after"] {
+                let path = Path::new(name).join(file);
+                assert_eq!(side.make(&Call::Symlink("to".into(), path.clone())), "()");
+                groups.push(fs::symlink_metadata(at.join(path)).unwrap().gid());
+                assert_eq!(side.make(&take), "()");
+            }
+        }
+        groups
+    });
+    assert_eq!(groups.join().unwrap(), [others, somebody, others, somebody]);
     laid.umount();
 }
 

@@ -67,7 +67,7 @@ impl Drop for Clean {
     }
 }
 
-fn now() -> i64 {
+pub fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64
 }
 
@@ -147,7 +147,7 @@ fn compare(what: &str, seed: u64, ours: &Path, theirs: &Path, started: i64) {
 }
 
 /// The calls of one thread; every answer is compared.
-fn calls(seed: u64, thread: u64, many: u64, ours: &Path, theirs: &Path, started: i64) {
+pub fn calls(seed: u64, thread: u64, many: u64, ours: &Path, theirs: &Path, started: i64) {
     // A mask and a user of its own.
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
     let mut dice = Dice::new(seed ^ (thread + 1) << 40);

@@ -147,7 +147,7 @@ impl Dispatch<'_> {
                 let flags = if head.opcode == op::RENAME2 { body.u64()? as u32 } else { 0 };
                 let from = Name { parent, name: body.component()? };
                 let to = Name { parent: directory, name: body.component()? };
-                return self.files.rename(from, to, flags);
+                return self.files.rename(head.caller, from, to, flags);
             }
             _ => return Err(error(libc::ENOSYS)),
         };

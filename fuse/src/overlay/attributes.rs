@@ -107,16 +107,20 @@ impl Overlay {
         if let Some(mode) = change.mode
             && node.kind != libc::S_IFLNK
         {
-            spot.chmod(mode)?;
-            self.note_mode(spot)?;
-        }
-        if let Some(dir) = &node.dir {
-            dir.set_gid.forget();
+            self.change_mode(node, spot, mode)?;
         }
         if change.atime.is_some() || change.mtime.is_some() {
             spot.set_times(change.atime, change.mtime)?;
         }
         self.attr_of(node, &state)
+    }
+
+    fn change_mode(&self, node: &Node, spot: Spot<'_>, mode: u32) -> io::Result<()> {
+        let changed = spot.chmod(mode).and_then(|()| self.note_mode(spot));
+        if let Some(dir) = &node.dir {
+            dir.set_gid.forget();
+        }
+        changed
     }
 
     /// Takes set-user-id and set-group-id from a file that was written to.
@@ -216,13 +220,14 @@ impl Overlay {
         state.incapable &= key != CAPABILITY;
         let held = self.held(node, &state)?;
         held.spot().set_xattr(&self.words.inner(key), set.value, set.flags)?;
-        if set.kill_sgid && key == ACCESS_ACL {
-            let attr = held.spot().stat()?;
-            if attr.mode & libc::S_ISGID != 0 {
-                held.spot().chmod(attr.mode & !libc::S_ISGID)?;
+        forget_given(node, key);
+        if key == ACCESS_ACL {
+            let mode = held.spot().stat()?.mode;
+            match set.kill_sgid && mode & libc::S_ISGID != 0 {
+                true => self.change_mode(node, held.spot(), mode & !libc::S_ISGID)?,
+                false => self.note_mode(held.spot())?,
             }
         }
-        forget_acl(node, key);
         Ok(())
     }
 
@@ -235,26 +240,24 @@ impl Overlay {
         self.copy_up(node)?;
         let state = node.lock();
         self.held(node, &state)?.spot().remove_xattr(&inner)?;
-        forget_acl(node, key);
+        forget_given(node, key);
         Ok(())
     }
 
     /// Whether what is made in an upper directory inherits an ACL.
     pub(crate) fn inherits_acl(&self, parent: &Node, upper: Spot<'_>) -> io::Result<bool> {
-        let dir = parent.directory()?;
-        if let Some(inherits) = dir.default_acl.get() {
-            return Ok(inherits);
-        }
-        let inherits = upper.xattr(OsStr::new(DEFAULT_ACL))?.is_some();
-        dir.default_acl.set(inherits);
-        Ok(inherits)
+        let look = || Ok(upper.xattr(OsStr::new(DEFAULT_ACL))?.is_some());
+        parent.directory()?.default_acl.find(look)
     }
 }
 
-fn forget_acl(node: &Node, key: &OsStr) {
-    if let Some(dir) = &node.dir
-        && key == DEFAULT_ACL
-    {
+/// Forgets what a directory gave to what was made in it before this attribute was changed.
+fn forget_given(node: &Node, key: &OsStr) {
+    let Some(dir) = &node.dir else { return };
+    if key == DEFAULT_ACL {
         dir.default_acl.forget();
+    } else if key == ACCESS_ACL {
+        // It says the mode, too, and who sets it may not keep the mark.
+        dir.set_gid.forget();
     }
 }

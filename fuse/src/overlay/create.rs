@@ -57,13 +57,8 @@ struct Place<'a> {
 impl Overlay {
     /// Whether an upper directory gives its group to what is made in it.
     fn gives_group(&self, parent: &Node, dir: &HostDir) -> io::Result<bool> {
-        let set_gid = &parent.directory()?.set_gid;
-        if let Some(gives) = set_gid.get() {
-            return Ok(gives);
-        }
-        let gives = dir.this().stat()?.mode & libc::S_ISGID != 0;
-        set_gid.set(gives);
-        Ok(gives)
+        let look = || Ok(dir.this().stat()?.mode & libc::S_ISGID != 0);
+        parent.directory()?.set_gid.find(look)
     }
 
     /// Makes a name with `make`, which gets a directory, a name and the permissions, and makes

@@ -98,7 +98,7 @@ impl Files for Overlay {
         self.remove_directory(name)
     }
 
-    fn rename(&self, from: Name<'_>, to: Name<'_>, flags: u32) -> io::Result<()> {
+    fn rename(&self, _: Caller, from: Name<'_>, to: Name<'_>, flags: u32) -> io::Result<()> {
         self.rename_name(from, to, flags)
     }
 

@@ -24,7 +24,8 @@ impl Overlay {
             let upper = node.upper_dir(&self.recent)?;
             let pure = !self.impure(node, &upper)?;
             let names = upper.names()?;
-            dir.whiteouts.set(names.iter().any(|entry| hidden_by(&entry.name).is_some()));
+            let whiteouts = || Ok(names.iter().any(|entry| hidden_by(&entry.name).is_some()));
+            dir.whiteouts.find(whiteouts)?;
             let merged = !dir.lowers.is_empty();
             for entry in self.shown(names, upper.as_ref(), merged.then_some(&mut hidden), false)? {
                 let ino = match pure {

@@ -193,15 +193,8 @@ impl Overlay {
         upper: &HostDir,
         name: &OsStr,
     ) -> io::Result<bool> {
-        let some = match dir.whiteouts.get() {
-            Some(some) => some,
-            None => {
-                let names = upper.names()?;
-                let some = names.iter().any(|entry| hidden_by(&entry.name).is_some());
-                dir.whiteouts.set(some);
-                some
-            }
-        };
+        let look = || Ok(upper.names()?.iter().any(|entry| hidden_by(&entry.name).is_some()));
+        let some = dir.whiteouts.find(look)?;
         Ok(some && upper.look(&whiteout_name(name))?.is_some())
     }
 
@@ -345,13 +338,10 @@ impl Overlay {
 
     /// Whether whiteouts that are names are in a lower directory.
     pub(crate) fn whiteouts_in(&self, dir: &LowerDir) -> io::Result<bool> {
-        if let Some(some) = dir.whiteouts.get() {
-            return Ok(some);
-        }
-        let entries = dir.get(&self.recent)?.entries()?;
-        let some = entries.iter().any(|entry| hidden_by(&entry.name).is_some());
-        dir.whiteouts.set(some);
-        Ok(some)
+        dir.whiteouts.find(|| {
+            let entries = dir.get(&self.recent)?.entries()?;
+            Ok(entries.iter().any(|entry| hidden_by(&entry.name).is_some()))
+        })
     }
 
     /// Whether nothing below is merged into a lower directory.
@@ -402,13 +392,8 @@ impl Overlay {
 
     /// Whether files in an upper directory may have been copied up.
     pub(crate) fn impure(&self, parent: &Node, upper: &HostDir) -> io::Result<bool> {
-        let dir = parent.directory()?;
-        if let Some(impure) = dir.impure.get() {
-            return Ok(impure);
-        }
-        let impure = upper.this().xattr(&self.words.impure)?.is_some();
-        dir.impure.set(impure);
-        Ok(impure)
+        let look = || Ok(upper.this().xattr(&self.words.impure)?.is_some());
+        parent.directory()?.impure.find(look)
     }
 
     /// The handle of a lower file, as it is kept of what is copied up from it.

@@ -13,7 +13,7 @@ use super::super::layer::stat_fs;
 use super::privilege::{without, without_after_chown};
 use super::{DiskFiles, WRITES, inode};
 use crate::error::Result;
-use crate::filesystem::ext4::mounted::{Allocation, Change, Need, Onto, Place, Seek};
+use crate::filesystem::ext4::mounted::{Allocation, Change, Need, New, Onto, Place, Seek};
 
 /// Names that are asked for at a time.
 const LISTED: usize = 256;
@@ -147,8 +147,8 @@ impl Files for DiskFiles {
         self.done(self.fs.remove_directory(inode(name.parent), name.name.as_bytes()))
     }
 
-    fn rename(&self, from: Name<'_>, to: Name<'_>, flags: u32) -> io::Result<()> {
-        let onto = match flags {
+    fn rename(&self, caller: Caller, from: Name<'_>, to: Name<'_>, flags: u32) -> io::Result<()> {
+        let onto = match flags & !libc::RENAME_WHITEOUT {
             0 => Onto::Replace,
             libc::RENAME_NOREPLACE => Onto::Free,
             libc::RENAME_EXCHANGE => Onto::Exchange,
@@ -157,7 +157,10 @@ impl Files for DiskFiles {
         self.changed();
         let old = Place::new(inode(from.parent), from.name.as_bytes());
         let new = Place::new(inode(to.parent), to.name.as_bytes());
-        self.done(self.fs.rename(old, new, onto))
+        let mode = libc::S_IFCHR as u16;
+        let whiteout = New { mode, uid: caller.uid, gid: caller.gid, ..New::default() };
+        let left = (flags & libc::RENAME_WHITEOUT != 0).then_some(&whiteout);
+        self.done(self.fs.rename_leaving(old, new, onto, left))
     }
 
     fn open(

@@ -11,7 +11,7 @@ pub(crate) mod table;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::host::{HostDir, Spot};
@@ -38,23 +38,54 @@ pub(crate) struct LowerDir {
 }
 
 /// A thing that is found out once: yes, no, or not known yet.
+///
+/// The two lowest bits say what is known, the others how often that was set or forgotten: what was looked
+/// up before is not kept after that.
 #[derive(Default)]
-pub(crate) struct Tri(AtomicU8);
+pub(crate) struct Tri(AtomicU32);
 
 impl Tri {
+    const KNOWN: u32 = 3;
+
     pub(crate) fn get(&self) -> Option<bool> {
-        match self.0.load(Ordering::Relaxed) {
-            0 => None,
-            known => Some(known == 2),
+        Tri::known(self.0.load(Ordering::Acquire))
+    }
+
+    /// What is known, or else what `look` finds.
+    pub(crate) fn find(&self, look: impl FnOnce() -> io::Result<bool>) -> io::Result<bool> {
+        let before = self.0.load(Ordering::Acquire);
+        if let Some(known) = Tri::known(before) {
+            return Ok(known);
         }
+        let found = look()?;
+        let after = before | Tri::word(found);
+        let _ = self.0.compare_exchange(before, after, Ordering::AcqRel, Ordering::Relaxed);
+        Ok(found)
     }
 
     pub(crate) fn set(&self, value: bool) {
-        self.0.store(1 + u8::from(value), Ordering::Relaxed);
+        self.replace(Tri::word(value));
     }
 
     pub(crate) fn forget(&self) {
-        self.0.store(0, Ordering::Relaxed);
+        self.replace(0);
+    }
+
+    fn replace(&self, word: u32) {
+        let next = |before: u32| Some((before & !Tri::KNOWN).wrapping_add(Tri::KNOWN + 1) | word);
+        // It is never refused.
+        let _ = self.0.fetch_update(Ordering::AcqRel, Ordering::Relaxed, next);
+    }
+
+    fn word(value: bool) -> u32 {
+        1 + u32::from(value)
+    }
+
+    fn known(word: u32) -> Option<bool> {
+        match word & Tri::KNOWN {
+            0 => None,
+            known => Some(known == 2),
+        }
     }
 }
 
@@ -289,4 +320,29 @@ impl Node {
 
 fn gone() -> io::Error {
     io::Error::from_raw_os_error(libc::ENOENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_looked_up_before_a_change_is_not_kept_after_it() {
+        let tri = Tri::default();
+        let changed = tri.find(|| {
+            tri.set(true);
+            Ok(false)
+        });
+        assert!(!changed.unwrap());
+        assert_eq!(tri.get(), Some(true));
+        tri.forget();
+        let forgotten = tri.find(|| {
+            tri.forget();
+            Ok(true)
+        });
+        assert!(forgotten.unwrap());
+        assert_eq!(tri.get(), None);
+        assert!(!tri.find(|| Ok(false)).unwrap());
+        assert_eq!(tri.get(), Some(false));
+    }
 }

@@ -101,7 +101,7 @@ impl Tx<'_> {
     }
 
     /// Makes the inode of a new file in `parent`, without a name yet, and stores it.
-    fn make(&mut self, parent: &Inode, new: &New<'_>) -> Result<Inode> {
+    pub fn make(&mut self, parent: &Inode, new: &New<'_>) -> Result<Inode> {
         let kind = new.mode & TYPE_MASK;
         let number = self.allocate_inode(parent.number, kind == DIRECTORY)?;
         let mut inode = self.new_inode(number, new.mode);

@@ -1,6 +1,6 @@
 //! Names: looked up, listed, taken away, changed.
 
-use super::create::check_name;
+use super::create::{New, check_name};
 use super::directory::Target;
 use super::inode::{Inode, Moment};
 use super::{Attributes, Mounted, ROOT, Tx, errno};
@@ -29,6 +29,16 @@ impl<'a> Place<'a> {
 struct Side<'a> {
     name: &'a [u8],
     directory: Inode,
+}
+
+/// A file that gets a name that is free, or that `other` loses.
+struct Move<'a> {
+    from: Side<'a>,
+    to: Side<'a>,
+    moved: Inode,
+    other: Option<Inode>,
+    /// What gets the old name.
+    left: Option<&'a New<'a>>,
 }
 
 /// One of two files that change places.
@@ -221,6 +231,17 @@ impl Mounted {
 
     /// Gives a file another name, and what has that name as `onto` says.
     pub fn rename(&self, from: Place<'_>, to: Place<'_>, onto: Onto) -> Result<()> {
+        self.rename_leaving(from, to, onto, None)
+    }
+
+    /// The same; the old name becomes that of a new file, in the same step.
+    pub fn rename_leaving(
+        &self,
+        from: Place<'_>,
+        to: Place<'_>,
+        onto: Onto,
+        left: Option<&New<'_>>,
+    ) -> Result<()> {
         for name in [from.name, to.name] {
             check_name(name).map_err(|error| match name {
                 b"." | b".." => errno(libc::EBUSY, "the directory itself"),
@@ -250,7 +271,7 @@ impl Mounted {
                 (_, other) => {
                     let from = Side { name: from.name, directory: old.directory };
                     let to = Side { name: to.name, directory: new.directory };
-                    self.move_onto(tx, from, to, &moved, other)
+                    self.move_onto(tx, Move { from, to, moved, other, left })
                 }
             }
         })?;
@@ -279,19 +300,13 @@ impl Mounted {
         tx.moved(&other, apart.then_some(parent.number))
     }
 
-    /// Moves a file to a name that is free, or that `other` loses. Returns what is to be reaped.
-    fn move_onto(
-        &self,
-        tx: &mut Tx<'_>,
-        from: Side<'_>,
-        to: Side<'_>,
-        moved: &Inode,
-        other: Option<Inode>,
-    ) -> Result<Option<u32>> {
+    /// Returns what is to be reaped.
+    fn move_onto(&self, tx: &mut Tx<'_>, what: Move<'_>) -> Result<Option<u32>> {
+        let Move { from, to, moved, other, left } = what;
         let Side { name: from, directory: mut old } = from;
         let Side { name: to, directory: mut new } = to;
         let apart = old.number != new.number;
-        let target = Target::of(moved);
+        let target = Target::of(&moved);
         if let Some(other) = &other {
             match (moved.is_directory(), other.is_directory()) {
                 (false, true) => return Err(errno(libc::EISDIR, "a directory")),
@@ -307,7 +322,10 @@ impl Mounted {
         } else {
             tx.add(&mut old, to, target)?;
         }
-        tx.remove(&old, from)?;
+        match left.map(|left| tx.make(&old, left)).transpose()? {
+            Some(left) => tx.replace(&old, from, Target::of(&left))?,
+            None => drop(tx.remove(&old, from)?),
+        }
         if moved.is_directory() {
             if apart && other.is_none() {
                 tx.add_child(&mut new)?;
@@ -320,7 +338,7 @@ impl Mounted {
         if apart {
             tx.touch_directory(&mut new)?;
         }
-        tx.moved(moved, apart.then_some(new.number))?;
+        tx.moved(&moved, apart.then_some(new.number))?;
         let Some(other) = other else { return Ok(None) };
         let held = self.is_held(other.number);
         Ok(tx.lose_name(other.number, held)?.then_some(other.number))
