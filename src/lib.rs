@@ -70,6 +70,8 @@
 
 mod addr;
 mod asymmetric;
+#[cfg(any(feature = "container", feature = "jail"))]
+mod beside;
 mod block;
 mod chain;
 mod change;

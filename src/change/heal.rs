@@ -34,7 +34,7 @@ use crate::family::{dropped, frozen_path};
 use crate::image::{Id, Role, Seen};
 use crate::open::gate::same_file;
 use crate::open::{Format, gate, peek};
-use crate::storage::draft::draft_prefix;
+use crate::storage::draft::draft_form;
 use crate::storage::name::remove;
 use crate::storage::{Access, FileOptions, FileStorage, Turn, other_names};
 
@@ -254,12 +254,8 @@ fn name_of(family: &Family, file: &Path) -> Result<Option<PathBuf>> {
 }
 
 fn remove_drafts(path: &Path) -> Result<()> {
-    let prefix = draft_prefix(path);
-    let owner = |name: &[u8]| -> Option<u32> {
-        let name = std::str::from_utf8(name).ok()?;
-        let middle = name.strip_prefix(&prefix)?.strip_suffix(".draft")?;
-        middle.split_once('-')?.0.parse().ok()
-    };
+    let form = draft_form(path);
+    let owner = |name: &[u8]| -> Option<u32> { form.middle(name)?.split_once('-')?.0.parse().ok() };
     let drafts = names_beside(path, |name| {
         owner(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
     })?;

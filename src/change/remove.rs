@@ -19,7 +19,7 @@ use crate::family::standing::Standing;
 use crate::family::tree::Family;
 use crate::image::{Id, Role};
 use crate::open::{open_image, peek};
-use crate::storage::draft::hidden_name;
+use crate::storage::draft::{draft_form, hidden_name};
 use crate::storage::name::{remove, rename, sync_directory};
 use crate::storage::{Turn, follow};
 
@@ -135,10 +135,8 @@ fn refuse_cloned(family: &Family) -> Result<()> {
 
 /// The head of a disk of which an interrupted removal has left the rest.
 fn hidden(path: &Path) -> Result<Option<PathBuf>> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let prefix = format!(".{name}.");
-    let drafts =
-        names_beside(path, |n| n.starts_with(prefix.as_bytes()) && n.ends_with(b".draft"))?;
+    let form = draft_form(path);
+    let drafts = names_beside(path, |name| form.middle(name).is_some())?;
     let is_head = |path: &PathBuf| {
         let label = peek(path).ok().flatten().and_then(|peek| peek.identity.label);
         label.is_some_and(|label| matches!(label.role, Role::Head | Role::Base))

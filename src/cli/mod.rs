@@ -27,7 +27,7 @@ use crate::{qemu_img, say};
 use disk::{bytes, clone, commit, compact, convert, create, rebase, resize, rm};
 use fleet::{again, roll};
 use instance::{attach, exec, list, logs, run, serve, start, stats, steer, systemd};
-use mount::{daemon as mount_daemon, end as mount_end, overlay, umount};
+use mount::{daemon as mount_daemon, overlay, umount};
 use open::{jail, limit, memory, passphrase, turn};
 use report::{check, compare, info, map, tree};
 use terminal::size;
@@ -62,8 +62,6 @@ enum Verb {
     Mount(mount::Args),
     #[command(hide = true)]
     MountDaemon(mount::Args),
-    #[command(name = mount_end::VERB, hide = true)]
-    MountEnd,
     #[command(name = overlay::DAEMON, hide = true)]
     OverlayDaemon(overlay::Args),
     Ls(files::ListArgs),
@@ -184,7 +182,6 @@ impl Verb {
             Verb::Cp(args) => files::copy(args),
             Verb::Apply(args) => files::apply(args),
             Verb::MountDaemon(args) => mount_daemon::run(args),
-            Verb::MountEnd => mount_end::run(),
             Verb::OverlayDaemon(args) => overlay::serve(args),
             Verb::Clone(args) => clone::run(args),
             Verb::Unseal(args) => clone::unseal(args),
@@ -242,6 +239,7 @@ const USAGE: u8 = 64;
 /// The whole program: what `main` calls, and no other.
 pub fn main() -> ExitCode {
     let ended = run();
+    vdisk::jail::broker::leave();
     match say::finish() {
         Ok(()) => ended,
         Err(error) => {

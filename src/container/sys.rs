@@ -4,26 +4,9 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::libc;
-use nix::unistd::{ForkResult, Pid, fork};
 
+pub(super) use crate::beside::copy;
 pub(super) use libc::{seccomp_notif as Notification, sock_filter as Instruction};
-
-/// Runs `work` in a copy of this process, which ends with what it returned. The copy has no other
-/// thread than its own, so this process must have none, either.
-pub(super) fn copy(work: impl FnOnce() -> u8) -> io::Result<Pid> {
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(io::Error::other("a process with several threads cannot be copied"));
-    }
-    // SAFETY: there is one thread: no lock is held by a thread that the copy would lack.
-    match unsafe { fork() }? {
-        ForkResult::Parent { child } => Ok(child),
-        ForkResult::Child => {
-            let status = work();
-            // SAFETY: ends the process without the handlers that belong to the original.
-            unsafe { libc::_exit(status.into()) }
-        }
-    }
-}
 
 /// What mount_setattr(2) sets on a mount.
 #[derive(Debug, Clone, Copy, Default)]

@@ -138,13 +138,19 @@ impl Server {
     }
 
     /// Tells everyone who waits for it how it ended, and serves nobody any more.
-    pub fn end(mut self, result: &Result<()>) {
-        self.finish(result.as_ref().map(|_| ()).map_err(|e| e.to_string()));
+    pub fn end(self, result: &Result<()>) {
+        self.end_after(result, || {});
     }
 
-    fn finish(&mut self, outcome: std::result::Result<(), String>) {
+    /// As [`end`](Server::end); `last` is done when the disk is free, and before anyone is told.
+    pub fn end_after(mut self, result: &Result<()>, last: impl FnOnce()) {
+        self.finish(result.as_ref().map(|_| ()).map_err(|e| e.to_string()), last);
+    }
+
+    fn finish(&mut self, outcome: std::result::Result<(), String>, last: impl FnOnce()) {
         self.shared.remove_names();
         self.shared.let_go();
+        last();
         lock(&self.shared.outcome).get_or_insert(outcome);
         self.shared.ended.notify_all();
         drop(self.wake.take());
@@ -170,7 +176,7 @@ impl Names {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.finish(Err("the process that held the disk gave up".to_owned()));
+        self.finish(Err("the process that held the disk gave up".to_owned()), || {});
     }
 }
 

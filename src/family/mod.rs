@@ -8,6 +8,7 @@ pub(crate) mod dropped;
 mod exclusive;
 pub mod forest;
 pub(crate) mod names;
+mod own;
 pub(crate) mod scan;
 pub mod sealed;
 pub mod standing;
@@ -15,4 +16,5 @@ pub mod tree;
 
 pub use beside::clones_of;
 pub use names::frozen_path;
+pub use own::{Own, own};
 pub use sealed::refuse_sealed;

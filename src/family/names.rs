@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::image::Id;
 use crate::storage::follow;
-use crate::storage::name::{directory, fitting};
+use crate::storage::name::{Differs, Form, directory, fitting};
 
 /// Digits of a layer's id in its file's name.
 pub(crate) const DIGITS: usize = 12;
@@ -21,9 +21,14 @@ const MAX_ENDING: usize = 64;
 /// The file of a frozen layer of the disk at `head`. Its name is UTF-8 whatever that of the head is,
 /// and no longer than the host allows: of a long one only the beginning stays.
 pub fn frozen_path(head: &Path, layer: Id) -> PathBuf {
-    let (stem, extension) = split(head);
     let id = layer.simple().to_string();
-    head.with_file_name(format!("{stem}@{}{extension}", &id[..DIGITS]))
+    head.with_file_name(frozen_form(head).name(&id[..DIGITS]))
+}
+
+/// How the frozen layers of the disk at `head` are called: by their ids.
+pub(crate) fn frozen_form(head: &Path) -> Form {
+    let (stem, extension) = split(head);
+    Form { before: format!("{stem}@"), differs: Differs::Digits(DIGITS), behind: extension }
 }
 
 /// What stands before and after the id in the names of the frozen layers of `head`.

@@ -15,6 +15,7 @@ use seccompiler::{
 };
 
 use super::Thread;
+use super::rights::{FILES, NAMES as NAMES_OF_FILES};
 
 /// What a process is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub enum Work {
     Command,
     /// It makes trees of files as others have them: links and devices, and programs that run as their owner.
     Trees,
+    /// It opens, makes, names and removes files for another process.
+    Broker,
 }
 
 /// What is let through.
@@ -39,18 +42,21 @@ pub(super) struct Calls {
     ioctls: Vec<&'static [u64]>,
     /// Calls that may have files run with the rights of their owner.
     set_id: &'static [i64],
+    /// Whether of the conditional ones no others are let through than a broker's.
+    alone: bool,
 }
 
 impl Work {
-    /// What the superuser may do in it beside what all work on files takes.
+    /// What of it the superuser may do in it.
     pub(super) fn rights(self) -> CapabilitySet {
         match self {
             // Files of all kinds are made, as they are elsewhere.
-            Work::Trees => CapabilitySet::MKNOD,
+            Work::Trees => FILES | CapabilitySet::MKNOD,
             // Threads that let others go first come back.
-            Work::Files => CapabilitySet::SYS_NICE,
-            Work::Overlay => CapabilitySet::MKNOD | CapabilitySet::SYS_NICE,
-            Work::Machine | Work::Server | Work::Command => CapabilitySet::empty(),
+            Work::Files => FILES | CapabilitySet::SYS_NICE,
+            Work::Overlay => FILES | CapabilitySet::MKNOD | CapabilitySet::SYS_NICE,
+            Work::Machine | Work::Server | Work::Command => FILES,
+            Work::Broker => NAMES_OF_FILES,
         }
     }
 
@@ -65,13 +71,15 @@ impl Work {
             ),
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
             Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
+            Work::Broker => (&[BROKER, BENEATH], &[]),
         };
         let set_id: &[i64] = match self {
             Work::Trees => OPEN_MODES,
             Work::Overlay => MODES,
             _ => &[],
         };
-        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id }
+        let alone = self == Work::Broker;
+        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id, alone }
     }
 }
 
@@ -82,7 +90,7 @@ impl Thread {
             Thread::Queue => (&[BASIC], &[PLAIN]),
             Thread::Connection => (&[BASIC, SOCKETS], &[PLAIN]),
         };
-        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id: &[] }
+        Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id: &[], alone: false }
     }
 }
 
@@ -120,6 +128,17 @@ const NAMES: &[i64] = &[
     SYS_removexattr, SYS_rename, SYS_renameat, SYS_renameat2, SYS_rmdir, SYS_setxattr, SYS_sync,
     SYS_syncfs, SYS_truncate, SYS_umask, SYS_unlink, SYS_unlinkat, SYS_utimensat,
 ];
+
+/// Names in directories that are open, and packets with what was opened.
+#[rustfmt::skip]
+const BROKER: &[i64] = &[
+    SYS_brk, SYS_close, SYS_exit, SYS_exit_group, SYS_fstat, SYS_futex, SYS_linkat, SYS_madvise,
+    SYS_mremap, SYS_munmap, SYS_newfstatat, SYS_openat, SYS_recvmsg, SYS_renameat, SYS_renameat2,
+    SYS_restart_syscall, SYS_rt_sigreturn, SYS_sendmsg, SYS_unlinkat,
+];
+
+/// Beside those, as far as the conditions below hold: memory that is no code, what a descriptor is.
+const BROKER_IF: &[i64] = &[SYS_fcntl, SYS_mmap, SYS_mprotect];
 
 /// A file below a directory, and not by way of a link: for what an archive names.
 const BENEATH: &[i64] = &[SYS_openat2];
@@ -243,7 +262,8 @@ pub(super) fn program(calls: &Calls, process: u32) -> seccompiler::Result<BpfPro
         rules.insert(*number, Vec::new());
     }
     for (number, cases) in conditional(process, calls) {
-        let of_a_list = [NAMES, APART, FOLLOW].iter().any(|list| list.contains(&number));
+        let of_a_list = calls.alone && !BROKER_IF.contains(&number)
+            || [NAMES, APART, FOLLOW].iter().any(|list| list.contains(&number));
         if of_a_list && !rules.contains_key(&number) || calls.set_id.contains(&number) {
             continue;
         }
@@ -292,7 +312,7 @@ mod tests {
             SYS_userfaultfd, SYS_perf_event_open, SYS_open_by_handle_at, SYS_personality,
             SYS_memfd_create, SYS_setuid, SYS_capset, SYS_chroot, SYS_pivot_root,
         ];
-        for list in [BASIC, NAMES, SOCKETS, KINDS] {
+        for list in [BASIC, NAMES, SOCKETS, KINDS, BROKER] {
             assert!(never.iter().all(|call| !list.contains(call)));
         }
         let opens = [SYS_open, SYS_openat, SYS_openat2, SYS_creat, SYS_unlink, SYS_rename];
@@ -302,7 +322,7 @@ mod tests {
     #[test]
     fn every_filter_is_one_that_the_kernel_takes() {
         let works = [Work::Machine, Work::Server, Work::Files, Work::Overlay, Work::Command];
-        let works = works.into_iter().chain([Work::Trees]).map(Work::calls);
+        let works = works.into_iter().chain([Work::Trees, Work::Broker]).map(Work::calls);
         let threads = [Thread::Processor, Thread::Queue, Thread::Connection].map(Thread::calls);
         for calls in works.chain(threads) {
             // BPF_MAXINSNS.

@@ -1,5 +1,6 @@
 //! Which files can be named: rules for Landlock.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use landlock::{
@@ -19,6 +20,8 @@ pub enum Reach {
     Read,
     /// A file that is there is written too.
     Write,
+    /// Files are written too, made and removed, and directories stay as they are.
+    Files,
     /// Files are written too, made and removed, and directories with them.
     Change,
     /// The same, and links, devices, fifos and sockets with them: a tree of files as somebody has it.
@@ -37,11 +40,10 @@ impl Reach {
             Reach::List => list,
             Reach::Read => read,
             Reach::Write => read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev,
-            Reach::Change => {
-                read | make_bitflags!(AccessFs::{
-                    WriteFile | Truncate | MakeReg | MakeDir | RemoveFile | RemoveDir | Refer
-                })
+            Reach::Files => {
+                read | make_bitflags!(AccessFs::{WriteFile | Truncate | MakeReg | RemoveFile | Refer})
             }
+            Reach::Change => Reach::Files.access() | AccessFs::MakeDir | AccessFs::RemoveDir,
             Reach::Tree => {
                 let more = AccessFs::MakeSym | AccessFs::MakeFifo | AccessFs::MakeSock;
                 Reach::Change.access() | more | AccessFs::MakeChar | AccessFs::MakeBlock
@@ -54,7 +56,10 @@ impl Reach {
 
 /// What is let through: what stood there when it was added, whatever is mounted over it since.
 #[derive(Default)]
-pub(super) struct Files(Vec<Place>);
+pub(super) struct Files {
+    named: Vec<Place>,
+    open: Vec<(OwnedFd, BitFlags<AccessFs>)>,
+}
 
 struct Place {
     path: PathBuf,
@@ -67,13 +72,18 @@ impl Files {
     pub(super) fn add(&mut self, path: &Path, reach: Reach) {
         let file = if path.is_dir() { BitFlags::all() } else { AccessFs::from_file(NEWEST) };
         let access = reach.access() & file;
-        match self.0.iter_mut().find(|place| place.path == path) {
+        match self.named.iter_mut().find(|place| place.path == path) {
             Some(place) => place.access |= access,
             None => {
                 let Ok(at) = PathFd::new(path) else { return };
-                self.0.push(Place { path: path.to_path_buf(), at, access });
+                self.named.push(Place { path: path.to_path_buf(), at, access });
             }
         }
+    }
+
+    /// Adds a directory that is open.
+    pub(super) fn add_open(&mut self, dir: OwnedFd, reach: Reach) {
+        self.open.push((dir, reach.access()));
     }
 
     /// Bounds this thread, and those that it starts, to them.
@@ -94,7 +104,10 @@ impl Files {
             .handle_access(AccessNet::from_all(NEWEST))?
             .scope(Scope::from_all(NEWEST))?
             .create()?;
-        for Place { at, access, .. } in self.0 {
+        for Place { at, access, .. } in self.named {
+            rules = rules.add_rule(PathBeneath::new(at, access))?;
+        }
+        for (at, access) in self.open {
             rules = rules.add_rule(PathBeneath::new(at, access))?;
         }
         Ok(rules.restrict_self()?.ruleset)

@@ -5,13 +5,16 @@
 //! each kind of thread, bounds what can be asked of the kernel (seccomp(2)). Files that are open stay as
 //! they are. It knows paths, not what the files hold, and prints nothing.
 
+pub mod broker;
 mod calls;
 mod files;
 mod rights;
 mod threads;
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use crate::beside::is_alone;
 use crate::error::{Error, ErrorKind, Result};
 
 pub use calls::Work;
@@ -47,17 +50,27 @@ impl Jail {
     /// Lets nothing through but what is open already, this process's own place in /proc, and how many
     /// processors it may use.
     pub fn new(work: Work) -> Jail {
-        let mut files = files::Files::default();
+        let mut jail = Jail::empty(work);
         for path in ["/proc/self", "/sys/fs/cgroup"] {
-            files.add(Path::new(path), Reach::Read);
+            jail.reach(Path::new(path), Reach::Read);
         }
-        Jail { work, files }
+        jail
+    }
+
+    /// The same without these two.
+    fn empty(work: Work) -> Jail {
+        Jail { work, files: files::Files::default() }
     }
 
     /// Lets through the file at `path`, or the directory there with all below it. What is not there stays
     /// out.
     pub fn reach(&mut self, path: &Path, reach: Reach) {
         self.files.add(path, reach);
+    }
+
+    /// Lets through an open directory with all below it.
+    fn reach_open(&mut self, dir: OwnedFd, reach: Reach) {
+        self.files.add_open(dir, reach);
     }
 
     /// Closes it, for this process and for ever. To be called once, and before any other thread starts:
@@ -90,7 +103,7 @@ impl Jail {
         let walls: [Box<dyn FnOnce() -> std::result::Result<(), String>>; 4] = [
             Box::new(alone),
             Box::new(|| files.restrict()),
-            Box::new(move || rights::drop_idle(work.rights())),
+            Box::new(move || rights::keep(work.rights())),
             Box::new(bounded),
         ];
         let mut missing = Vec::new();
@@ -114,30 +127,4 @@ fn filter(work: Work) -> seccompiler::Result<()> {
     seccompiler::apply_filter_all_threads(&program)?;
     threads::keep(process);
     Ok(())
-}
-
-/// Set among a thread's flags where it is the kernel's own, at work for this process: KVM has such.
-const PF_USER_WORKER: u32 = 0x4000;
-
-/// Whether this process has one thread. One that ends takes a moment to be gone.
-fn is_alone() -> bool {
-    let threads = || {
-        let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-        tasks.filter(|task| !is_worker(&task.path()).unwrap_or(false)).count()
-    };
-    (0..50).any(|_| {
-        let alone = threads() <= 1;
-        if !alone {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        alone
-    })
-}
-
-/// Whether the kernel runs this thread and no code of the process: proc_pid_stat(5), field 9.
-fn is_worker(task: &Path) -> Option<bool> {
-    let stat = std::fs::read_to_string(task.join("stat")).ok()?;
-    // The name, in which anything may stand, ends at the last bracket.
-    let flags = stat.rsplit(") ").next()?.split(' ').nth(6)?.parse::<u32>().ok()?;
-    Some(flags & PF_USER_WORKER != 0)
 }

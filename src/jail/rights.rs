@@ -3,21 +3,23 @@
 
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
-/// What stays: to read, write and make files as their owner would, and what the kernel asks `CAP_SYS_ADMIN`
-/// for: attributes of files, a file system at rest.
-const KEPT: CapabilitySet = CapabilitySet::CHOWN
-    .union(CapabilitySet::DAC_OVERRIDE)
+/// To read, write, make and name files as their owner would, on a full disk, too.
+pub(super) const NAMES: CapabilitySet = CapabilitySet::DAC_OVERRIDE
     .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::SYS_RESOURCE);
+
+/// The same, to say who owns them, and what the kernel asks `CAP_SYS_ADMIN` for: attributes of files, a file
+/// system at rest.
+pub(super) const FILES: CapabilitySet = NAMES
+    .union(CapabilitySet::CHOWN)
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::MAC_ADMIN)
     .union(CapabilitySet::SETFCAP)
-    .union(CapabilitySet::SYS_ADMIN)
-    .union(CapabilitySet::SYS_RESOURCE);
+    .union(CapabilitySet::SYS_ADMIN);
 
-/// Gives them up but for `more`, for this thread and those that it starts.
-pub(super) fn drop_idle(more: CapabilitySet) -> Result<(), String> {
-    let kept = KEPT | more;
+/// Gives up all but these, for this thread and those that it starts.
+pub(super) fn keep(kept: CapabilitySet) -> Result<(), String> {
     let failed = |e| format!("rights cannot be given up ({e})");
     let CapabilitySets { effective, permitted, .. } = capabilities(None).map_err(failed)?;
     let less = CapabilitySets {

@@ -12,7 +12,7 @@ use crate::image::Image;
 use crate::luks::{self, Passphrase};
 use crate::open::{Format, gate};
 use crate::qcow2::{self, CreateOptions, DataFile, Encryption, Method, Preallocation};
-use crate::storage::name::sync_directory;
+use crate::storage::name::{remove, sync_directory};
 use crate::storage::unsynced;
 use crate::storage::{Draft, FileStorage, Storage};
 
@@ -43,7 +43,7 @@ pub fn create_with_data(path: &Path, data: &Path, raw: bool, options: CreateOpti
     let made = made.and_then(|()| sync_directory(&at));
     made.inspect_err(|_| {
         // Nothing refers to it, and it holds nothing.
-        let _ = std::fs::remove_file(&at);
+        let _ = remove(&at);
     })
 }
 

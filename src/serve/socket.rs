@@ -22,6 +22,7 @@ use nix::sys::stat::{Mode, fchmod};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::stream::{Socket, Stream};
+use crate::storage::name::remove;
 
 /// How long others may take to make their sockets in the same directory.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -150,7 +151,7 @@ impl Drop for UnixSocket {
     fn drop(&mut self) {
         let _alone = self.path.parent().map(lock_directory);
         if identity(&self.path).is_ok_and(|file| file == self.file) {
-            let _ = fs::remove_file(&self.path);
+            let _ = remove(&self.path);
         }
     }
 }

@@ -3,20 +3,22 @@
 //! Until then it has no name at all, so that a process that is killed leaves nothing behind. Where
 //! the file system cannot make nameless files, it has a hidden name that ends in `.draft`.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
-use nix::unistd::{linkat, syncfs};
+use nix::fcntl::OFlag;
+use nix::unistd::syncfs;
 
 use super::file::NEW;
-use super::name::{directory, fitting, refuse_device, remove, rename, sync_directory};
+use super::maker::maker;
+use super::name::{
+    Differs, Form, directory, fitting, refuse_device, remove, rename, sync_directory,
+};
 use super::{Access, FileOptions, FileStorage, Storage, attributes, unsynced};
 use crate::error::{Error, Result};
 
@@ -53,12 +55,7 @@ impl Draft {
     }
 
     fn begin(target: &Path, mode: u32) -> Result<Draft> {
-        let nameless = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(OFlag::O_TMPFILE.bits())
-            .mode(mode)
-            .open(directory(target));
+        let nameless = maker().nameless(directory(target), mode);
         let options = FileOptions { access: Some(Access::Write), write: true };
         let (storage, hidden) = match nameless {
             Ok(file) => (FileStorage::from_file(file, target, options)?, None),
@@ -134,10 +131,11 @@ impl Draft {
     }
 
     fn link(&self, name: &Path) -> Result<()> {
-        let open = format!("/proc/self/fd/{}", self.storage.file().as_raw_fd());
-        let from = self.hidden.as_deref().unwrap_or(Path::new(&open));
-        linkat(AT_FDCWD, from, AT_FDCWD, name, AtFlags::AT_SYMLINK_FOLLOW)
-            .map_err(|e| Error::io("could not be created", e.into()).at_path(name))
+        let named = match &self.hidden {
+            Some(hidden) => maker().link(hidden, name),
+            None => maker().name(self.storage.file(), name),
+        };
+        named.map_err(|e| Error::io("could not be created", e).at_path(name))
     }
 }
 
@@ -170,7 +168,7 @@ impl Drop for Draft {
     fn drop(&mut self) {
         if let Some(hidden) = &self.hidden {
             // A leftover is only space, and its name says what it is.
-            let _ = fs::remove_file(hidden);
+            let _ = remove(hidden);
         }
     }
 }
@@ -187,14 +185,15 @@ const DRAFT: usize = 32;
 pub(crate) fn hidden_name(target: &Path) -> PathBuf {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let prefix = draft_prefix(target);
-    target.with_file_name(format!("{prefix}{}-{number}.draft", std::process::id()))
+    let middle = format!("{}-{number}", std::process::id());
+    target.with_file_name(draft_form(target).name(&middle))
 }
 
-/// What the names of the drafts of a file begin with.
-pub fn draft_prefix(target: &Path) -> String {
+/// How the drafts of a file are called: by the process that makes them, and a number.
+pub fn draft_form(target: &Path) -> Form {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
-    format!(".{}.", fitting(&name, DRAFT))
+    let before = format!(".{}.", fitting(&name, DRAFT));
+    Form { before, differs: Differs::Numbers, behind: ".draft".to_owned() }
 }
 
 /// Renames a file over another, whose place it takes with its mode, owner, group, access list and
@@ -222,6 +221,8 @@ pub fn make_like(path: &Path, like: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::error::ErrorKind;
 

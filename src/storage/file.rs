@@ -17,6 +17,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::Storage;
 use super::lock::{self, Access};
+use super::maker::maker;
 use super::share;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -87,12 +88,10 @@ impl FileStorage {
 
     fn open_unlocked(path: &Path, options: FileOptions) -> Result<FileStorage> {
         // Nonblocking: opening a FIFO that an image names must not hang.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(options.write)
-            .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits())
-            .open(path)
-            .map_err(|e| Error::io("could not be opened", e).at_path(path))?;
+        let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let read = || OpenOptions::new().read(true).custom_flags(flags.bits()).open(path);
+        let file = if options.write { maker().open(path) } else { read() };
+        let file = file.map_err(|e| Error::io("could not be opened", e).at_path(path))?;
         FileStorage::from_file(file, path, FileOptions { access: None, ..options })
     }
 
@@ -106,12 +105,8 @@ impl FileStorage {
 
     /// The same with another mode, less the umask.
     pub(super) fn create_as(path: &Path, mode: u32) -> Result<FileStorage> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(mode)
-            .open(path)
+        let file = maker()
+            .create(path, mode)
             .map_err(|e| Error::io("could not be created", e).at_path(path))?;
         FileStorage::from_file(file, path, FileOptions { access: Some(Access::Write), write: true })
     }
@@ -139,12 +134,8 @@ impl FileStorage {
 
     /// Makes a file without a name in `dir`; it is gone when it is closed.
     pub fn temporary(dir: &Path) -> Result<FileStorage> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(OFlag::O_TMPFILE.bits())
-            .mode(0o600)
-            .open(dir)
+        let file = maker()
+            .nameless(dir, 0o600)
             .map_err(|e| Error::io("a temporary file could not be made here", e).at_path(dir))?;
         FileStorage::from_file(file, dir, FileOptions { access: None, write: true })
     }

@@ -12,6 +12,7 @@ mod guest_memory;
 mod lock;
 #[cfg(feature = "mount")]
 pub mod loopdev;
+mod maker;
 mod memory;
 pub mod name;
 mod share;
@@ -30,6 +31,7 @@ pub use file::{FileOptions, FileStorage};
 #[cfg(feature = "virtio")]
 pub use guest_memory::{io_slices, io_slices_mut};
 pub use lock::{Access, Holder, Manners, Turn, holders, note_holders, set_manners};
+pub use maker::{FileMaker, Host, make_by};
 pub use memory::MemoryStorage;
 pub use name::follow;
 pub use share::shares_space;

@@ -1,13 +1,14 @@
 //! Files that refer to the same space of the host ("reflinks"), where its file system can.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+
+use super::maker::maker;
 
 /// Bytes that the trial shares: no file system has larger blocks.
 const TRIAL: u64 = 64 << 10;
@@ -54,10 +55,7 @@ pub(super) fn range(
 
 /// Whether files in `dir` can share their space. It is tried out.
 pub fn shares_space(dir: &Path) -> bool {
-    let nameless = || {
-        let flags = OFlag::O_TMPFILE.bits();
-        OpenOptions::new().read(true).write(true).custom_flags(flags).open(dir)
-    };
+    let nameless = || maker().nameless(dir, 0o600);
     let trial = || -> io::Result<bool> {
         let (from, to) = (nameless()?, nameless()?);
         from.write_all_at(&[1; TRIAL as usize], 0)?;

@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::host::{VDISK, Work};
-use crate::mount::{MIB, noise, soon};
+use crate::mount::{MIB, is_beside, noise, soon};
 use crate::require::{Need, have};
 use crate::twin::json;
 
@@ -45,6 +45,7 @@ fn server(at: &Path) -> Pid {
         let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
         words.get(1) == Some(&b"mount-daemon".as_slice())
             && words.contains(&at.to_str().unwrap().as_bytes())
+            && !is_beside(*pid)
     });
     Pid::from_raw(found.expect("a process serves the mount"))
 }

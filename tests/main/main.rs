@@ -27,6 +27,7 @@ mod bitmaps;
 mod boot;
 mod boot_kernel;
 mod boot_refused;
+mod broker;
 mod chains;
 mod clones;
 mod closed;

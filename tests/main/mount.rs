@@ -64,7 +64,13 @@ fn is_sound(work: &Work) {
     fs::remove_file(work.path("flat.raw")).unwrap();
 }
 
-/// The process that serves the mount at a directory.
+/// Whether a process is one that a server has beside it: a copy, with the same command line.
+pub fn is_beside(process: i32) -> bool {
+    let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+    name.starts_with("vdisk-")
+}
+
+/// The process that serves the mount at a directory; those beside it have names of their own.
 pub fn server(at: &Path) -> Option<Pid> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -73,7 +79,9 @@ pub fn server(at: &Path) -> Option<Pid> {
         let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<&[u8]> = words.split(|b| *b == 0).collect();
         let verbs: [&[u8]; 2] = [b"mount-daemon", b"overlay-daemon"];
-        words.get(1).is_some_and(|verb| verbs.contains(verb)) && words.contains(&at.as_bytes())
+        words.get(1).is_some_and(|verb| verbs.contains(verb))
+            && words.contains(&at.as_bytes())
+            && !is_beside(*pid)
     });
     found.map(Pid::from_raw)
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::fs::XattrFlags;
 
 use crate::host::{VDISK, Work, with_own_mounts};
+use crate::mount::is_beside;
 use crate::require::{Need, have};
 use crate::same_calls::{Call, Side};
 use crate::same_overlay::{Layers, Mounting, agree, umount};
@@ -324,9 +325,10 @@ fn server_of(upper: &Path) -> nix::unistd::Pid {
         if words.nth(1).is_some_and(|word| word == "overlay-daemon")
             && words.any(|word| Path::new(&*word) == upper)
         {
-            return nix::unistd::Pid::from_raw(
-                entry.file_name().to_str().unwrap().parse().unwrap(),
-            );
+            let number = entry.file_name().to_str().unwrap().parse().unwrap();
+            if !is_beside(number) {
+                return nix::unistd::Pid::from_raw(number);
+            }
         }
     }
     panic!("nobody serves {}", upper.display());

@@ -84,7 +84,8 @@ impl Served {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
-    fn qemu_io(&self, work: &Work, commands: &[&str]) -> Done {
+    /// Has QEMU read and write what is served.
+    pub fn qemu_io(&self, work: &Work, commands: &[&str]) -> Done {
         let options = commands.iter().flat_map(|command| ["-c", command]);
         let words = ["-f", "raw", &self.uri].into_iter().chain(options);
         let mut done = work.run("qemu-io", words);

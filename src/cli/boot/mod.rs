@@ -18,7 +18,8 @@ use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 use vdisk::control::Bound;
 use vdisk::instance::Kind;
-use vdisk::jail::{Jail, Work};
+use vdisk::jail::Work;
+use vdisk::jail::broker::Broker;
 use vdisk::open::{Format, follow_links};
 use vdisk::vm::{Config, Disk, Ended, Guest, Handle, MAX_DISKS, MAX_QUEUES, Streams};
 use vdisk::{Error, ErrorKind, Result};
@@ -33,7 +34,7 @@ use crate::cli::instance::start::{self, About, As, Keeping, Part};
 use crate::cli::instance::switches::{Doors, KILLED, OfMachine};
 use crate::cli::measure::marks::Marks;
 use crate::cli::open::disk::{self, Use};
-use crate::cli::open::jail;
+use crate::cli::open::jail::{self, Around};
 use crate::cli::open::options::{self as opening, Opening};
 use crate::cli::terminal::{size, stop};
 
@@ -156,6 +157,7 @@ fn boot(args: &Args, named: &Named, instance: Option<&Path>) -> Result<u8> {
     let mut signals = stop::hold_endings()?;
     signals.add(Signal::SIGPWR);
     signals.thread_block().map_err(|e| Error::io("cannot hold signals back", e.into()))?;
+    let broker = jail::broker(!args.read_only && !args.ephemeral && !named.is_ephemeral())?;
     let (mut disks, chains) = open_disks(args, named)?;
     let status = Arc::new(status::Status::told(Marks::to(args.marks.as_deref())?));
     if !args.command.is_empty() {
@@ -176,7 +178,7 @@ fn boot(args: &Args, named: &Named, instance: Option<&Path>) -> Result<u8> {
     })?;
     let controls = control(args, named, &guest, &chains)?;
     let doors = instance.map(Doors::open).transpose()?;
-    enclose(&chains, &controls)?;
+    enclose(broker, &chains, &controls)?;
     drop(chains);
     heed(signals, guest.handle())?;
     if let Some(seconds) = args.timeout {
@@ -260,12 +262,16 @@ fn control(
 }
 
 /// Closes the jail around the guest. No thread runs yet.
-fn enclose(chains: &[Arc<Chain>], controls: &[Option<Bound>]) -> Result<()> {
-    let mut jail = Jail::new(Work::Machine);
+fn enclose(
+    broker: Option<Broker>,
+    chains: &[Arc<Chain>],
+    controls: &[Option<Bound>],
+) -> Result<()> {
+    let mut jail = Around::new(Work::Machine, broker);
     for (chain, control) in chains.iter().zip(controls) {
-        jail::disk(&mut jail, chain, control.is_some())?;
+        jail.disk(chain, control.is_some())?;
     }
-    jail::close(jail)
+    jail.close()
 }
 
 fn open_disks(args: &Args, named: &Named) -> Result<(Vec<Disk>, Vec<Arc<Chain>>)> {

@@ -9,7 +9,8 @@ use nix::sys::signal::SigSet;
 use vdisk::chain::Chain;
 use vdisk::control::{self, Bound};
 use vdisk::image::Mapping;
-use vdisk::jail::{Jail, Work};
+use vdisk::jail::Work;
+use vdisk::jail::broker::Broker;
 use vdisk::nbd::tls::ServerCredentials;
 use vdisk::serve::nbd::{Bitmap, Contexts, Export, MAX_BITMAPS, Server, Tls};
 use vdisk::serve::socket::{Listener, UnixSocket};
@@ -19,7 +20,7 @@ use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::instance::holding::{self, Whole};
 use crate::cli::open::disk::{self, Use};
-use crate::cli::open::jail;
+use crate::cli::open::jail::{self, Around};
 use crate::cli::open::options::Opening;
 use crate::cli::terminal::stop;
 
@@ -198,6 +199,7 @@ pub fn run(args: &Args) -> Result<u8> {
 
 fn vhost_user(args: &VhostArgs) -> Result<u8> {
     let signals = stop::hold_endings()?;
+    let broker = jail::broker(true)?;
     let chain = args.disk.open()?;
     let socket = UnixSocket::bind(&args.socket)?;
     let place = socket.path().display().to_string();
@@ -205,7 +207,7 @@ fn vhost_user(args: &VhostArgs) -> Result<u8> {
     let processors = || std::thread::available_parallelism().map_or(1, usize::from);
     let queues = args.queues.unwrap_or_else(|| processors().min(MAX_QUEUES.into()) as u16);
     let control = args.disk.control(&chain, format!("served at {place}"), "the guest")?;
-    let control = enclose(&chain, control, Some(socket.path()))?;
+    let control = enclose(broker, &chain, control, Some(socket.path()))?;
     let server = vhost::Server::start(chain, id, queues, socket)?;
     ready(&place);
     wait(&signals)?;
@@ -214,16 +216,17 @@ fn vhost_user(args: &VhostArgs) -> Result<u8> {
 
 /// Closes the jail around a server of this disk, whose socket is at a path, and lets commands reach it.
 fn enclose(
+    broker: Option<Broker>,
     chain: &Chain,
     control: Option<Bound>,
     socket: Option<&Path>,
 ) -> Result<Option<control::Server>> {
-    let mut jail = Jail::new(Work::Server);
-    jail::disk(&mut jail, chain, control.is_some())?;
+    let mut jail = Around::new(Work::Server, broker);
+    jail.disk(chain, control.is_some())?;
     if let Some(path) = socket {
-        jail::socket(&mut jail, path);
+        jail.socket(path)?;
     }
-    jail::close(jail)?;
+    jail.close()?;
     control.map(Bound::serve).transpose()
 }
 
@@ -241,6 +244,7 @@ fn nbd(args: &NbdArgs) -> Result<u8> {
     }
     // Before any thread is started, so that the signals reach the one that waits for them.
     let signals = stop::hold_endings()?;
+    let broker = jail::broker(!args.disk.read_only || args.place.socket.is_some())?;
     let tls = args.tls.load()?;
     let chain = args.disk.open()?;
     let listener = args.place.listen()?;
@@ -252,7 +256,7 @@ fn nbd(args: &NbdArgs) -> Result<u8> {
         contexts: args.contexts(&chain)?,
     };
     let control = args.disk.control(&chain, format!("served at {uri}"), "its client")?;
-    let control = enclose(&chain, control, listener.path())?;
+    let control = enclose(broker, &chain, control, listener.path())?;
     drop(chain);
     let server = Server::start(export, listener, tls)?;
     ready(&uri);

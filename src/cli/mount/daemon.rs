@@ -9,7 +9,8 @@ use nix::sys::signal::SigSet;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
 use vdisk::control::{self, Kind, place};
-use vdisk::jail::{Jail, Reach, Work};
+use vdisk::jail::broker::{self, Broker};
+use vdisk::jail::{Reach, Work};
 use vdisk::mount::volume::{DeviceVolume, Lost};
 use vdisk::mount::{AttachOptions, Attached, attach, table};
 use vdisk::{Error, ErrorKind, Result};
@@ -24,7 +25,7 @@ use crate::cli::mount::snapshots::Shown;
 use crate::cli::mount::umount;
 use crate::cli::mount::user_space::UserSpace;
 use crate::cli::open::disk::{self, Use};
-use crate::cli::open::jail;
+use crate::cli::open::jail::{self, Around};
 use crate::cli::terminal::stop;
 
 /// How many requests on a raw mount are worked on at a time.
@@ -35,16 +36,18 @@ pub fn run(args: &Args) -> Result<u8> {
     let args = &args.clone().settled();
     leave_caller();
     let ending = stop::hold_endings()?;
+    // The kernel's mounts are made by threads that serve already.
+    let is_jailed = args.raw || args.user_space;
+    let helpers = if is_jailed { Some(Helpers::start(args)?) } else { None };
     let chain = open(args)?;
     let shown = Arc::new(Shown::new(&chain, &args.disk, args.opening.options()?)?);
-    // The kernel's mounts are made by threads that serve already.
-    let (mount, control) = match args.raw || args.user_space {
-        true => jailed(args, ending, &chain, shown)?,
-        false => free(args, ending, &chain)?,
+    let (mount, control) = match helpers {
+        Some(helpers) => jailed(args, ending, (&chain, shown), helpers)?,
+        None => free(args, ending, &chain)?,
     };
     drop(chain);
     let result = mount.wait();
-    control.end(&result);
+    control.end_after(&result, broker::leave);
     result.map(|()| 0)
 }
 
@@ -76,14 +79,27 @@ fn free(args: &Args, ending: SigSet, chain: &Arc<Chain>) -> Result<(Mount, contr
     }
 }
 
+/// The processes that do for a jailed server what it cannot: started before it knows anything.
+struct Helpers {
+    outside: Outside,
+    broker: Option<Broker>,
+}
+
+impl Helpers {
+    fn start(args: &Args) -> Result<Helpers> {
+        let changes = !args.read_only && !args.ephemeral && args.snapshot.is_none();
+        Ok(Helpers { outside: Outside::start()?, broker: jail::broker(changes)? })
+    }
+}
+
 /// Mounts, and begins to serve in a jail.
 fn jailed(
     args: &Args,
     ending: SigSet,
-    chain: &Arc<Chain>,
-    shown: Arc<Shown>,
+    (chain, shown): (&Arc<Chain>, Arc<Shown>),
+    Helpers { outside, broker }: Helpers,
 ) -> Result<(Mount, control::Server)> {
-    let mut jail = Jail::new(Work::Files);
+    let mut jail = Around::new(Work::Files, broker);
     // What is mounted here is looked at to bring it to rest.
     jail.reach(&args.dir, Reach::Read);
     jail.reach(Path::new("/dev/fuse"), Reach::Write);
@@ -99,15 +115,15 @@ fn jailed(
     let closed = number_at(&args.dir).and_then(|number| {
         let kind = waiting.kind(args, &number, shown)?;
         let bound = bind(chain, args, &number, kind)?;
-        let outside = Outside::start(&args.dir, &number)?;
+        outside.tell(&args.dir, &number)?;
         outside.watch();
-        jail::disk(&mut jail, chain, !chain.read_only() && !args.ephemeral)?;
+        jail.disk(chain, !chain.read_only() && !args.ephemeral)?;
         jail.reach(&place::directory()?, Reach::Sockets);
-        jail::close(jail)?;
-        Ok((bound, outside))
+        jail.close()?;
+        Ok(bound)
     });
-    let (bound, outside) = match closed {
-        Ok(closed) => closed,
+    let bound = match closed {
+        Ok(bound) => bound,
         Err(error) => {
             let _ = umount::detach(&args.dir);
             return Err(error);

@@ -1,61 +1,53 @@
-//! What a server cannot do by itself, being in a jail, done by a process outside that does nothing else and
-//! ends with the server: it unmounts the server's mount, and looks at the processes that use it.
+//! What a server cannot do by itself, being in a jail, done by a process beside it that does nothing else and
+//! ends with it: it unmounts the server's mount, and looks at the processes that use it.
+//!
+//! It is in no jail: who unmounts may have to run the program that may do so, which has rights of its own.
 
 use std::ffi::OsStr;
-use std::io::{self, BufRead, Read, Write};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+use vdisk::beside::{self, Channel};
 use vdisk::mount::table;
 use vdisk::{Error, Result};
 use vdisk_fuse::files::{ask_of_callers, has_capability};
 
 use crate::cli::mount::umount;
-use crate::cli::terminal::stop;
-
-/// The verb of that process.
-pub const VERB: &str = "mount-end";
 
 /// The process, as the server sees it. It ends when the last of these is gone.
 #[derive(Clone)]
-pub struct Outside(Arc<Mutex<(ChildStdin, ChildStdout)>>);
+pub struct Outside(Arc<Mutex<Channel>>);
 
 impl Outside {
-    /// Starts it for the mount of the device `number` at a directory.
-    pub fn start(dir: &Path, number: &str) -> Result<Outside> {
-        let failed = |e| Error::io("cannot start the process that unmounts", e);
-        let mut child = Command::new("/proc/self/exe")
-            .arg0("vdisk")
-            .arg(VERB)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(failed)?;
-        let gone = || failed(io::ErrorKind::BrokenPipe.into());
-        let mut told = child.stdin.take().ok_or_else(gone)?;
-        let answers = child.stdout.take().ok_or_else(gone)?;
-        let words = [number.as_bytes(), dir.as_os_str().as_bytes()];
-        let said = words.iter().try_for_each(|word| {
-            told.write_all(word)?;
-            told.write_all(b"\0")
-        });
-        said.map_err(failed)?;
-        Ok(Outside(Arc::new(Mutex::new((told, answers)))))
+    /// Starts it, while this process has no other thread.
+    pub fn start() -> Result<Outside> {
+        let started = beside::start(c"vdisk-unmount", |channel| drop(run(&channel)));
+        let channel =
+            started.map_err(|e| Error::io("cannot start the process that unmounts", e))?;
+        Ok(Outside(Arc::new(Mutex::new(channel))))
+    }
+
+    /// Tells it which mount is meant: that of the device `number` at a directory.
+    ///
+    /// # Errors
+    /// Where it is gone.
+    pub fn tell(&self, dir: &Path, number: &str) -> Result<()> {
+        let words = [number.as_bytes(), b"\0", dir.as_os_str().as_bytes()].concat();
+        self.say(&words).map_err(|e| Error::io("the process that unmounts is gone", e))
     }
 
     /// Has it unmount. While the mount is in use it stays.
     pub fn unmount(&self) {
-        self.say(&[UNMOUNT]);
+        // Where it is gone, somebody else may unmount still.
+        let _ = self.say(&[UNMOUNT]);
     }
 
     /// Has it take the mount away, whoever uses it.
     pub fn detach(&self) {
-        self.say(&[DETACH]);
+        let _ = self.say(&[DETACH]);
     }
 
     /// Has it say from now on what the processes that use the mount can do.
@@ -64,21 +56,19 @@ impl Outside {
         ask_of_callers(Box::new(move |process, capability| outside.ask(process, capability)));
     }
 
-    fn say(&self, words: &[u8]) {
-        let mut ends = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where it is gone, somebody else may unmount still.
-        let _ = ends.0.write_all(words);
+    fn say(&self, words: &[u8]) -> io::Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).send(words, None)
     }
 
     fn ask(&self, process: u32, capability: u32) -> Option<bool> {
         let [a, b, c, d] = process.to_ne_bytes();
-        let mut ends = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        ends.0.write_all(&[CAPABLE, a, b, c, d, u8::try_from(capability).ok()?]).ok()?;
+        let channel = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        channel.send(&[CAPABLE, a, b, c, d, u8::try_from(capability).ok()?], None).ok()?;
         let mut answer = [0];
-        ends.1.read_exact(&mut answer).ok()?;
-        match answer {
-            [NO] => Some(false),
-            [YES] => Some(true),
+        let got = channel.receive(&mut answer).ok()?;
+        match answer.get(..got.len) {
+            Some([NO]) => Some(false),
+            Some([YES]) => Some(true),
             _ => None,
         }
     }
@@ -95,47 +85,43 @@ const NO: u8 = 0;
 const YES: u8 = 1;
 const UNSEEN: u8 = 2;
 
+/// The most bytes that it is told: the path of a directory, and a number.
+const MOST: usize = 8192;
+
 /// Is that process: does what it is told, until the server is gone.
-pub fn run() -> Result<u8> {
-    // What ends the server is for the server.
-    stop::hold_endings()?;
-    let failed = |e| Error::io("cannot hear the server", e);
-    let mut told = io::stdin().lock();
-    let mut words = [Vec::new(), Vec::new()];
-    for word in &mut words {
-        told.read_until(0, word).map_err(failed)?;
-        word.pop();
-    }
-    let [number, dir] = words;
-    let number = String::from_utf8_lossy(&number);
-    let dir = Path::new(OsStr::from_bytes(&dir));
-    let mut what = [0];
+fn run(channel: &Channel) -> io::Result<()> {
+    let mut words = vec![0; MOST];
+    let told = channel.receive(&mut words)?;
+    let words = words.get(..told.len).unwrap_or_default();
+    let Some(end) = words.iter().position(|byte| *byte == 0) else { return Ok(()) };
+    let (number, dir) = words.split_at(end);
+    let number = String::from_utf8_lossy(number);
+    let dir = Path::new(OsStr::from_bytes(dir.get(1..).unwrap_or_default()));
     thread::scope(|scope| {
-        while told.read(&mut what)? > 0 {
-            match what {
-                [CAPABLE] => answer(&mut told)?,
+        loop {
+            let mut what = [0; 8];
+            let told = channel.receive(&mut what)?;
+            match *what.get(..told.len).unwrap_or_default() {
+                [] => return Ok(()),
+                [CAPABLE, a, b, c, d, capability] => {
+                    let process = u32::from_ne_bytes([a, b, c, d]);
+                    channel.send(&[answer(process, capability)], None)?;
+                }
                 // To unmount may wait for the server, which may ask meanwhile.
                 [DETACH] => drop(scope.spawn(|| drop(umount::detach(dir)))),
-                _ => drop(scope.spawn(|| unmount_ours(dir, &number))),
+                [UNMOUNT] => drop(scope.spawn(|| unmount_ours(dir, &number))),
+                _ => {}
             }
         }
-        Ok(0)
     })
-    .map_err(failed)
 }
 
-fn answer(told: &mut impl Read) -> io::Result<()> {
-    let mut question = [0; 5];
-    told.read_exact(&mut question)?;
-    let [a, b, c, d, capability] = question;
-    let process = u32::from_ne_bytes([a, b, c, d]);
-    let word = match has_capability(process, capability.into()) {
+fn answer(process: u32, capability: u8) -> u8 {
+    match has_capability(process, capability.into()) {
         Some(false) => NO,
         Some(true) => YES,
         None => UNSEEN,
-    };
-    let mut out = io::stdout().lock();
-    out.write_all(&[word]).and_then(|()| out.flush())
+    }
 }
 
 /// Unmounts what stands at a directory, where it is the mount of the device `number`: somebody else's may

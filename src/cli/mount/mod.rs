@@ -5,7 +5,7 @@
 mod apart;
 mod args;
 pub mod daemon;
-pub mod end;
+mod end;
 pub mod helper;
 pub mod overlay;
 pub mod snapshots;

@@ -382,6 +382,8 @@ pub struct Args {
 pub fn serve(args: &Args) -> Result<u8> {
     mount_daemon::leave_caller();
     let ending = stop::hold_endings()?;
+    // Before this process knows anything.
+    let outside = Outside::start()?;
     let wanted = Wanted {
         lowers: args.lower.clone(),
         of_disk: args.of_disk.clone(),
@@ -399,8 +401,8 @@ pub fn serve(args: &Args) -> Result<u8> {
     };
     let failed = |e| Error::io("cannot mount over FUSE", e).at_path(&wanted.dir);
     let waiting = Waiting::files(overlay, &wanted.dir, &serving).map_err(failed)?;
-    let (bound, outside) = match enclose(&wanted, &disks) {
-        Ok(enclosed) => enclosed,
+    let bound = match enclose(&wanted, &disks, &outside) {
+        Ok(bound) => bound,
         Err(error) => {
             let _ = umount::detach(&wanted.dir);
             return Err(error);
@@ -427,11 +429,11 @@ pub fn serve(args: &Args) -> Result<u8> {
 }
 
 /// Closes the jail around an overlay that is mounted: it reads its lower layers, and has all of its upper one.
-fn enclose(wanted: &Wanted, disks: &[Arc<Chain>]) -> Result<(control::Bound, Outside)> {
+fn enclose(wanted: &Wanted, disks: &[Arc<Chain>], outside: &Outside) -> Result<control::Bound> {
     let gone = || Error::new(ErrorKind::Io, "the mount is gone already").at_path(&wanted.dir);
     let number = table::at(&wanted.dir).ok_or_else(gone)?.device;
     let bound = control::Server::bind(&place::mount(&number), Arc::new(Bystander))?;
-    let outside = Outside::start(&wanted.dir, &number)?;
+    outside.tell(&wanted.dir, &number)?;
     outside.watch();
     let mut jail = Jail::new(Work::Overlay);
     for lower in wanted.lowers.iter().filter(|lower| lower.is_dir()) {
@@ -450,7 +452,7 @@ fn enclose(wanted: &Wanted, disks: &[Arc<Chain>]) -> Result<(control::Bound, Out
     jail.reach(Path::new("/proc"), Reach::Read);
     jail.reach(&place::directory()?, Reach::Sockets);
     jail::close(jail)?;
-    Ok((bound, outside))
+    Ok(bound)
 }
 
 /// The overlay, and the disks under it.
