@@ -161,6 +161,7 @@ impl Verb {
                 | Verb::Rebase(_)
                 | Verb::Resize(_)
                 | Verb::Rm(_)
+                | Verb::Run(_)
                 | Verb::Serve(_)
                 | Verb::Snapshot(_)
                 | Verb::Tree(_)

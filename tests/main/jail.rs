@@ -10,12 +10,13 @@ use nix::libc;
 use nix::sys::signal::Signal;
 
 use crate::boot::{Booted, can_boot};
-use crate::host::{VDISK, Work};
+use crate::container::{able, eventually, keeper_and_server, running, work};
+use crate::host::{Running, VDISK, Work};
 use crate::mount::{is_left_alone, is_mounted, server, soon};
 use crate::puppet::{Ending, Puppet, Word, threads};
 use crate::require::{Need, have};
 use crate::serve::Served;
-use crate::someone::{Ids, USER, Who, give, start_program};
+use crate::someone::{Ids, USER, Who, give, sh, start, start_program};
 
 const SIZE: usize = 8 << 20;
 
@@ -506,6 +507,77 @@ fn the_server_of_an_overlay_is_jailed_and_goes_on_with_all_kinds_of_files() {
         is_left_alone(&at);
         work.run("rm", ["-r", "upper", "upper.work"]).succeeds();
         fs::create_dir(work.path("upper")).unwrap();
+    }
+}
+
+/// Starts a container that sleeps so long, which no other test does, and has left a file in /tmp.
+fn contained(work: &Work, who: Who, options: &str, seconds: &str) -> Running {
+    let script = format!("echo up > /tmp/up; exec sleep {seconds}");
+    let words = ["run", "--jail", "require"].into_iter().chain(options.split_whitespace());
+    let words = words.chain(["web.qcow2", "--", "sh", "-c", &script]);
+    let mut vdisk = start(work, who, words);
+    let runs = || !running(&["sleep", seconds]).is_empty();
+    eventually("the container runs", || vdisk.has_ended() || runs());
+    assert!(!vdisk.has_ended(), "{who:?} {options}: {}", vdisk.wait().text());
+    vdisk
+}
+
+/// What an attacker is after, in another directory than the disk's.
+fn prey_elsewhere() -> (Work, Prey) {
+    let work = Work::new();
+    for name in ["secret", "base"] {
+        work.put(name, "a key");
+    }
+    give(&work);
+    let prey = Prey {
+        secret: work.path("secret"),
+        base: work.path("base"),
+        program: work.path("program"),
+    };
+    (work, prey)
+}
+
+#[test]
+fn the_server_of_a_containers_root_is_jailed_and_the_container_goes_on() {
+    if !able() || !have(Need::Uidmap) || !have(Need::Landlock) {
+        return;
+    }
+    let (_elsewhere, prey) = prey_elsewhere();
+    let (lent, one) = (Who::Someone(Ids::Lent), Who::Someone(Ids::One));
+    let of_disk = ["vdisk", "fuse", "control"];
+    let own = ["vdisk", "fuse", "control", "owners"];
+    let laid = ["vdisk", "fuse"];
+    for (who, options, kinds, seconds) in [
+        (Who::Root, "", &of_disk[..], "7711"),
+        (Who::Root, "--user-space", &of_disk, "7712"),
+        (Who::Root, "--overlay upper", &laid, "7713"),
+        (lent, "", &of_disk, "7714"),
+        (lent, "--overlay upper", &laid, "7715"),
+        (one, "", &own, "7716"),
+    ] {
+        let work = work();
+        give(&work);
+        fs::create_dir(work.path("upper")).unwrap();
+        if who != Who::Root {
+            std::os::unix::fs::chown(work.path("upper"), Some(USER), Some(USER)).unwrap();
+        }
+        let vdisk = contained(&work, who, options, seconds);
+        let (_, server) = keeper_and_server(vdisk.pid());
+        // An overlay gives files their modes by name.
+        let overlay = options.contains("overlay");
+        let suffered: &[&str] = if overlay { &["lend its rights to all"] } else { &[] };
+        assert_jailed_as(server, kinds, &prey, suffered);
+        fs::set_permissions(&prey.secret, fs::Permissions::from_mode(0o644)).unwrap();
+        if !overlay {
+            let snapshot = ["snapshot", "create", "web.qcow2", "one", "--freeze"];
+            start(&work, who, snapshot).wait().succeeds();
+            start(&work, who, ["resize", "web.qcow2", "+1M"]).wait().succeeds();
+            start(&work, who, ["snapshot", "merge", "web.qcow2", "one"]).wait().succeeds();
+        }
+        vdisk.signal(Signal::SIGTERM);
+        vdisk.wait().ends(143);
+        let seen = sh(&work, who, options, "cat /etc/motd /tmp/up").succeeds().out();
+        assert_eq!(seen, "from the base\nup\n", "{who:?} {options}");
     }
 }
 
