@@ -5,16 +5,20 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use nix::libc;
 use nix::sys::signal::Signal;
 
 use crate::boot::{Booted, can_boot};
+use crate::boot_kernel::kernel;
 use crate::container::{able, eventually, keeper_and_server, running, work};
 use crate::host::{Running, VDISK, Work};
+use crate::images::{layout, same_files};
 use crate::mount::{is_left_alone, is_mounted, server, soon};
 use crate::puppet::{Ending, Puppet, Word, threads};
-use crate::require::{Need, have};
+use crate::registry_server::Server;
+use crate::require::{Need, have, skipped};
 use crate::serve::Served;
 use crate::someone::{Ids, USER, Who, give, sh, start, start_program};
 
@@ -263,6 +267,7 @@ fn commands_that_change_disks_at_rest_are_jailed_when_they_do() {
     work.vdisk("clone bases/base.raw disks/other.qcow2").succeeds();
     work.run("mke2fs", ["-q", "-t", "ext4", "disks/files.raw", "16M"]).succeeds();
     work.put("in", "some bytes");
+    work.put("kernel", kernel(1));
     work.vdisk("cp in disks/files.raw:/in").succeeds();
     fs::create_dir(work.path("upper")).unwrap();
     work.vdisk("clone disks/files.raw disks/files.qcow2").succeeds();
@@ -290,6 +295,11 @@ fn commands_that_change_disks_at_rest_are_jailed_when_they_do() {
         "export disks/files.qcow2 oci:out/layout:some",
         "export disks/files.qcow2 out/files.tar",
         "rm disks/clone.qcow2 --yes",
+        "create disks/made.qcow2 8M --data-file made.data",
+        "create disks/made.raw 8M --format raw",
+        "kernel add some kernel --store out/store",
+        "kernel list --store out/store",
+        "kernel rm some --store out/store",
     ] {
         let words: Vec<_> = words.split(' ').chain(["--jail", "require"]).collect();
         let through = through_at_the_end(&work, &prey, &words);
@@ -301,6 +311,37 @@ fn commands_that_change_disks_at_rest_are_jailed_when_they_do() {
     // Who stands on whom is looked for everywhere, and nothing is written.
     let through = through_at_the_end(&work, &prey, &["tree", "disks", "--jail", "require"]);
     assert!(matches!(through[..], [("read a file", 0..)]), "{through:?}");
+}
+
+#[test]
+fn commands_that_speak_with_registries_are_jailed_when_they_do() {
+    if !have(Need::Registry) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    layout(&work);
+    let server = Server::open(&work);
+    let host = &server.host;
+    work.vdisk("import oci:lay:b app --store s").succeeds();
+    work.vdisk("clone app disks/app.qcow2 --store s").succeeds();
+    // What is sent as a disk is made ready in the directory for temporary files, in which this test is.
+    let plain = "--tls-verify=false";
+    work.vdisk(&format!("push disks/clone.qcow2 {host}/a/disk --as disk {plain}")).succeeds();
+    for (words, suffered) in [
+        // What they have to do, and nothing else: it opens a way out, and none on this host.
+        (format!("push disks/app.qcow2 {host}/some/app --store s"), &["a socket to the world"][..]),
+        // What came is unpacked when nobody is spoken with any more.
+        (format!("pull {host}/some/app --store t"), &[]),
+        (format!("pull {host}/a/disk --to out"), &["a socket to the world"]),
+    ] {
+        let words: Vec<_> = words.split(' ').chain([plain, "--jail", "require"]).collect();
+        let through = through_at_the_end(&work, &prey, &words);
+        let names: Vec<_> = through.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, suffered, "{words:?}: {through:?}");
+    }
+    work.vdisk("compare disks/clone.qcow2 out/clone.qcow2").succeeds();
+    work.vdisk(&format!("clone {host}/some/app e.qcow2 --store t")).succeeds();
+    same_files(&work, "e.qcow2", "lay:b");
 }
 
 /// What is not refused at the end of a command that is in a jail and does what it is to do.
@@ -466,6 +507,57 @@ fn the_server_of_a_superusers_mount_in_user_space_is_jailed_and_knows_its_users(
     is_left_alone(&at);
 }
 
+#[test]
+fn the_jailed_server_of_a_mount_follows_who_asks_to_his_processor() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) || !can_follow() {
+        return;
+    }
+    let (work, _) = scene();
+    work.run("mke2fs", ["-q", "-t", "ext4", "disks/files.raw", "16M"]).succeeds();
+    for dir in ["at", "lower", "upper"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    let at = work.path("at");
+    for words in ["mount disks/files.raw at --user-space", "mount lower at --overlay upper"] {
+        work.vdisk(&format!("{words} --jail require")).succeeds();
+        let process = u32::try_from(server(&at).unwrap().as_raw()).unwrap();
+        // Nobody looks at this but the thread that asks: what follows it stays as it is meanwhile.
+        eventually("a thread follows", || {
+            for _ in 0..64 {
+                fs::create_dir(at.join("dir")).unwrap();
+                fs::remove_dir(at.join("dir")).unwrap();
+            }
+            threads(process).iter().any(|(_, thread)| is_bound(process, *thread))
+        });
+        assert!(
+            !is_bound(process, i32::try_from(process).unwrap()),
+            "it is for threads that answer"
+        );
+        work.vdisk("umount at").succeeds();
+        is_left_alone(&at);
+    }
+}
+
+/// Whether there are several processors, and a process of this user's may give way to all others and come back.
+fn can_follow() -> bool {
+    let several = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
+    let back = ["--idle", "0", "chrt", "--other", "0", "true"];
+    let comes_back = Command::new("chrt").args(back).status().is_ok_and(|status| status.success());
+    if !(several && comes_back) {
+        skipped("has one processor only, or may not come back");
+    }
+    several && comes_back
+}
+
+/// Whether a thread may run on one processor only.
+fn is_bound(process: u32, thread: i32) -> bool {
+    // It may have ended.
+    let status = fs::read_to_string(format!("/proc/{process}/task/{thread}/status"));
+    let status = status.unwrap_or_default();
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    list.is_some_and(|list| list.trim().parse::<u32>().is_ok())
+}
+
 /// A superuser writes to a program that runs as its owner, and it goes on being one; his attributes are his.
 fn keeps_what_an_administrator_may_keep(work: &Work) {
     work.put("at/program", "one");
@@ -609,7 +701,7 @@ fn on_a_kernel_without_landlock_a_command_goes_on_and_says_so_once_unless_it_is_
 #[test]
 fn a_command_that_works_in_no_jail_refuses_one_that_is_required() {
     let (work, _) = scene();
-    for words in ["create more.qcow2 8M", "kernel list"] {
+    for words in ["ps", "image list --store s"] {
         work.vdisk(&format!("{words} --jail require")).fails(&["jail"]);
         work.vdisk(words).succeeds();
     }
