@@ -393,6 +393,12 @@ fn commands_of_the_drop_in_are_jailed_and_say_nothing_of_it() {
         "convert -O raw --image-opts driver=qcow2,file.filename=disks/delta.qcow2 out/flat.raw",
         "dd if=disks/delta.qcow2 of=out/dd.raw",
         "create -q -f qcow2 -b ../disks/plain.qcow2 -F qcow2 out/more.qcow2",
+        // Which word is a file, only who reads the options knows.
+        "create -qf qcow2 out/clustered.qcow2 8M",
+        "create -q -f qcow2 -o data_file=sockets/a.data out/apart.qcow2 8M",
+        "convert -UO qcow2 -odata_file=sockets/b.data disks/delta.qcow2 out/copied.qcow2",
+        "convert -nO qcow2 disks/plain.qcow2 out/flat.qcow2",
+        "dd -nO qcow2 if=disks/plain.qcow2 of=out/flat.qcow2",
         "snapshot -c one disks/delta.qcow2",
         "amend -f qcow2 -o lazy_refcounts=on disks/delta.qcow2",
         "bitmap --add disks/delta.qcow2 marks",
