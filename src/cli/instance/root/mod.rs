@@ -164,11 +164,14 @@ fn said(said: Option<Said>) -> Error {
     match said {
         Some(Said::Failed(failure)) => {
             let error = Error::from(failure);
-            match error.kind() {
+            let kind = match error.kind() {
                 // It has waited for its turn already.
-                ErrorKind::Busy => Error::new(ErrorKind::InUse, error.to_string()),
-                _ => error,
-            }
+                ErrorKind::Busy => ErrorKind::InUse,
+                kind => kind,
+            };
+            // It goes to the user's terminal, and comes from who reads what others wrote.
+            let plain = |c: char| if c.is_control() { '?' } else { c };
+            Error::new(kind, error.to_string().chars().map(plain).collect::<String>())
         }
         _ => lost(),
     }
