@@ -47,7 +47,7 @@ pub struct Args {
 enum Target<'a> {
     InDisk(&'a OsString),
     Disk(&'a Path),
-    Instance(Instance),
+    Instance(Box<Instance>),
 }
 
 /// An instance, and the clone that was made for it: of one whose record a restart of the host has taken, that.
@@ -64,7 +64,7 @@ pub fn run(args: &Args) -> Result<u8> {
         match target {
             Target::InDisk(word) => files::remove(word, &args.files)?,
             Target::Disk(path) => disk(path, args)?,
-            Target::Instance(instance) => remove(instance, args)?,
+            Target::Instance(instance) => remove(*instance, args)?,
         }
     }
     Ok(0)
@@ -90,7 +90,7 @@ impl Target<'_> {
         Ok(match (&record, &clone) {
             // Whatever is wrong with it as a disk's name is said.
             (None, None) => Target::Disk(Path::new(word)),
-            _ => Target::Instance(Instance { record, clone }),
+            _ => Target::Instance(Box::new(Instance { record, clone })),
         })
     }
 }
@@ -105,7 +105,8 @@ fn enclose(targets: &[Target<'_>]) -> Result<()> {
                 None => rest,
             },
             Target::Disk(path) => rest.disk(path),
-            Target::Instance(Instance { record, clone }) => {
+            Target::Instance(instance) => {
+                let Instance { record, clone } = &**instance;
                 let kept = record.as_ref().map(place::of).transpose()?;
                 let rest = kept.iter().fold(rest, |rest, dir| rest.made(dir));
                 clone.iter().fold(rest, |rest, clone| rest.disk(clone))
