@@ -66,14 +66,23 @@ pub(crate) fn open(directory: &Path, options: &MountOptions) -> io::Result<Devic
     // By this process: the kernel asks that who opened the connection is of the user namespace in
     // which it is mounted.
     let device = Device::open()?;
+    open_on(&device, directory, options)?;
+    Ok(device)
+}
+
+/// Mounts a connection at `directory`: it is for who has it, here or in another process, to be served at
+/// once.
+///
+/// # Errors
+/// Where it cannot be mounted there by this process itself.
+pub fn open_on(device: &Device, directory: &Path, options: &MountOptions) -> io::Result<()> {
     let mount = || {
-        let root = detached_on(&device, options)?;
+        let root = detached_on(device, options)?;
         move_mount(&root, "", CWD, directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
         read_further_ahead(&root);
         Ok(())
     };
-    options.place.run(&[device.as_fd()], mount).flatten()?;
-    Ok(device)
+    options.place.run(&[device.as_fd()], mount).flatten()
 }
 
 /// Takes away again what [`open`] has mounted and nobody serves.
@@ -98,15 +107,14 @@ pub(crate) fn privileged() -> bool {
     fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
 }
 
-/// A mount that stands in no mount namespace: its connection and its root.
-pub(crate) fn detached(options: &MountOptions) -> io::Result<(Device, OwnedFd)> {
-    let device = Device::open()?;
-    let root = detached_on(&device, options)?;
-    Ok((device, root))
-}
-
-/// The same on a connection that there is.
-fn detached_on(device: &Device, options: &MountOptions) -> io::Result<OwnedFd> {
+/// Mounts a connection in no mount namespace: the root of that mount. Needs `CAP_SYS_ADMIN`.
+///
+/// It lives as long as its root or a file in it is open anywhere, and leaves nothing behind when who serves
+/// it is killed. Who looks at what is open waits until it is served.
+///
+/// # Errors
+/// Where it cannot be mounted.
+pub fn detached_on(device: &Device, options: &MountOptions) -> io::Result<OwnedFd> {
     let fs = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let settings = [
         ("source", shown(&options.source).to_owned()),

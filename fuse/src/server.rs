@@ -2,7 +2,6 @@
 //! Knows nothing of what the volumes are used for.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -14,6 +13,7 @@ use rustix::mount::{MoveMountFlags, move_mount};
 
 use crate::files::{Files, Keeping};
 use crate::filesystem::VolumeFs;
+use crate::kernel::device::Device;
 use crate::kernel::session;
 use crate::mount;
 use crate::mount::MountOptions;
@@ -70,7 +70,10 @@ impl Waiting {
         if !mount::privileged() {
             return Waiting::through_fusermount(tree, directory, options);
         }
-        let (session, root) = Server::session(tree, options)?;
+        let mounting = MountOptions { source: options.name.clone(), ..MountOptions::default() };
+        let device = Device::open()?;
+        let root = mount::detached_on(&device, &mounting)?;
+        let session = session_on(device, tree, options)?;
         move_mount(&root, "", CWD, directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
         Ok(Waiting(Box::new(|| Ok(Server { workers: start(session)? }))))
     }
@@ -150,23 +153,25 @@ impl Server {
         Waiting::files(files, directory, serving)?.serve()
     }
 
-    /// Serves `tree` in a mount that stands in no mount namespace and returns its root, through
-    /// which alone its files are opened. Needs `CAP_SYS_ADMIN`.
+    /// Serves `tree` on a connection that is mounted.
     ///
-    /// The mount lives as long as its root or a file in it is open anywhere, and leaves nothing
-    /// behind when this process is killed.
-    pub fn detached(tree: Arc<Tree>, options: &Options) -> io::Result<(Server, OwnedFd)> {
-        let (session, root) = Server::session(tree, options)?;
-        Ok((Server { workers: start(session)? }, root))
+    /// # Errors
+    /// Where it cannot be served.
+    pub fn on(device: Device, tree: Arc<Tree>, options: &Options) -> io::Result<Server> {
+        Ok(Server { workers: start(session_on(device, tree, options)?)? })
     }
 
-    /// The same, not served yet.
-    fn session(tree: Arc<Tree>, options: &Options) -> io::Result<(Session<VolumeFs>, OwnedFd)> {
-        let mounting = MountOptions { source: options.name.clone(), ..MountOptions::default() };
-        let (device, root) = mount::detached(&mounting)?;
-        let (filesystem, config) = (VolumeFs::new(tree, options.caching), config(options));
-        let session = Session::from_fd(filesystem, device.into(), SessionACL::Owner, config)?;
-        Ok((session, root))
+    /// Serves a tree of files on a connection that is mounted, by as many threads, at least 1.
+    ///
+    /// # Errors
+    /// Where it cannot be served.
+    pub fn files_on(
+        device: Device,
+        files: Arc<dyn Files>,
+        keeping: Keeping,
+        threads: usize,
+    ) -> io::Result<Server> {
+        Ok(Server { workers: session::serve(device, files, keeping, threads)? })
     }
 
     /// Waits until the kernel lets go of the file system and every thread has ended.
@@ -208,6 +213,11 @@ fn config(options: &Options) -> Config {
     config.n_threads = Some(options.threads.max(1));
     config.clone_fd = true;
     config
+}
+
+fn session_on(device: Device, tree: Arc<Tree>, options: &Options) -> io::Result<Session<VolumeFs>> {
+    let (filesystem, config) = (VolumeFs::new(tree, options.caching), config(options));
+    Session::from_fd(filesystem, device.into(), SessionACL::Owner, config)
 }
 
 fn start(session: Session<VolumeFs>) -> io::Result<JoinHandle<io::Result<()>>> {

@@ -2,8 +2,9 @@
 //!
 //! Four processes stand one in the other, each started from the same binary:
 //!
-//! 1. The *host* process ([`Space`]) stays among the host's mounts. It may serve the container's
-//!    root (a FUSE volume, say) with other threads. It passes signals and the terminal on, and waits.
+//! 1. The *host* process ([`Space`]) stays among the host's mounts. It passes signals and the terminal
+//!    on, and waits. What serves the container's root (a FUSE volume, say) can be a copy of it that
+//!    stands beside it, shares no memory with it and ends with it ([`Outset::start_beside`]).
 //! 2. The *keeper* is the first process of an outer pid namespace, and holds a mount namespace, so
 //!    that nothing that is mounted for the container shows on the host and all of it goes when the
 //!    keeper goes, however it ends. When the host process ends, the keeper ends all and removes the
@@ -30,6 +31,7 @@
 //!
 //! Knows namespaces and a directory; no disk and no file system format.
 
+mod beside;
 mod caps;
 mod cgroup;
 mod handle;
@@ -51,7 +53,7 @@ mod wire;
 
 use std::ffi::{OsStr, OsString};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -73,6 +75,7 @@ pub use seccomp::notify::Owners;
 pub use visit::{Visit, visit};
 
 use crate::error::{Error, Result};
+use beside::Beside;
 use cgroup::room::Room;
 use scratch::Scratch;
 
@@ -149,8 +152,22 @@ pub struct Space {
     link: UnixStream,
     place: Apart,
     handle: Handle,
+    beside: Option<Beside>,
     /// Where this process is, to make room for the container's control group.
     _room: Option<Room>,
+}
+
+/// This process, about to run a container: it is in the container's user namespace, where there is one,
+/// and holds back the signals that the container is to get. It has one thread still.
+#[derive(Debug)]
+pub struct Outset {
+    limits: Limits,
+    signals: SignalFd,
+    scratch: Scratch,
+    ids: Ids,
+    why_one: Option<String>,
+    beside: Option<Beside>,
+    room: Option<Room>,
 }
 
 /// The signals that are passed on to the program.
@@ -164,34 +181,63 @@ const FORWARDED: [Signal; 7] = [
     Signal::SIGWINCH,
 ];
 
-impl Space {
-    /// Makes a mount namespace, moves this process, where it is an ordinary user's, into a user
-    /// namespace, and holds back the signals that a container is to get. To be called before the
-    /// process has a second thread: threads inherit all of them. `limits` are those of the
-    /// container that is to run; `prepare` is called in the mount namespace, before anything stands
-    /// there that the host's does not have.
+impl Outset {
+    /// Moves this process, where it is an ordinary user's, into a user namespace, and holds back the
+    /// signals that a container is to get. To be called before the process has a second thread: threads
+    /// inherit all of them. `limits` are those of the container that is to run.
     ///
     /// # Errors
     /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) where this host gives an ordinary user no
     /// user namespace; the text says what could be done.
-    pub fn enter(limits: &Limits, prepare: impl FnOnce() + Send) -> Result<Space> {
+    pub fn new(limits: &Limits) -> Result<Outset> {
         let mut mask = SigSet::empty();
         mask.extend(FORWARDED);
         mask.thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         let scratch = Scratch::find(namespace::is_host_root())?;
         let (ids, why_one) = namespace::enter()?;
+        // While it is alone in its control group.
+        let room = cgroup::make_room(limits);
+        Ok(Outset { limits: *limits, signals, scratch, ids, why_one, beside: None, room })
+    }
+
+    /// Whose ids the container has.
+    pub fn ids(&self) -> Ids {
+        self.ids
+    }
+
+    /// Has a copy of this process do `work`, with nothing open but standard input, output and error and
+    /// `keep`. It shares no memory with this process, holds back the same signals, and ends when this
+    /// process or the [`Space`] does. To be called once.
+    ///
+    /// # Errors
+    /// Where it cannot be made: this process has other threads, say.
+    pub fn start_beside(&mut self, keep: &[RawFd], work: impl FnOnce() -> u8) -> Result<()> {
+        let started = Beside::start(keep, work);
+        let started = started.map_err(|e| Error::io("cannot start a process beside this", e))?;
+        self.beside = Some(started);
+        Ok(())
+    }
+}
+
+impl Space {
+    /// Makes a mount namespace. To be called before the process has a second thread. `prepare` is called
+    /// in the mount namespace, before anything stands there that the host's does not have.
+    ///
+    /// # Errors
+    /// Where the host gives none.
+    pub fn enter(outset: Outset, prepare: impl FnOnce() + Send) -> Result<Space> {
+        let Outset { limits, signals, scratch, ids, why_one, beside, room } = outset;
         let doing = |e| Error::io("cannot prepare the container", e);
         let control = wire::socket().map_err(doing)?;
         let (link, keepers) = UnixStream::pair().map_err(doing)?;
-        let room = cgroup::make_room(limits);
         let leaf = room.as_ref().map(Room::leaf);
         let keeper = namespace::make(&[control.as_fd(), keepers.as_fd()], || {
             prepare();
             scratch.cover()?;
             wire::listen(&control, &scratch.control())
                 .map_err(|e| doing(e).at_path(scratch.path()))?;
-            supervise::start_keeper(&scratch, leaf, limits, keepers.as_fd())
+            supervise::start_keeper(&scratch, leaf, &limits, keepers.as_fd())
                 .map_err(|e| Error::io("cannot start the container's keeper", e))
         })?;
         let end = supervise::pidfd(keeper.id().cast_signed()).map_err(doing)?;
@@ -210,6 +256,7 @@ impl Space {
             link,
             place,
             handle,
+            beside,
             _room: room,
         })
     }
@@ -222,11 +269,6 @@ impl Space {
     /// An empty directory there: the place to mount a root at.
     pub fn root(&self) -> PathBuf {
         self.scratch.root()
-    }
-
-    /// Whose ids the container has.
-    pub fn ids(&self) -> Ids {
-        self.ids
     }
 
     /// What steers the program from other threads.
@@ -257,6 +299,8 @@ impl Drop for Space {
         self.listener = None;
         let _ = self.link.shutdown(Shutdown::Both);
         let _ = self.keeper.wait();
+        // It may be in the group that is given back.
+        self.beside = None;
     }
 }
 

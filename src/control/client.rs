@@ -98,7 +98,7 @@ impl Answer {
         match reply {
             Reply::At { done, total } => Err((done, total)),
             Reply::Done { result } => Ok(Answer::Done(result)),
-            Reply::Failed { kind, message } => Ok(Answer::Failed(Reply::error(&kind, message))),
+            Reply::Failed(failure) => Ok(Answer::Failed(failure.into())),
             Reply::Elsewhere => Ok(Answer::Elsewhere),
         }
     }

@@ -16,4 +16,4 @@ pub use holder::{Holder, Kind};
 pub use order::Order;
 pub use place::elsewhere;
 pub use server::{Bound, Server, Service};
-pub use wire::{Named, Request};
+pub use wire::{Failure, Named, Request};

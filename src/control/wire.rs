@@ -147,7 +147,7 @@ pub(super) enum Reply {
     /// It is done.
     Done { result: Value },
     /// It failed, and how.
-    Failed { kind: String, message: String },
+    Failed(Failure),
     /// The disk that was named is not held here.
     Elsewhere,
 }
@@ -175,12 +175,26 @@ const KINDS: [(&str, ErrorKind); 16] = [
 impl Reply {
     /// An error as it is told.
     pub fn failed(error: &Error) -> Reply {
-        let name = KINDS.iter().find(|(_, kind)| *kind == error.kind()).map_or("other", |k| k.0);
-        Reply::Failed { kind: name.to_owned(), message: error.to_string() }
+        Reply::Failed(Failure::from(error))
     }
+}
 
-    /// The error that was told.
-    pub fn error(kind: &str, message: String) -> Error {
+/// An error, as one process tells another of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Failure {
+    kind: String,
+    message: String,
+}
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Failure {
+        let name = KINDS.iter().find(|(_, kind)| *kind == error.kind()).map_or("other", |k| k.0);
+        Failure { kind: name.to_owned(), message: error.to_string() }
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(Failure { kind, message }: Failure) -> Error {
         let kind = KINDS.iter().find(|(name, _)| *name == kind).map_or(ErrorKind::Io, |k| k.1);
         Error::new(kind, message)
     }
@@ -210,12 +224,8 @@ mod tests {
 
     #[test]
     fn an_error_keeps_its_kind_and_its_text() {
-        let Reply::Failed { kind, message } =
-            Reply::failed(&Error::new(ErrorKind::Sealed, "clones stand on it").at_path("/d"))
-        else {
-            panic!("an error is told as one");
-        };
-        let error = Reply::error(&kind, message);
+        let told = Error::new(ErrorKind::Sealed, "clones stand on it").at_path("/d");
+        let error = Error::from(Failure::from(&told));
         assert_eq!(error.kind(), ErrorKind::Sealed);
         assert_eq!(error.to_string(), "/d: clones stand on it");
     }

@@ -31,6 +31,17 @@ pub struct FileSystem {
     pub read_only: bool,
 }
 
+impl FileSystem {
+    /// The one that people call so.
+    pub fn named(name: &str) -> Option<FileSystem> {
+        let known = MAGICS.iter().filter_map(|magic| match magic.content {
+            Content::FileSystem(fs) => Some(fs),
+            _ => None,
+        });
+        known.chain(EXT).chain([VFAT]).find(|fs| fs.name == name)
+    }
+}
+
 impl Content {
     /// What people call it.
     pub fn name(&self) -> &'static str {
@@ -82,6 +93,16 @@ const MAGICS: &[Magic] = &[
     Magic { offset: 3, bytes: b"NTFS    ", content: fs("ntfs3", None, false) },
 ];
 
+const EXT: [FileSystem; 3] =
+    [with_ext4("ext2", None), with_ext4("ext3", Some("noload")), with_ext4("ext4", Some("noload"))];
+
+const fn with_ext4(name: &'static str, no_replay: Option<&'static str>) -> FileSystem {
+    FileSystem { name, driver: "ext4", no_replay, read_only: false }
+}
+
+const VFAT: FileSystem =
+    FileSystem { name: "vfat", driver: "vfat", no_replay: None, read_only: false };
+
 /// Tells what stands in `len` bytes from `offset`.
 pub fn probe(device: &dyn BlockDevice, offset: u64, len: u64) -> Result<Content> {
     let reader = Reader { device, offset, len };
@@ -94,12 +115,7 @@ pub fn probe(device: &dyn BlockDevice, offset: u64, len: u64) -> Result<Content>
         return Ok(content);
     }
     if fat(&reader)? {
-        return Ok(Content::FileSystem(FileSystem {
-            name: "vfat",
-            driver: "vfat",
-            no_replay: None,
-            read_only: false,
-        }));
+        return Ok(Content::FileSystem(VFAT));
     }
     Ok(Content::Unknown)
 }
@@ -115,12 +131,12 @@ fn ext(reader: &Reader<'_>) -> Result<Option<Content>> {
     }
     let compat = reader.get::<4>(1024 + 92)?.map_or(0, u32::from_le_bytes);
     let incompat = reader.get::<4>(1024 + 96)?.map_or(0, u32::from_le_bytes);
-    let (name, no_replay) = match (compat & HAS_JOURNAL != 0, incompat & !EXT3_INCOMPAT) {
-        (_, more) if more != 0 => ("ext4", Some("noload")),
-        (true, _) => ("ext3", Some("noload")),
-        (false, _) => ("ext2", None),
+    let [ext2, ext3, ext4] = EXT;
+    let fs = match (compat & HAS_JOURNAL != 0, incompat & !EXT3_INCOMPAT) {
+        (_, more) if more != 0 => ext4,
+        (true, _) => ext3,
+        (false, _) => ext2,
     };
-    let fs = FileSystem { name, driver: "ext4", no_replay, read_only: false };
     Ok(Some(Content::FileSystem(fs)))
 }
 

@@ -34,6 +34,8 @@ pub enum Work {
     Trees,
     /// It opens, makes, names and removes files for another process.
     Broker,
+    /// The same as [`Command`](Work::Command), and asks servers of the internet for it.
+    Client,
 }
 
 /// What is let through.
@@ -55,7 +57,7 @@ impl Work {
             // Threads that let others go first come back.
             Work::Files => FILES | CapabilitySet::SYS_NICE,
             Work::Overlay => FILES | CapabilitySet::MKNOD | CapabilitySet::SYS_NICE,
-            Work::Machine | Work::Server | Work::Command => FILES,
+            Work::Machine | Work::Server | Work::Command | Work::Client => FILES,
             Work::Broker => NAMES_OF_FILES,
         }
     }
@@ -72,6 +74,7 @@ impl Work {
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
             Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
             Work::Broker => (&[BROKER, BENEATH], &[]),
+            Work::Client => (&[BASIC, NAMES, BENEATH, SOCKETS, CONNECT], &[PLAIN, TERMINAL]),
         };
         let set_id: &[i64] = match self {
             Work::Trees => OPEN_MODES,
@@ -80,6 +83,13 @@ impl Work {
         };
         let alone = self == Work::Broker;
         Calls { plain: plain.to_vec(), ioctls: ioctls.to_vec(), set_id, alone }
+    }
+}
+
+impl Work {
+    /// Whether it connects to servers.
+    pub(super) fn connects(self) -> bool {
+        self == Work::Client
     }
 }
 
@@ -155,6 +165,10 @@ const SOCKETS: &[i64] = &[
     SYS_accept, SYS_accept4, SYS_getpeername, SYS_getsockname, SYS_getsockopt, SYS_recvmsg,
     SYS_sendmsg, SYS_setsockopt,
 ];
+
+/// Connections to servers of the internet, by names that other servers know; which sockets are made stands
+/// below. None to programs of this host's by a file: they do as their user says.
+const CONNECT: &[i64] = &[SYS_connect, SYS_recvmmsg, SYS_sendmmsg, SYS_socket];
 
 /// A thread with a table of open files of its own: which flags unshare(2) takes stands below.
 const APART: &[i64] = &[SYS_close_range, SYS_unshare];
@@ -251,8 +265,18 @@ fn conditional(process: u32, calls: &Calls) -> Vec<(i64, Vec<Vec<Condition>>)> {
         (SYS_sched_setscheduler, is(1, &[SCHED_OTHER as u64, SCHED_IDLE as u64])),
         // To where the socket is connected. A pair of datagram sockets could send anywhere.
         (SYS_sendto, is(4, &[0])),
+        (SYS_socket, sockets()),
         (SYS_socketpair, vec![vec![(0, Eq, AF_UNIX as u64), (1, MaskedEq(TYPE), STREAM)]]),
     ]
+}
+
+/// Streams and datagrams of the internet.
+fn sockets() -> Vec<Vec<Condition>> {
+    use SeccompCmpOp::{Eq, MaskedEq};
+    let families = [AF_INET, AF_INET6].map(|family| family as u64);
+    let kinds = [STREAM, SOCK_DGRAM as u64];
+    let of = |family| kinds.map(|kind| vec![(0, Eq, family), (1, MaskedEq(TYPE), kind)]);
+    families.into_iter().flat_map(of).collect()
 }
 
 /// The filter that lets `calls` through, in the process of this id.
@@ -263,7 +287,7 @@ pub(super) fn program(calls: &Calls, process: u32) -> seccompiler::Result<BpfPro
     }
     for (number, cases) in conditional(process, calls) {
         let of_a_list = calls.alone && !BROKER_IF.contains(&number)
-            || [NAMES, APART, FOLLOW].iter().any(|list| list.contains(&number));
+            || [NAMES, APART, FOLLOW, CONNECT].iter().any(|list| list.contains(&number));
         if of_a_list && !rules.contains_key(&number) || calls.set_id.contains(&number) {
             continue;
         }
@@ -320,9 +344,19 @@ mod tests {
     }
 
     #[test]
+    fn only_a_client_makes_sockets() {
+        let works = [Work::Machine, Work::Server, Work::Files, Work::Overlay, Work::Command];
+        for work in works.into_iter().chain([Work::Trees]) {
+            assert!(!work.calls().plain.contains(&CONNECT), "{work:?}");
+        }
+        assert!(!CONNECT.contains(&SYS_bind) && !CONNECT.contains(&SYS_listen));
+    }
+
+    #[test]
     fn every_filter_is_one_that_the_kernel_takes() {
         let works = [Work::Machine, Work::Server, Work::Files, Work::Overlay, Work::Command];
-        let works = works.into_iter().chain([Work::Trees, Work::Broker]).map(Work::calls);
+        let works =
+            works.into_iter().chain([Work::Trees, Work::Broker, Work::Client]).map(Work::calls);
         let threads = [Thread::Processor, Thread::Queue, Thread::Connection].map(Thread::calls);
         for calls in works.chain(threads) {
             // BPF_MAXINSNS.

@@ -86,9 +86,10 @@ impl Files {
         self.open.push((dir, reach.access()));
     }
 
-    /// Bounds this thread, and those that it starts, to them.
-    pub(super) fn restrict(self) -> Result<(), String> {
-        let done = self.enforce().map_err(|e| format!("files cannot be bounded ({e})"))?;
+    /// Bounds this thread, and those that it starts, to them; and keeps it from ports, but for connections
+    /// where it `connects`.
+    pub(super) fn restrict(self, connects: bool) -> Result<(), String> {
+        let done = self.enforce(connects).map_err(|e| format!("files cannot be bounded ({e})"))?;
         match done {
             RulesetStatus::NotEnforced => {
                 Err("this kernel has no Landlock, and files are not bounded".to_owned())
@@ -97,11 +98,13 @@ impl Files {
         }
     }
 
-    fn enforce(self) -> Result<RulesetStatus, RulesetError> {
+    fn enforce(self, connects: bool) -> Result<RulesetStatus, RulesetError> {
+        let all = AccessNet::from_all(NEWEST);
+        let ports = if connects { all & !AccessNet::ConnectTcp } else { all };
         let mut rules = Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::from_all(NEWEST))?
-            .handle_access(AccessNet::from_all(NEWEST))?
+            .handle_access(ports)?
             .scope(Scope::from_all(NEWEST))?
             .create()?;
         for Place { at, access, .. } in self.named {

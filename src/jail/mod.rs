@@ -102,7 +102,7 @@ impl Jail {
         let bounded = || filter(work).map_err(|e| format!("system calls are not bounded ({e})"));
         let walls: [Box<dyn FnOnce() -> std::result::Result<(), String>>; 4] = [
             Box::new(alone),
-            Box::new(|| files.restrict()),
+            Box::new(move || files.restrict(work.connects())),
             Box::new(move || rights::keep(work.rights())),
             Box::new(bounded),
         ];
@@ -127,4 +127,15 @@ fn filter(work: Work) -> seccompiler::Result<()> {
     seccompiler::apply_filter_all_threads(&program)?;
     threads::keep(process);
     Ok(())
+}
+
+/// From now on a jailed process makes no more connections, with all of its threads, and does what a
+/// [`Work::Command`] does. Nothing where it is in no jail. Where it cannot be had, the jail itself still
+/// holds.
+pub fn leave_network() {
+    let narrowed = threads::process().map(|process| {
+        let program = calls::program(&Work::Command.calls(), process)?;
+        seccompiler::apply_filter_all_threads(&program)
+    });
+    debug_assert!(narrowed.as_ref().is_none_or(std::result::Result::is_ok), "{narrowed:?}");
 }

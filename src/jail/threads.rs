@@ -24,6 +24,11 @@ pub(super) fn keep(process: u32) {
     let _ = JAILED.set(process);
 }
 
+/// The jailed process.
+pub(super) fn process() -> Option<u32> {
+    JAILED.get().copied()
+}
+
 /// Bounds this thread, and those that it starts, to what is needed for that: files and sockets that are
 /// open. Nothing where the process is in no jail. Where it cannot be had the jail itself still holds.
 pub fn narrow(thread: Thread) {

@@ -17,7 +17,7 @@ const INITRD: &str = "initrd";
 /// An initrd that was made here, which knows how to run a command.
 const MADE: &str = "initrd-made";
 /// Statically linked programs in one, that the initrd's script calls: Debian's package busybox-static.
-const PROGRAMS: [&str; 2] = ["/bin/busybox", "/usr/lib/initramfs-tools/bin/busybox"];
+pub const PROGRAMS: [&str; 2] = ["/bin/busybox", "/usr/lib/initramfs-tools/bin/busybox"];
 const SCRIPT: &str = include_str!("init.sh");
 /// Names in the initrd that the script uses.
 const DIRECTORIES: [&str; 6] = ["bin", "dev", "proc", "sys", "modules", "root"];
@@ -58,6 +58,20 @@ impl Keep {
         Keep(directory)
     }
 
+    /// Where they are.
+    pub fn place(&self) -> &Path {
+        &self.0
+    }
+
+    /// Makes that directory, where it is missing.
+    ///
+    /// # Errors
+    /// Where it cannot be made.
+    pub fn make(&self) -> Result<()> {
+        fs::create_dir_all(&self.0)
+            .map_err(|e| Error::io("cannot keep the kernel", e).at_path(&self.0))
+    }
+
     /// Copies a kernel, whole or not at all. One that is there already by that name is refused.
     pub fn add(&self, new: &New<'_>) -> Result<Kept> {
         self.checked(new.name)?;
@@ -67,7 +81,7 @@ impl Keep {
             return Err(Error::new(ErrorKind::Exists, text));
         }
         let failed = |e| Error::io("cannot keep the kernel", e).at_path(&self.0);
-        fs::create_dir_all(&self.0).map_err(failed)?;
+        self.make()?;
         // No name begins with a dot: what is left of an interrupted copy is nobody's kernel.
         let draft = self.0.join(format!(".{}-{}", new.name, std::process::id()));
         let made = fs::create_dir(&draft).map_err(failed).and_then(|()| fill(&draft, new));

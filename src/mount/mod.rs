@@ -26,6 +26,8 @@ use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
 use vdisk_fuse::apart::{self, Apart};
+use vdisk_fuse::kernel::Device;
+use vdisk_fuse::mount::MountOptions;
 use vdisk_fuse::{Caching, Options, Server, Tree};
 
 use crate::block::BlockDevice;
@@ -73,12 +75,9 @@ pub struct AttachOptions {
 pub struct Attached {
     place: Apart,
     at: PathBuf,
-    device: Arc<dyn BlockDevice>,
     loop_number: u32,
-    read_only: bool,
-    lost: Arc<Lost>,
     /// Taken when nothing is left to unmount.
-    server: Option<Server>,
+    shown: Option<Shown>,
 }
 
 /// Mounts the file system in `device` at the directory `at`. Threads of this process serve it until it is unmounted, by
@@ -90,47 +89,112 @@ pub fn attach(
 ) -> Result<Attached> {
     let found = find(device.as_ref(), options.partition)?;
     let read_only = options.read_only || device.read_only() || found.fs.read_only;
-    let volume = DeviceVolume::new(device.clone(), read_only);
-    let lost = volume.lost();
-    let tree = Arc::new(Tree::new());
-    let name = if options.name.is_empty() { LOOP_NAME.into() } else { options.name.clone() };
-    let serve = Options { name, caching: Caching::None, threads: THREADS };
-    let (server, root) = tree
-        .add(FILE, Arc::new(volume))
-        .and_then(|()| Server::detached(tree, &serve))
-        .map_err(|e| Error::io("cannot serve the disk over FUSE", e))?;
-    let stack = Stack { found: &found, read_only, options, at };
-    let mounted = options.place.run(&[root.as_fd()], || stack.mount(&root));
-    drop(root);
-    match mounted.map_err(|e| Error::io("cannot go where it is to be mounted", e)).flatten() {
-        Ok(number) => Ok(Attached {
-            place: options.place.clone(),
-            at: at.to_path_buf(),
-            device,
-            loop_number: number,
-            read_only,
-            lost,
-            server: Some(server),
-        }),
+    let failed = |e| Error::io("cannot serve the disk over FUSE", e);
+    let connection = Device::open().map_err(failed)?;
+    let root = connect(&connection, &options.name)?;
+    let shown = Shown::on(connection, device, read_only)?;
+    match stand(root, Stack { found: &found, read_only, options, at }) {
+        Ok(loop_number) => {
+            let (place, at) = (options.place.clone(), at.to_path_buf());
+            Ok(Attached { place, at, loop_number, shown: Some(shown) })
+        }
         Err(error) => {
             // With its root closed nothing holds the FUSE mount: the server ends by itself.
-            let _ = server.join_within(RELEASE_ON_DROP);
+            let _ = shown.wait_within(RELEASE_ON_DROP);
             Err(error)
         }
     }
 }
 
-/// What stands between the FUSE mount and the directory.
-struct Stack<'a> {
-    found: &'a Found,
+/// Mounts a connection where it stands nowhere, for a disk of this name: the root of that mount. A
+/// [`Shown`] is to serve it, and until then who looks at what this process has open waits.
+///
+/// # Errors
+/// Where it cannot be mounted.
+pub fn connect(connection: &Device, name: &str) -> Result<OwnedFd> {
+    let source = if name.is_empty() { LOOP_NAME } else { name }.to_owned();
+    let options = MountOptions { source, ..MountOptions::default() };
+    vdisk_fuse::mount::detached_on(connection, &options)
+        .map_err(|e| Error::io("cannot serve the disk over FUSE", e))
+}
+
+/// A disk as the one file in a mount that stands nowhere, served by threads of this process until nobody
+/// has the file or the root open.
+pub struct Shown {
+    device: Arc<dyn BlockDevice>,
     read_only: bool,
-    options: &'a AttachOptions,
-    at: &'a Path,
+    lost: Arc<Lost>,
+    server: Server,
+}
+
+impl Shown {
+    /// Serves it on a connection that [`connect`] has mounted.
+    ///
+    /// # Errors
+    /// Where no threads can be had.
+    pub fn on(connection: Device, device: Arc<dyn BlockDevice>, read_only: bool) -> Result<Shown> {
+        let volume = DeviceVolume::new(device.clone(), read_only);
+        let lost = volume.lost();
+        let tree = Arc::new(Tree::new());
+        let name = LOOP_NAME.to_owned();
+        let options = Options { name, caching: Caching::None, threads: THREADS };
+        let server = tree
+            .add(FILE, Arc::new(volume))
+            .and_then(|()| Server::on(connection, tree, &options))
+            .map_err(|e| Error::io("cannot serve the disk over FUSE", e))?;
+        Ok(Shown { device, read_only, lost, server })
+    }
+
+    /// Waits until nobody has it open, and makes everything durable.
+    ///
+    /// # Errors
+    /// Where something was lost.
+    pub fn wait(self) -> Result<()> {
+        let Shown { device, read_only, lost, server } = self;
+        server.join().map_err(|e| Error::io("the FUSE server failed", e))?;
+        if !read_only {
+            device.flush()?;
+        }
+        lost.check()
+    }
+
+    /// The same, for at most `limit`; gives it back where that passed.
+    fn wait_within(self, limit: Duration) -> std::result::Result<Result<()>, Shown> {
+        let Shown { device, read_only, lost, server } = self;
+        match server.join_within(limit) {
+            Ok(Err(e)) => Ok(Err(Error::io("the FUSE server failed", e))),
+            Ok(Ok(())) if read_only => Ok(lost.check()),
+            Ok(Ok(())) => Ok(device.flush().and_then(|()| lost.check())),
+            Err(server) => Err(Shown { device, read_only, lost, server }),
+        }
+    }
+}
+
+/// What stands between the FUSE mount and the directory.
+pub struct Stack<'a> {
+    /// Where in the disk.
+    pub found: &'a Found,
+    /// Refuses every change.
+    pub read_only: bool,
+    /// How it is mounted.
+    pub options: &'a AttachOptions,
+    /// The directory.
+    pub at: &'a Path,
+}
+
+/// Mounts what is shown below the root of a mount that stands nowhere, by a loop device, whose number this
+/// is.
+///
+/// # Errors
+/// Where the kernel refuses: then nothing of it is left, once it is served no longer.
+pub fn stand(root: OwnedFd, stack: Stack<'_>) -> Result<u32> {
+    let mounted = stack.options.place.run(&[root.as_fd()], || stack.mount(&root));
+    mounted.map_err(|e| Error::io("cannot go where it is to be mounted", e)).flatten()
 }
 
 impl Stack<'_> {
     /// Puts a loop device on the file and mounts it; returns the loop device's number. Every
-    /// step waits for our own server, so this runs [apart](Apart).
+    /// step waits for the disk's server, so this runs [apart](Apart).
     fn mount(&self, root: &OwnedFd) -> Result<u32> {
         let access = if self.read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
         let file = openat(root, FILE, access | OFlag::O_CLOEXEC, Mode::empty())
@@ -176,10 +240,7 @@ impl Attached {
 
     /// Waits until somebody else has unmounted the file system, and makes everything durable.
     pub fn wait(mut self) -> Result<()> {
-        match self.server.take() {
-            Some(server) => self.finish(server.join()),
-            None => Ok(()),
-        }
+        self.shown.take().map_or(Ok(()), Shown::wait)
     }
 
     /// Unmounts, and returns when everything is durable and no thread serves the disk any more.
@@ -188,36 +249,25 @@ impl Attached {
     /// unmounted lazily: what is still in use goes when its last user does.
     pub fn detach(mut self) -> Result<()> {
         unmount(&self.place, &self.at)?;
-        let Some(server) = self.server.take() else { return Ok(()) };
-        match server.join_within(RELEASE) {
-            Ok(ended) => self.finish(ended),
-            Err(server) => {
-                // Another namespace holds a copy of the mount; it was synced, and the threads
-                // serve it on.
-                drop(server);
-                Err(still_mounted(&self.at, &self.loop_device()))
-            }
-        }
-    }
-
-    fn finish(&self, ended: std::io::Result<()>) -> Result<()> {
-        ended.map_err(|e| Error::io("the FUSE server failed", e))?;
-        if !self.read_only {
-            self.device.flush()?;
-        }
-        self.lost.check()
+        let Some(shown) = self.shown.take() else { return Ok(()) };
+        // Where it is not let go, another namespace holds a copy of the mount; it was synced, and the
+        // threads serve it on.
+        let ended = shown.wait_within(RELEASE);
+        ended.unwrap_or_else(|_| Err(still_mounted(&self.at, &self.loop_device())))
     }
 }
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        let Some(server) = self.server.take() else { return };
-        let at = &self.at;
-        let _ = self.place.run(&[], || umount2(at, MntFlags::MNT_DETACH));
-        if let Ok(ended) = server.join_within(RELEASE_ON_DROP) {
-            let _ = self.finish(ended);
-        }
+        let Some(shown) = self.shown.take() else { return };
+        detach(&self.place, &self.at);
+        let _ = shown.wait_within(RELEASE_ON_DROP);
     }
+}
+
+/// Takes away what is mounted at a directory there, as soon as nobody uses it.
+pub fn detach(place: &Apart, at: &Path) {
+    let _ = place.run(&[], || umount2(at, MntFlags::MNT_DETACH));
 }
 
 /// Writes out and unmounts the file system at `at` in this namespace, of whatever kind; returns when
@@ -256,7 +306,8 @@ fn in_use(at: &Path) -> Error {
     Error::new(ErrorKind::InUse, text).at_path(at)
 }
 
-fn still_mounted(at: &Path, device: &str) -> Error {
+/// Why a mount on a device is not let go of by those who serve it, though it is unmounted at a directory.
+pub fn still_mounted(at: &Path, device: &str) -> Error {
     let text = match busy::namespaces(device) {
         holders if holders.is_empty() => "unmounted here, but the kernel still uses it".into(),
         holders => format!(

@@ -1,111 +1,152 @@
 //! The jail around a command: files are read wherever names lead, as QEMU follows them, and written where
-//! the command line says. There is nothing to say about it, as QEMU says nothing.
+//! its command line says, as the command has read it. There is nothing to say about it, as QEMU says nothing.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use vdisk::jail::Mode;
 use vdisk::storage::device::is_device;
-use vdisk::storage::name::directory;
 
+use super::images::open;
+use super::names::name::{Below, Protocol, Source};
 use crate::cli::open::rest::Rest;
 
-/// Commands that write nothing.
-const LOOKS: &[&str] = &["info", "map", "compare", "measure"];
-/// Options that a word of their own follows, which is no file that is made.
-const VALUES: &str = "fFOoBblStTmr";
-/// How the command line names a server, in any of its ways: who asks one makes connections.
-const SERVERS: &[&str] = &["nbd:", "nbd+", "nbds", "=nbd", "\"nbd"];
-
-/// Closes the jail for `command`, whose command line goes on with `words`.
-pub fn close(command: &str, words: &[String]) {
-    if words.iter().any(|word| SERVERS.iter().any(|server| word.contains(server)))
-        || super::images::open::trusts_names()
-    {
-        return;
-    }
-    let mut rest = Rest::new().read(Path::new("/"));
-    let made = made(command, words);
-    for path in made.iter().flat_map(|word| pieces(word)) {
-        rest = if is_device(&path) { rest.disk(&path) } else { rest.made(&path) };
-    }
-    for path in if LOOKS.contains(&command) { Vec::new() } else { named(words) } {
-        rest = match command {
-            "commit" => rest.chain(&path),
-            _ if made.is_some() => rest.base(&path),
-            _ => rest.disk(&path),
-        };
-    }
-    let _ = rest.close_as(Mode::Best);
+/// What a command opens. It closes the jail before it opens the first.
+pub struct Opens {
+    rest: Rest,
+    /// Whether servers are asked: who does that makes connections, and is in no jail.
+    asks: bool,
 }
 
-/// The word that names the file that a command makes.
-fn made<'w>(command: &str, words: &'w [String]) -> Option<&'w str> {
-    let mut names = Vec::new();
-    let mut is_value = false;
-    for word in words {
-        let is_option = word.starts_with('-') && word.len() > 1;
-        if !is_option && !is_value {
-            names.push(word.as_str());
+impl Opens {
+    /// Nothing that is written.
+    pub fn new() -> Opens {
+        Opens { rest: Rest::new().read(Path::new("/")), asks: open::trusts_names() }
+    }
+
+    /// An image that is only read.
+    pub fn read(mut self, source: &Source) -> Opens {
+        self.asks |= asks(source);
+        self
+    }
+
+    /// An image that is changed, and what it stands on is told.
+    pub fn changed(self, source: &Source) -> Opens {
+        let own = own_files(source);
+        let opens = self.read(source);
+        Opens { rest: own.into_iter().fold(opens.rest, Rest::disk), ..opens }
+    }
+
+    /// An image that is changed with all that it stands on.
+    pub fn changed_with_bases(self, source: &Source) -> Opens {
+        let own = own_files(source);
+        let opens = self.read(source);
+        let opens = Opens { rest: own.into_iter().fold(opens.rest, Rest::chain), ..opens };
+        match &source.below {
+            Below::Given(below) => opens.changed_with_bases(below),
+            _ => opens,
         }
-        is_value = is_option && word.len() == 2 && word.ends_with(|c| VALUES.contains(c));
     }
-    match command {
-        "create" => names.first().copied(),
-        "convert" => names.last().copied(),
-        "dd" => words.iter().find_map(|word| word.strip_prefix("of=")),
-        _ => None,
+
+    /// A file that is made, whatever stood there.
+    pub fn made(mut self, at: &Protocol) -> Opens {
+        self.asks |= is_served(at);
+        let make = |rest: Rest, path: &Path| match is_device(path) {
+            true => rest.disk(path),
+            false => rest.made(path),
+        };
+        Opens { rest: files(at).into_iter().fold(self.rest, make), ..self }
+    }
+
+    /// What an image is to stand on, by its full name: it is told so.
+    pub fn told(self, full: &str) -> Opens {
+        // Who cannot read the name opens nothing by it.
+        let Ok(source) = Source::named(full, None) else { return self };
+        let own = own_files(&source);
+        let opens = self.read(&source);
+        Opens { rest: own.into_iter().fold(opens.rest, Rest::base), ..opens }
+    }
+
+    /// Closes the jail.
+    pub fn close(self) {
+        if !self.asks {
+            let _ = self.rest.close_as(Mode::Best);
+        }
     }
 }
 
-/// The files that are named. Some names are meant from where another file is.
-fn named(words: &[String]) -> Vec<PathBuf> {
-    let names: Vec<PathBuf> = words.iter().flat_map(|word| pieces(word)).collect();
-    let mut from: Vec<&Path> = names.iter().map(|name| directory(name)).collect();
-    from.sort();
-    from.dedup();
-    let here = names.iter().cloned();
-    let there = from.iter().flat_map(|dir| names.iter().map(|name| dir.join(name)));
-    let mut found: Vec<PathBuf> =
-        here.chain(there).filter(|path| path.is_file() || is_device(path)).collect();
-    found.sort();
-    found.dedup();
-    found
+/// The files that an image itself is in.
+fn own_files(source: &Source) -> Vec<&Path> {
+    [Some(&source.protocol), source.data_file.as_ref()]
+        .into_iter()
+        .flatten()
+        .flat_map(files)
+        .collect()
 }
 
-/// What of a word can be a name: a word stands for itself, behind a protocol or a key, or in a list of such.
-fn pieces(word: &str) -> Vec<PathBuf> {
-    let parts = word.split([',', '=', '"']).chain([word]);
-    let parts = parts.flat_map(|part| [Some(part), part.strip_prefix("file:")]);
-    let parts = parts.flatten().filter(|part| !part.is_empty() && !part.starts_with('-'));
-    let mut paths: Vec<PathBuf> = parts.map(PathBuf::from).collect();
-    paths.sort();
-    paths.dedup();
-    paths
+fn files(protocol: &Protocol) -> Vec<&Path> {
+    match protocol {
+        Protocol::File(path) => vec![path],
+        Protocol::Faulty { image, .. } => files(image),
+        Protocol::Part { of, .. } => files(of),
+        Protocol::Quorum(parts) => parts.iter().flat_map(files).collect(),
+        Protocol::Null(_) | Protocol::Nbd(_) => Vec::new(),
+    }
+}
+
+fn asks(source: &Source) -> bool {
+    let below = match &source.below {
+        Below::Given(below) => asks(below),
+        _ => false,
+    };
+    below || is_served(&source.protocol) || source.data_file.as_ref().is_some_and(is_served)
+}
+
+fn is_served(protocol: &Protocol) -> bool {
+    match protocol {
+        Protocol::Nbd(_) => true,
+        Protocol::Faulty { image, .. } => is_served(image),
+        Protocol::Part { of, .. } => is_served(of),
+        Protocol::Quorum(parts) => parts.iter().any(is_served),
+        Protocol::File(_) | Protocol::Null(_) => false,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_file_that_is_made_is_found_among_the_words() {
-        let made = |line: &str| {
-            let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-            made(&words[0], &words[1..]).map(str::to_owned)
-        };
-        assert_eq!(made("create -q -f qcow2 new 8M").unwrap(), "new");
-        assert_eq!(made("create -b base -F raw -f qcow2 new").unwrap(), "new");
-        assert_eq!(made("convert a b -O qcow2 -p").unwrap(), "b");
-        assert_eq!(made("convert -O raw a dir/b").unwrap(), "dir/b");
-        assert_eq!(made("dd if=a of=b bs=1M").unwrap(), "b");
-        assert_eq!(made("resize a 8M"), None);
+    fn source(text: &str) -> Source {
+        Source::parse(text, None, !text.starts_with("json:") && text.contains('=')).unwrap()
     }
 
     #[test]
-    fn names_stand_also_in_lists() {
-        let has = |word: &str, path: &str| pieces(word).contains(&PathBuf::from(path));
-        assert!(has("driver=qcow2,file.filename=/a/b", "/a/b"));
-        assert!(has(r#"json:{"driver":"raw","file":{"filename":"/a"}}"#, "/a"));
-        assert!(has("file:c", "c") && has("a=b", "a=b"));
+    fn the_files_of_an_image_are_found_however_it_is_named() {
+        let has = |text: &str, paths: &[&str]| {
+            let wanted: Vec<&Path> = paths.iter().map(Path::new).collect();
+            assert_eq!(own_files(&source(text)), wanted, "{text}");
+        };
+        has("file:a=b", &["a=b"]);
+        has(
+            "driver=qcow2,file.filename=/a,data-file.driver=file,data-file.filename=/b",
+            &["/a", "/b"],
+        );
+        has(
+            r#"json:{"driver":"qcow2","file":{"driver":"blkdebug","image":{"filename":"c"}}}"#,
+            &["c"],
+        );
+        has("null-co://", &[]);
+    }
+
+    #[test]
+    fn who_asks_a_server_is_found_wherever_it_is_named() {
+        for text in [
+            "nbd:localhost:1",
+            "driver=raw,file.driver=nbd,file.host=h,file.port=1",
+            r#"json:{"driver":"qcow2","file":{"filename":"a"},"backing":{"driver":"raw","file":{"driver":"nbd","host":"h","port":"1"}}}"#,
+        ] {
+            assert!(asks(&source(text)), "{text}");
+        }
+        // A file that is only called so.
+        assert!(!asks(&source("./nbd:a")) && !asks(&source("a=nbd")));
     }
 }

@@ -107,7 +107,6 @@ fn dispatch(args: &[String]) -> Outcome {
                     print!("{}", help());
                     return Ok(0);
                 }
-                jail::close(name, rest);
                 return run(rest);
             }
         }

@@ -13,7 +13,7 @@ use crate::twin::json;
 const MIB: u64 = 1 << 20;
 
 /// What begins as a bzImage does, told apart by its last byte.
-fn kernel(tag: u8) -> Vec<u8> {
+pub fn kernel(tag: u8) -> Vec<u8> {
     let mut bytes = vec![0; 0x1000];
     bytes[0x202..0x206].copy_from_slice(b"HdrS");
     bytes.push(tag);

@@ -75,11 +75,27 @@ pub fn running(words: &[&str]) -> Vec<u32> {
     processes().into_iter().filter(fits).collect()
 }
 
+/// The processes that a container's host process has started, and that live: the keeper, and the one that
+/// serves the root, a copy of the host process.
+pub fn keeper_and_server(host: u32) -> (u32, u32) {
+    let of_host = |pid: &u32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.contains(&format!("\nPPid:\t{host}\n"))
+    };
+    let line = |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let children: Vec<u32> = processes().into_iter().filter(of_host).collect();
+    let (copies, others): (Vec<u32>, Vec<u32>) =
+        children.iter().partition(|pid| line(**pid) == line(host));
+    assert!(copies.len() == 1 && others.len() == 1, "{children:?}");
+    (others[0], copies[0])
+}
+
 /// A container under way, and all that the host could keep of it.
 struct Container {
     vdisk: Running,
     program: u32,
     keeper: u32,
+    server: u32,
     loop_device: String,
 }
 
@@ -96,11 +112,7 @@ impl Container {
             program = running(&["sleep", seconds]).first().copied();
             program.is_some()
         });
-        let of_vdisk = |pid: &u32| {
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            status.contains(&format!("\nPPid:\t{}\n", vdisk.pid()))
-        };
-        let keeper = processes().into_iter().find(of_vdisk).expect("a keeper");
+        let (keeper, server) = keeper_and_server(vdisk.pid());
         let mounts = fs::read_to_string(format!("/proc/{keeper}/mountinfo")).unwrap();
         // The host has mounts of its own on such devices.
         let hosts = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -108,14 +120,22 @@ impl Container {
         let own = |device: &&str| !hosts.split_whitespace().any(|word| word == *device);
         let device =
             devices.into_iter().find(own).expect("a loop device").trim_start_matches("/dev/");
-        Container { program: program.unwrap(), keeper, loop_device: device.to_owned(), vdisk }
+        Container {
+            program: program.unwrap(),
+            keeper,
+            server,
+            loop_device: device.to_owned(),
+            vdisk,
+        }
     }
 
     /// Waits for the end of `vdisk` and requires that nothing is left.
     fn ends_clean(self) -> Done {
         let pid = self.vdisk.pid();
         let done = self.vdisk.wait();
-        for (what, process) in [("program", self.program), ("keeper", self.keeper)] {
+        for (what, process) in
+            [("program", self.program), ("keeper", self.keeper), ("server", self.server)]
+        {
             let directory = PathBuf::from(format!("/proc/{process}"));
             eventually(&format!("the {what} ends"), || !directory.exists());
         }

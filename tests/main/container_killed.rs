@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::container::{able, find_dirs, running, work};
+use crate::container::{able, find_dirs, keeper_and_server, running, work};
 use crate::dice::Dice;
 use crate::host::{PATIENCE, Running, Work};
 use crate::require::{Need, have};
@@ -102,6 +102,7 @@ fn strike(pid: u32) {
 struct Victim {
     vdisk: Running,
     keeper: u32,
+    server: u32,
     loops: Vec<String>,
     /// The numbers of its FUSE connections.
     connections: Vec<String>,
@@ -121,9 +122,7 @@ impl Victim {
             assert!(Instant::now() < deadline, "{kind:?} does not start");
             thread::sleep(Duration::from_millis(10));
         }
-        let below = tree(vdisk.pid());
-        let keeper = below.iter().find(|pid| stat(**pid).is_some_and(|s| s.0 == vdisk.pid()));
-        let keeper = *keeper.expect("a keeper");
+        let (keeper, server) = keeper_and_server(vdisk.pid());
         let (mut loops, mut connections) = (Vec::new(), Vec::new());
         let mounts = fs::read_to_string(format!("/proc/{keeper}/mountinfo")).unwrap();
         for line in mounts.lines().filter(|line| line.contains("/container/root ")) {
@@ -136,7 +135,7 @@ impl Victim {
             }
         }
         assert!(!connections.is_empty(), "{mounts}");
-        Victim { vdisk, keeper, loops, connections }
+        Victim { vdisk, keeper, server, loops, connections }
     }
 
     /// Waits until nothing of it is left, and fails where that does not come about.
@@ -218,7 +217,7 @@ fn upper(work: &Work, kind: Kind) {
 
 /// Kills those whom `choose` picks of the host process, the keeper and all that are below, a random
 /// time after they have begun to write.
-fn killed(name: &str, choose: impl Fn(&mut Dice, [u32; 2], Vec<u32>) -> Vec<u32>) {
+fn killed(name: &str, choose: impl Fn(&mut Dice, &Victim, Vec<u32>) -> Vec<u32>) {
     let Some(work) = ready() else { return };
     let seed = seed();
     for round in 0..rounds() {
@@ -230,7 +229,7 @@ fn killed(name: &str, choose: impl Fn(&mut Dice, [u32; 2], Vec<u32>) -> Vec<u32>
             let victim = Victim::start(&work, kind, &mark);
             thread::sleep(Duration::from_millis(dice.below(800)));
             let all = tree(victim.vdisk.pid());
-            let chosen = choose(&mut dice, [victim.vdisk.pid(), victim.keeper], all.clone());
+            let chosen = choose(&mut dice, &victim, all.clone());
             // At once, or so soon after each other that one is about to end when the next is hit.
             let pause = Duration::from_micros(*dice.pick(&[0, 0, 500, 5_000, 30_000]));
             for pid in &chosen {
@@ -246,13 +245,24 @@ fn killed(name: &str, choose: impl Fn(&mut Dice, [u32; 2], Vec<u32>) -> Vec<u32>
 }
 
 #[test]
-fn a_container_whose_server_and_keeper_are_killed_at_once_leaves_nothing_that_waits() {
-    killed(
-        "both",
-        |dice, [host, keeper], _| {
-            if dice.one_in(2) { vec![host, keeper] } else { vec![keeper, host] }
-        },
-    );
+fn a_container_whose_host_process_and_keeper_are_killed_at_once_leaves_nothing_that_waits() {
+    killed("both", |dice, victim, _| {
+        let (host, keeper) = (victim.vdisk.pid(), victim.keeper);
+        if dice.one_in(2) { vec![host, keeper] } else { vec![keeper, host] }
+    });
+}
+
+#[test]
+fn a_container_whose_server_is_killed_alone_or_with_another_leaves_nothing_that_waits() {
+    killed("server", |dice, victim, _| {
+        let mut chosen = vec![victim.server];
+        let other = *dice.pick(&[0, victim.vdisk.pid(), victim.keeper]);
+        chosen.extend((other != 0).then_some(other));
+        if dice.one_in(2) {
+            chosen.reverse();
+        }
+        chosen
+    });
 }
 
 #[test]
@@ -266,7 +276,7 @@ fn a_container_all_of_whose_processes_are_killed_leaves_nothing_that_waits() {
 }
 
 #[test]
-fn a_container_whose_server_is_killed_as_it_unmounts_leaves_nothing_that_waits() {
+fn a_container_whose_host_process_is_killed_as_it_unmounts_leaves_nothing_that_waits() {
     let Some(work) = ready() else { return };
     let seed = seed();
     for round in 0..rounds() {
@@ -289,7 +299,8 @@ fn a_container_whose_server_is_killed_as_it_unmounts_leaves_nothing_that_waits()
 }
 
 #[test]
-fn a_container_whose_server_is_killed_while_a_snapshot_has_it_at_rest_leaves_nothing_that_waits() {
+fn a_container_whose_host_process_or_server_is_killed_while_a_snapshot_has_it_at_rest_leaves_nothing_that_waits()
+ {
     let Some(work) = ready() else { return };
     let seed = seed();
     let in_disk = KINDS.into_iter().filter(|kind| !kind.options.contains("overlay"));
@@ -304,7 +315,7 @@ fn a_container_whose_server_is_killed_while_a_snapshot_has_it_at_rest_leaves_not
             let words = ["snapshot", "create", "web.qcow2", &name, "--freeze"];
             let snapshot = start(&work, kind.who, words);
             thread::sleep(Duration::from_micros(dice.below(150_000)));
-            strike(victim.vdisk.pid());
+            strike(*dice.pick(&[victim.vdisk.pid(), victim.server]));
             // Taken or not.
             let done = snapshot.wait();
             assert!(!done.err().contains("panicked"), "{}", done.err());

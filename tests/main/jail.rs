@@ -10,14 +10,16 @@ use nix::libc;
 use nix::sys::signal::Signal;
 
 use crate::boot::{Booted, can_boot};
+use crate::boot_kernel::kernel;
 use crate::host::{VDISK, Work};
-use crate::mount::{is_left_alone, is_mounted, server, soon};
+use crate::images::{layout, same_files};
+use crate::mount::soon;
 use crate::puppet::{Ending, Puppet, Word, threads};
+use crate::registry_server::Server;
 use crate::require::{Need, have};
 use crate::serve::Served;
-use crate::someone::{Ids, USER, Who, give, start_program};
 
-const SIZE: usize = 8 << 20;
+pub const SIZE: usize = 8 << 20;
 
 /// What an attacker is after: a file of the user's, the base of the disk, and a place for a program of his.
 pub struct Prey {
@@ -98,12 +100,12 @@ pub fn let_through(
 }
 
 /// Requires that all threads of a process are jailed, among them such.
-fn assert_jailed(process: u32, kinds: &[&str], prey: &Prey) {
+pub fn assert_jailed(process: u32, kinds: &[&str], prey: &Prey) {
     assert_jailed_as(process, kinds, prey, &[]);
 }
 
 /// The same, where it is suffered to do some things.
-fn assert_jailed_as(process: u32, kinds: &[&str], prey: &Prey, suffered: &[&str]) {
+pub fn assert_jailed_as(process: u32, kinds: &[&str], prey: &Prey, suffered: &[&str]) {
     // A thread has its name a moment after its start.
     let is_there = |kind: &&str| threads(process).iter().any(|(name, _)| name == kind);
     for kind in kinds {
@@ -129,7 +131,7 @@ pub fn assert_bounded(process: u32) {
 }
 
 /// Requires that threads of these kinds cannot open even what the process can.
-fn assert_narrow(process: u32, kinds: &[&str], open: &Path) {
+pub fn assert_narrow(process: u32, kinds: &[&str], open: &Path) {
     let of_kind = |name: &str| kinds.contains(&name);
     let narrow = threads(process).into_iter().filter(|(name, _)| of_kind(name));
     for (name, thread) in narrow {
@@ -149,7 +151,7 @@ fn filters(process: u32, thread: i32) -> u32 {
 }
 
 /// What a thread may open, it opens: the same calls are let through where there is reason to.
-fn opens(process: u32, path: &Path, flags: i32) -> bool {
+pub fn opens(process: u32, path: &Path, flags: i32) -> bool {
     let puppet = Puppet::stop(process, i32::try_from(process).unwrap());
     let here = Word::Is(i64::from(libc::AT_FDCWD));
     puppet.call(libc::SYS_openat, &[here, Word::Path(path), Word::Is(flags.into())]) >= 0
@@ -266,6 +268,7 @@ fn commands_that_change_disks_at_rest_are_jailed_when_they_do() {
     work.vdisk("clone bases/base.raw disks/other.qcow2").succeeds();
     work.run("mke2fs", ["-q", "-t", "ext4", "disks/files.raw", "16M"]).succeeds();
     work.put("in", "some bytes");
+    work.put("kernel", kernel(1));
     work.vdisk("cp in disks/files.raw:/in").succeeds();
     fs::create_dir(work.path("upper")).unwrap();
     work.vdisk("clone disks/files.raw disks/files.qcow2").succeeds();
@@ -293,6 +296,11 @@ fn commands_that_change_disks_at_rest_are_jailed_when_they_do() {
         "export disks/files.qcow2 oci:out/layout:some",
         "export disks/files.qcow2 out/files.tar",
         "rm disks/clone.qcow2 --yes",
+        "create disks/made.qcow2 8M --data-file made.data",
+        "create disks/made.raw 8M --format raw",
+        "kernel add some kernel --store out/store",
+        "kernel list --store out/store",
+        "kernel rm some --store out/store",
     ] {
         let words: Vec<_> = words.split(' ').chain(["--jail", "require"]).collect();
         let through = through_at_the_end(&work, &prey, &words);
@@ -304,6 +312,37 @@ fn commands_that_change_disks_at_rest_are_jailed_when_they_do() {
     // Who stands on whom is looked for everywhere, and nothing is written.
     let through = through_at_the_end(&work, &prey, &["tree", "disks", "--jail", "require"]);
     assert!(matches!(through[..], [("read a file", 0..)]), "{through:?}");
+}
+
+#[test]
+fn commands_that_speak_with_registries_are_jailed_when_they_do() {
+    if !have(Need::Registry) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    layout(&work);
+    let server = Server::open(&work);
+    let host = &server.host;
+    work.vdisk("import oci:lay:b app --store s").succeeds();
+    work.vdisk("clone app disks/app.qcow2 --store s").succeeds();
+    // What is sent as a disk is made ready in the directory for temporary files, in which this test is.
+    let plain = "--tls-verify=false";
+    work.vdisk(&format!("push disks/clone.qcow2 {host}/a/disk --as disk {plain}")).succeeds();
+    for (words, suffered) in [
+        // What they have to do, and nothing else: it opens a way out, and none on this host.
+        (format!("push disks/app.qcow2 {host}/some/app --store s"), &["a socket to the world"][..]),
+        // What came is unpacked when nobody is spoken with any more.
+        (format!("pull {host}/some/app --store t"), &[]),
+        (format!("pull {host}/a/disk --to out"), &["a socket to the world"]),
+    ] {
+        let words: Vec<_> = words.split(' ').chain([plain, "--jail", "require"]).collect();
+        let through = through_at_the_end(&work, &prey, &words);
+        let names: Vec<_> = through.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, suffered, "{words:?}: {through:?}");
+    }
+    work.vdisk("compare disks/clone.qcow2 out/clone.qcow2").succeeds();
+    work.vdisk(&format!("clone {host}/some/app e.qcow2 --store t")).succeeds();
+    same_files(&work, "e.qcow2", "lay:b");
 }
 
 /// What is not refused at the end of a command that is in a jail and does what it is to do.
@@ -355,6 +394,12 @@ fn commands_of_the_drop_in_are_jailed_and_say_nothing_of_it() {
         "convert -O raw --image-opts driver=qcow2,file.filename=disks/delta.qcow2 out/flat.raw",
         "dd if=disks/delta.qcow2 of=out/dd.raw",
         "create -q -f qcow2 -b ../disks/plain.qcow2 -F qcow2 out/more.qcow2",
+        // Which word is a file, only who reads the options knows.
+        "create -qf qcow2 out/clustered.qcow2 8M",
+        "create -q -f qcow2 -o data_file=sockets/a.data out/apart.qcow2 8M",
+        "convert -UO qcow2 -odata_file=sockets/b.data disks/delta.qcow2 out/copied.qcow2",
+        "convert -nO qcow2 disks/plain.qcow2 out/flat.qcow2",
+        "dd -nO qcow2 if=disks/plain.qcow2 of=out/flat.qcow2",
         "snapshot -c one disks/delta.qcow2",
         "amend -f qcow2 -o lazy_refcounts=on disks/delta.qcow2",
         "bitmap --add disks/delta.qcow2 marks",
@@ -398,122 +443,6 @@ fn a_command_says_what_it_wants_of_a_jail() {
 }
 
 #[test]
-fn the_server_of_a_disk_as_a_file_is_jailed_and_unmounts_when_it_is_asked() {
-    if !have(Need::Fuse) || !have(Need::Landlock) {
-        return;
-    }
-    let (work, prey) = scene();
-    fs::create_dir(work.path("at")).unwrap();
-    work.vdisk("mount --raw disks/clone.qcow2 at --jail require").succeeds();
-    let server = server(&work.path("at")).unwrap();
-    let process = u32::try_from(server.as_raw()).unwrap();
-    assert_jailed(process, &["vdisk", "fuse", "ending", "control"], &prey);
-    work.vdisk("snapshot create disks/clone.qcow2 one").succeeds();
-    assert_eq!(fs::read(work.path("at/snapshots/one.raw")).unwrap(), vec![0x11; SIZE]);
-    if nix::unistd::geteuid().is_root() {
-        nix::sys::signal::kill(server, Signal::SIGTERM).unwrap();
-    } else {
-        work.vdisk("umount at").succeeds();
-    }
-    is_left_alone(&work.path("at"));
-    assert!(!is_mounted(&work.path("at")));
-}
-
-#[test]
-fn the_server_of_an_ordinary_users_mount_is_jailed_and_serves_on() {
-    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
-        return;
-    }
-    let (elsewhere, prey) = scene();
-    fs::set_permissions(elsewhere.dir(), fs::Permissions::from_mode(0o755)).unwrap();
-    let work = Work::new();
-    work.run("mke2fs", ["-q", "-t", "ext4", "-E", "root_owner=54321:54321", "raw", "16M"])
-        .succeeds();
-    work.vdisk("convert raw disk.q").succeeds();
-    fs::create_dir(work.path("at")).unwrap();
-    give(&work);
-    std::os::unix::fs::chown(work.path("at"), Some(USER), Some(USER)).unwrap();
-    let script = "./vdisk mount disk.q at --jail require && touch up && read go && \
-                  echo hello > at/file && chmod 4755 at/file && ./vdisk snapshot create disk.q one && \
-                  ./vdisk umount at && ./vdisk cat disk.q:file --snapshot one";
-    let mut running = start_program(&work, Who::Someone(Ids::One), "", ["sh", "-c", script]);
-    soon("a mount", || work.path("up").exists());
-    let process = u32::try_from(server(&work.path("at")).unwrap().as_raw()).unwrap();
-    let kinds = ["vdisk", "fuse", "fuse-worker", "ending", "control"];
-    assert_jailed(process, &kinds, &prey);
-    running.type_in(b"go\n");
-    assert_eq!(running.wait().succeeds().out(), "hello\n");
-}
-
-/// Requires that all threads of a mount's server are jailed, among them such, but for one thing that they
-/// are suffered to do.
-fn assert_jailed_but(at: &Path, kinds: &[&str], prey: &Prey, but: &str) {
-    let process = u32::try_from(server(at).unwrap().as_raw()).unwrap();
-    assert_jailed_as(process, kinds, prey, &[but]);
-}
-
-#[test]
-fn the_server_of_a_superusers_mount_in_user_space_is_jailed_and_knows_its_users() {
-    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
-        return;
-    }
-    let (work, prey) = scene();
-    work.run("mke2fs", ["-q", "-t", "ext4", "disks/files.raw", "16M"]).succeeds();
-    fs::create_dir(work.path("at")).unwrap();
-    work.vdisk("mount disks/files.raw at --user-space --jail require").succeeds();
-    let at = work.path("at");
-    let process = u32::try_from(server(&at).unwrap().as_raw()).unwrap();
-    assert_jailed(process, &["vdisk", "fuse", "ending", "control"], &prey);
-    keeps_what_an_administrator_may_keep(&work);
-    work.vdisk("umount at").succeeds();
-    is_left_alone(&at);
-}
-
-/// A superuser writes to a program that runs as its owner, and it goes on being one; his attributes are his.
-fn keeps_what_an_administrator_may_keep(work: &Work) {
-    work.put("at/program", "one");
-    fs::set_permissions(work.path("at/program"), fs::Permissions::from_mode(0o4755)).unwrap();
-    work.run("sh", ["-c", "echo two >> at/program"]).succeeds();
-    let mode = fs::metadata(work.path("at/program")).unwrap().permissions().mode();
-    assert_eq!(mode & 0o7777, 0o4755);
-    work.run("setfattr", ["-n", "trusted.mine", "-v", "1", "at/program"]).succeeds();
-    let listed = work.run("getfattr", ["-m", "-", "at/program"]).succeeds();
-    assert!(listed.out().contains("trusted.mine"), "{}", listed.out());
-}
-
-#[test]
-fn the_server_of_an_overlay_is_jailed_and_goes_on_with_all_kinds_of_files() {
-    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
-        return;
-    }
-    let (work, prey) = scene();
-    for dir in ["lower", "lower/deep", "upper", "at"] {
-        fs::create_dir(work.path(dir)).unwrap();
-    }
-    work.put("lower/deep/file", "lower");
-    work.run("mke2fs", ["-q", "-t", "ext4", "-d", "lower", "disks/files.raw", "32M"]).succeeds();
-    let at = work.path("at");
-    for lower in ["disks/files.raw", "lower"] {
-        work.vdisk(&format!("mount {lower} at --overlay upper --jail require")).succeeds();
-        // A mode that a file is given by its name is one of any file: an overlay gives files theirs.
-        assert_jailed_but(&at, &["vdisk", "ending", "control"], &prey, "lend its rights to all");
-        fs::set_permissions(&prey.secret, fs::Permissions::from_mode(0o600)).unwrap();
-        keeps_what_an_administrator_may_keep(&work);
-        let script = "cd at && ln -s program link && ln program more && mknod null c 1 3 && \
-                      mkfifo fifo && mkdir dir && mv dir other && mv program other/ && \
-                      rm link more null fifo && rm -r other && sync .";
-        work.run("sh", ["-ec", script]).succeeds();
-        work.run("sh", ["-ec", "echo up >> at/deep/file && mv at/deep at/far"]).succeeds();
-        assert_eq!(fs::read(work.path("at/far/file")).unwrap(), b"lowerup\n");
-        work.run("sh", ["-ec", "mv at/far at/deep && rm -r at/deep"]).succeeds();
-        work.vdisk("umount at").succeeds();
-        is_left_alone(&at);
-        work.run("rm", ["-r", "upper", "upper.work"]).succeeds();
-        fs::create_dir(work.path("upper")).unwrap();
-    }
-}
-
-#[test]
 fn on_a_kernel_without_landlock_a_command_goes_on_and_says_so_once_unless_it_is_told_not_to() {
     let (work, prey) = scene();
     let lacking = Some(libc::SYS_landlock_create_ruleset);
@@ -541,7 +470,7 @@ fn on_a_kernel_without_landlock_a_command_goes_on_and_says_so_once_unless_it_is_
 #[test]
 fn a_command_that_works_in_no_jail_refuses_one_that_is_required() {
     let (work, _) = scene();
-    for words in ["create more.qcow2 8M", "kernel list"] {
+    for words in ["ps", "image list --store s"] {
         work.vdisk(&format!("{words} --jail require")).fails(&["jail"]);
         work.vdisk(words).succeeds();
     }

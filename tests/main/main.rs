@@ -54,6 +54,7 @@ mod instances;
 mod instances_inside;
 mod interop;
 mod jail;
+mod jail_mounts;
 mod labels;
 mod links;
 mod live;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::container::{able, eventually, running, work};
+use crate::container::{able, eventually, keeper_and_server, running, work};
 use crate::container_killed::{lives, tree};
 use crate::host::Work;
 use crate::require::{Need, have, skipped};
@@ -278,7 +278,7 @@ fn nobody_else_reaches_the_files_of_an_ordinary_users_container() {
 #[test]
 fn whichever_process_of_a_users_container_is_killed_nothing_is_left() {
     let Some(work) = ready() else { return };
-    for (round, victim) in ["host", "keeper", "program"].into_iter().enumerate() {
+    for (round, victim) in ["host", "keeper", "program", "server"].into_iter().enumerate() {
         for (side, who) in [LENT_IDS, ONE_ID].into_iter().enumerate() {
             let seconds = format!("82{round}{side}");
             let script = format!(
@@ -295,10 +295,12 @@ fn whichever_process_of_a_users_container_is_killed_nothing_is_left() {
             };
             let keeper = parent(program);
             let host = parent(keeper);
-            let all = [host, keeper, program];
+            let (_, server) = keeper_and_server(host);
+            let all = [host, keeper, program, server];
             let pid = match victim {
                 "host" => host,
                 "keeper" => keeper,
+                "server" => server,
                 _ => program,
             };
             assert_ne!(pid, std::process::id());

@@ -14,7 +14,8 @@ use std::sync::Arc;
 
 use rustix::io::writev;
 
-use crate::kernel::device::{BackingNumber, Device};
+use crate::kernel::device::BackingNumber;
+pub use crate::kernel::device::Device;
 use wire::Reply;
 
 /// The kernel's side of a served tree, for the tree to speak to.

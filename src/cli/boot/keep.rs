@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use clap::{Args as ClapArgs, Subcommand};
 use serde_json::json;
 use vdisk::Result;
-use vdisk::kernel::kept::{Keep, Kept, New};
+use vdisk::kernel::kept::{Keep, Kept, New, PROGRAMS};
 use vdisk::oci::store::Store;
 
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::output;
 
 /// Keep kernels for disks that have none, such as images of containers
@@ -81,12 +82,30 @@ pub fn run(args: &Args) -> Result<u8> {
     match &args.verb {
         Verb::Add { name, kernel, initrd, modules, which } => {
             let (initrd, modules) = (initrd.as_deref(), modules.as_deref());
+            let read = [Some(kernel.as_path()), initrd, modules];
+            enclose(which, &read.into_iter().flatten().collect::<Vec<_>>())?;
             which.keep()?.add(&New { name, kernel, initrd, modules })?;
         }
-        Verb::List { which, json } => list(&which.keep()?.list()?, *json)?,
-        Verb::Rm { name, which } => which.keep()?.remove(name)?,
+        Verb::List { which, json } => {
+            let keep = which.keep()?;
+            Rest::new().read(keep.place()).close()?;
+            list(&keep.list()?, *json)?;
+        }
+        Verb::Rm { name, which } => {
+            enclose(which, &[])?;
+            which.keep()?.remove(name)?;
+        }
     }
     Ok(0)
+}
+
+/// Closes the jail around what is kept: it reads these, and changes the place where kernels are.
+fn enclose(which: &Which, read: &[&Path]) -> Result<()> {
+    let keep = which.keep()?;
+    keep.make()?;
+    let rest = Rest::new().made(&keep.place().join("kernel"));
+    let programs = PROGRAMS.map(Path::new);
+    read.iter().chain(&programs).fold(rest, |rest, path| rest.read(path)).close()
 }
 
 fn list(kept: &[Kept], json: bool) -> Result<()> {

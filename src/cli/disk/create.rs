@@ -7,12 +7,14 @@ use clap::{Args as ClapArgs, ValueEnum};
 use vdisk::addr::Unit;
 use vdisk::image::Label;
 use vdisk::luks;
-use vdisk::open;
+use vdisk::open::{self, resolve};
 use vdisk::qcow2::{Compression, CreateOptions, Encryption, Extension, Method, Preallocation};
+use vdisk::storage::device::is_device;
 use vdisk::{Error, Result};
 
 use crate::cli::disk::device;
 use crate::cli::open::passphrase;
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::size;
 
 /// What a guest reads and writes at least.
@@ -113,6 +115,7 @@ pub fn run(args: &Args) -> Result<u8> {
         return Err(Error::invalid("a raw disk has no data file and is not encrypted"));
     }
     if args.format == FormatArg::Raw {
+        enclose(args)?;
         match device::taken(&args.file, args.yes)? {
             Some(device) => open::create_raw_on(&device, size, preallocation)?,
             None => open::create_raw(&args.file, size, preallocation)?,
@@ -136,6 +139,7 @@ pub fn run(args: &Args) -> Result<u8> {
         extensions: vec![label],
         ..CreateOptions::new(size)
     };
+    enclose(args)?;
     if let Some(name) = &args.data_file {
         open::create_with_data(&args.file, name, args.data_file_raw, options)?;
         let inside = |part| matches!(part, Component::Normal(_) | Component::CurDir);
@@ -153,6 +157,17 @@ pub fn run(args: &Args) -> Result<u8> {
         None => open::create(&args.file, &options)?,
     }
     Ok(0)
+}
+
+/// Closes the jail around a disk that is made; what is read for it has been.
+fn enclose(args: &Args) -> Result<()> {
+    let data = args.data_file.as_deref().and_then(Path::to_str);
+    let data = data.and_then(|name| resolve(&args.file, name).ok());
+    let rest = match is_device(&args.file) {
+        true => Rest::new().disk(&args.file),
+        false => Rest::new().made(&args.file),
+    };
+    data.iter().fold(rest, |rest, data| rest.made(data)).close()
 }
 
 fn encryption(args: &Args) -> Result<Option<Encryption>> {

@@ -1,19 +1,18 @@
 //! `vdisk rm`: a disk with its snapshots, or files in a disk.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::Args as ClapArgs;
 use serde_json::json;
 use vdisk::change::{Removal, plan_remove};
-use vdisk::instance::{parse_name, place};
+use vdisk::instance::{Record, parse_name, place};
 use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::files;
 use crate::cli::files::remove::RemoveArgs;
 use crate::cli::image::Which;
 use crate::cli::instance::named::clone_named;
-use crate::cli::open::jail;
 use crate::cli::open::rest::Rest;
 use crate::cli::terminal::{ask, output, size};
 
@@ -44,54 +43,89 @@ pub struct Args {
     store: Which,
 }
 
+/// What a word of the command line means.
+enum Target<'a> {
+    InDisk(&'a OsString),
+    Disk(&'a Path),
+    Instance(Box<Instance>),
+}
+
+/// An instance, and the clone that was made for it: of one whose record a restart of the host has taken, that.
+struct Instance {
+    record: Option<Record>,
+    clone: Option<PathBuf>,
+}
+
 pub fn run(args: &Args) -> Result<u8> {
-    enclose(&args.targets)?;
-    for word in &args.targets {
-        match files::is_in_disk(word) {
-            true => files::remove(word, &args.files)?,
-            false if Path::new(word).symlink_metadata().is_ok() => disk(Path::new(word), args)?,
-            false => instance(word, args)?,
+    let targets = args.targets.iter().map(|word| Target::of(word, args));
+    let targets = targets.collect::<Result<Vec<_>>>()?;
+    enclose(&targets)?;
+    for target in targets {
+        match target {
+            Target::InDisk(word) => files::remove(word, &args.files)?,
+            Target::Disk(path) => disk(path, args)?,
+            Target::Instance(instance) => remove(*instance, args)?,
         }
     }
     Ok(0)
 }
 
-/// Closes the jail around the removal of disks, and of files in disks. What is kept of instances is elsewhere.
-fn enclose(targets: &[OsString]) -> Result<()> {
+impl Target<'_> {
+    fn of<'a>(word: &'a OsString, args: &Args) -> Result<Target<'a>> {
+        if files::is_in_disk(word) {
+            return Ok(Target::InDisk(word));
+        }
+        if Path::new(word).symlink_metadata().is_ok() {
+            return Ok(Target::Disk(Path::new(word)));
+        }
+        let record = word.to_str().and_then(|word| place::find(word).ok());
+        let clone = match (&record, word.to_str()) {
+            (Some(record), _) => record.clone.then(|| PathBuf::from(&record.disk)),
+            (None, Some(word)) if parse_name(word).is_ok() => {
+                args.store.existing()?.map(|store| clone_named(&store, word))
+            }
+            _ => None,
+        };
+        let clone = clone.filter(|clone| clone.symlink_metadata().is_ok());
+        Ok(match (&record, &clone) {
+            // Whatever is wrong with it as a disk's name is said.
+            (None, None) => Target::Disk(Path::new(word)),
+            _ => Target::Instance(Box::new(Instance { record, clone })),
+        })
+    }
+}
+
+/// Closes the jail around the removal of disks, of files in disks, and of instances with what is kept of them.
+fn enclose(targets: &[Target<'_>]) -> Result<()> {
     let mut rest = Rest::new();
-    for word in targets {
-        rest = match files::disk_of(word) {
-            Some(disk) => rest.disk(&disk),
-            None if Path::new(word).symlink_metadata().is_ok() => rest.disk(Path::new(word)),
-            None => return jail::refuse("instances are removed without"),
+    for target in targets {
+        rest = match target {
+            Target::InDisk(word) => match files::disk_of(word) {
+                Some(disk) => rest.disk(&disk),
+                None => rest,
+            },
+            Target::Disk(path) => rest.disk(path),
+            Target::Instance(instance) => {
+                let Instance { record, clone } = &**instance;
+                let kept = record.as_ref().map(place::of).transpose()?;
+                let rest = kept.iter().fold(rest, |rest, dir| rest.made(dir));
+                clone.iter().fold(rest, |rest, clone| rest.disk(clone))
+            }
         };
     }
     rest.close()
 }
 
-/// Removes an instance that has ended, and its clone: of one whose record a restart of the host has taken, that.
-fn instance(word: &OsStr, args: &Args) -> Result<()> {
-    let found = word.to_str().and_then(|word| place::find(word).ok());
-    let clone = match (&found, word.to_str()) {
-        (Some(record), _) => record.clone.then(|| PathBuf::from(&record.disk)),
-        (None, Some(word)) if parse_name(word).is_ok() => {
-            args.store.existing()?.map(|store| clone_named(&store, word))
-        }
-        _ => None,
-    };
-    let clone = clone.filter(|clone| clone.symlink_metadata().is_ok());
-    if found.is_none() && clone.is_none() {
-        // Whatever is wrong with it as a disk's name is said.
-        return disk(Path::new(word), args);
-    }
-    if let Some(record) = found.as_ref().filter(|record| record.lives()) {
+/// Removes an instance that has ended, and its clone.
+fn remove(Instance { record, clone }: Instance, args: &Args) -> Result<()> {
+    if let Some(record) = record.as_ref().filter(|record| record.lives()) {
         let text = format!("{} runs: `vdisk stop {}` ends it", record.name, record.name);
         return Err(Error::new(ErrorKind::InUse, text));
     }
     if let Some(clone) = clone {
         disk(&clone, args)?;
     }
-    match found {
+    match record {
         Some(record) if !args.dry_run => place::forget(&record),
         _ => Ok(()),
     }

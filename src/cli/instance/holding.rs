@@ -10,7 +10,7 @@ use std::time::Duration;
 use vdisk::chain::Chain;
 use vdisk::change::live::{Live, Quiesce};
 use vdisk::change::merge::Progress;
-use vdisk::control::{self, Bound, Holder, Kind, Named, Request, Server, Service};
+use vdisk::control::{self, Bound, Holder, Kind, Named, Request, Service};
 use vdisk::filesystem::ext4::mounted::Mounted;
 use vdisk::storage::{fsfreeze, loopdev};
 use vdisk::{Error, ErrorKind, Result};
@@ -22,13 +22,8 @@ const TO_FREEZE: Duration = Duration::from_secs(30);
 /// How long the kernel may believe the size of a file in our FUSE mounts.
 const BELIEF: Duration = Duration::from_millis(1200);
 
-/// Serves commands about `chain`, the disk at `path`, which is written for `kind`; nothing where its
-/// changes go elsewhere.
-pub fn serve(chain: &Arc<Chain>, path: &Path, kind: Arc<dyn Kind>) -> Result<Option<Server>> {
-    bind(chain, path, kind)?.map(Bound::serve).transpose()
-}
-
-/// The same, not served yet: no thread is started.
+/// Makes the socket for commands about `chain`, the disk at `path`, which is written for `kind`; nothing
+/// where its changes go elsewhere. It is not served yet: no thread is started.
 pub fn bind(chain: &Arc<Chain>, path: &Path, kind: Arc<dyn Kind>) -> Result<Option<Bound>> {
     match Live::new(chain.clone(), path) {
         Ok(live) => {
@@ -183,6 +178,15 @@ impl Kind for Files {
     }
 }
 
+fn written_out(root: &File) -> Result<()> {
+    nix::unistd::syncfs(root).map_err(|e| Error::io("could not be written out", e.into()))
+}
+
+/// Has the kernel write out what programs have written to what is mounted at a directory there.
+pub fn write_out((place, at): At<'_>) -> Result<()> {
+    apart(place, || written_out(&open(at)?))
+}
+
 /// The file system in a disk, served in user space.
 pub struct UserSpaceFiles {
     doing: String,
@@ -193,13 +197,7 @@ pub struct UserSpaceFiles {
 }
 
 impl UserSpaceFiles {
-    /// The file system `fs`, mounted at a directory there, and served.
-    pub fn new(doing: String, at: At<'_>, fs: Arc<Mounted>) -> Result<UserSpaceFiles> {
-        let device = apart(at.0, || device_of(&open(at.1)?))?;
-        Ok(UserSpaceFiles::on(device, doing, at, fs))
-    }
-
-    /// The same, on the device of this number.
+    /// The file system `fs`, mounted at a directory there as the device of this number.
     pub fn on(device: u64, doing: String, at: At<'_>, fs: Arc<Mounted>) -> UserSpaceFiles {
         UserSpaceFiles { doing, place: at.0.clone(), at: at.1.to_path_buf(), device, fs }
     }
@@ -209,9 +207,7 @@ impl Quiesce for UserSpaceFiles {
     fn freeze(&self) -> Result<()> {
         // What programs have written may be in the kernel still. Where the mount cannot be
         // reached from here any more, that is for those who still use it.
-        let _ = Files::with_root(&self.place, &self.at, self.device, |root| {
-            nix::unistd::syncfs(root).map_err(|e| Error::io("could not be written out", e.into()))
-        });
+        let _ = Files::with_root(&self.place, &self.at, self.device, written_out);
         self.fs.freeze()
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Args as ClapArgs;
 use clap::ValueEnum;
-use vdisk::container::{self, Capabilities, Limits, Network, Publish, Space, Spec, Volume};
+use vdisk::container::{self, Capabilities, Limits, Network, Outset, Publish, Space, Spec, Volume};
 use vdisk::control::place;
 use vdisk::instance::alone::Alone;
 use vdisk::instance::link::Link;
@@ -18,7 +18,7 @@ use vdisk::{Error, Result};
 
 use super::exec;
 use super::named::Named;
-use super::root::{Root, Source};
+use super::root::{Begun, Source};
 use super::start::{self, About, As, Keeping, Part};
 use super::switches::{OfContainer, console};
 use super::words::{
@@ -206,8 +206,10 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: As) -> Resu
     // First of all, while there is one thread.
     place::settle();
     let limits = Limits { memory: args.memory, milli_cpus: args.cpus, pids: args.pids };
+    let mut outset = Outset::new(&limits)?;
+    let begun = Begun::start(&source, &mut outset)?;
     // Another disk's `umount` is not to wait until this container ends.
-    let mut space = Space::enter(&limits, table::drop_copies)?;
+    let mut space = Space::enter(outset, table::drop_copies)?;
     let marks = Marks::to(args.marks.as_deref())?;
     if marks.heard() {
         let marks = marks.clone();
@@ -220,9 +222,9 @@ fn contain(args: &Args, named: &Named, config: &RunConfig, instance: As) -> Resu
     if let Some(why) = space.why_one() {
         eprintln!("vdisk: warning: the container's only user is root: {why}");
     }
-    let at = space.root();
-    let root = Root::mount(&source, (space.place(), &at), space.ids())?;
+    let root = begun.mount(&source, &space)?;
     spec.owners = root.owners();
+    let at = space.root();
     let outcome = space.run(&at, &spec);
     marks.say(ENDED);
     // A write that was lost must not hide behind the command's success.

@@ -305,12 +305,13 @@ fn path(word: &[u8]) -> PathBuf {
     OsString::from_vec(plain(word)).into()
 }
 
-/// The overlay that is wanted, not mounted yet. In a user namespace only `user.` attributes are
-/// its user's to set.
-pub fn lay(mut wanted: Wanted, user_namespace: bool) -> Result<Arc<Overlay>> {
+/// The overlay that is wanted, not mounted yet, and the jail in which it works. In a user namespace only
+/// `user.` attributes are its user's to set.
+pub fn lay(mut wanted: Wanted, user_namespace: bool) -> Result<(Arc<Overlay>, Jail)> {
     wanted.options.extend(user_namespace.then(|| "userxattr".into()));
     wanted.settle_layers()?;
-    open(&wanted).map(|(overlay, _)| overlay)
+    let (overlay, disks) = open(&wanted)?;
+    Ok((overlay, jail_of(&wanted, &disks)?))
 }
 
 /// Mounts an overlay and returns when it can be used.
@@ -428,13 +429,21 @@ pub fn serve(args: &Args) -> Result<u8> {
     ended.map(|()| 0)
 }
 
-/// Closes the jail around an overlay that is mounted: it reads its lower layers, and has all of its upper one.
+/// Closes the jail around an overlay that is mounted.
 fn enclose(wanted: &Wanted, disks: &[Arc<Chain>], outside: &Outside) -> Result<control::Bound> {
     let gone = || Error::new(ErrorKind::Io, "the mount is gone already").at_path(&wanted.dir);
     let number = table::at(&wanted.dir).ok_or_else(gone)?.device;
     let bound = control::Server::bind(&place::mount(&number), Arc::new(Bystander))?;
     outside.tell(&wanted.dir, &number)?;
     outside.watch();
+    let mut jail = jail_of(wanted, disks)?;
+    jail.reach(&place::directory()?, Reach::Sockets);
+    jail::close(jail)?;
+    Ok(bound)
+}
+
+/// A jail in which it reads its lower layers, and has all of its upper one.
+fn jail_of(wanted: &Wanted, disks: &[Arc<Chain>]) -> Result<Jail> {
     let mut jail = Jail::new(Work::Overlay);
     for lower in wanted.lowers.iter().filter(|lower| lower.is_dir()) {
         jail.reach(lower, Reach::Read);
@@ -450,9 +459,7 @@ fn enclose(wanted: &Wanted, disks: &[Arc<Chain>], outside: &Outside) -> Result<c
     }
     // In which groups who makes a request is.
     jail.reach(Path::new("/proc"), Reach::Read);
-    jail.reach(&place::directory()?, Reach::Sockets);
-    jail::close(jail)?;
-    Ok(bound)
+    Ok(jail)
 }
 
 /// The overlay, and the disks under it.

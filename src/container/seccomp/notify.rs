@@ -104,7 +104,7 @@ pub(in super::super) fn serve(
             let _ = gift.done.send(owners.give(gift.inode, gift.user, gift.group));
         }
     })?;
-    // It waits for file systems that this process serves. Killed meanwhile, it must not keep them
+    // It waits for file systems that this process may serve. Killed meanwhile, it must not keep them
     // alive: it has a file table of its own, with nothing of theirs in it.
     std::thread::Builder::new().name("chown".into()).spawn(move || {
         let worked = Finder::new(listener.as_fd(), device, gifts).and_then(|finder| finder.work());
@@ -128,7 +128,7 @@ impl<'a> Finder<'a> {
     fn new(listener: BorrowedFd<'a>, device: u64, gifts: Sender<Gift>) -> io::Result<Finder<'a>> {
         unshare(CloneFlags::CLONE_FILES | CloneFlags::CLONE_FS)?;
         let keep = listener.as_raw_fd();
-        super::super::keeper::close_above(2, Some(keep))?;
+        super::super::keeper::close_above(2, &[keep])?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc = openat(CWD, "/proc", flags, Mode::empty())?;
         Ok(Finder { listener, proc, device, gifts })

@@ -1,11 +1,12 @@
 //! What is asked of a registry (OCI distribution specification): manifests and blobs, there and back.
 
+use std::net::ToSocketAddrs as _;
 use std::path::PathBuf;
 
-use ureq::Body;
 use ureq::http::{HeaderName, Method, Response, StatusCode, header};
+use ureq::{Body, Proxy};
 
-use super::auth::credentials;
+use super::auth::{Credentials, credentials};
 use super::http::{Asking, Content, Http, bounded, escaped, location, said};
 use super::name::Name;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,6 +18,8 @@ const MANIFESTS: &str = "application/vnd.oci.image.manifest.v1+json, \
     application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json, \
     application/vnd.docker.distribution.manifest.list.v2+json";
+/// The port of https.
+const HTTPS: u16 = 443;
 const BYTES: &str = "application/octet-stream";
 
 /// How registries are spoken to.
@@ -34,7 +37,47 @@ impl Default for Options {
     }
 }
 
-/// A repository in a registry.
+/// A repository in a registry, how it is spoken to, and who asks. Nobody was asked yet.
+pub struct Access {
+    name: Name,
+    verify_tls: bool,
+    known: Option<Credentials>,
+}
+
+impl Access {
+    /// To the repository of `name`. Where credentials are a program's to tell, it is run.
+    ///
+    /// # Errors
+    /// Where those who should know the credentials do not answer.
+    pub fn to(name: &Name, options: &Options) -> Result<Access> {
+        let known = credentials(name, options.auth_file.as_deref())?;
+        Ok(Access { name: name.clone(), verify_tls: options.verify_tls, known })
+    }
+
+    /// What it is called there.
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// Has the host name looked up that is asked first, so that what the host's C library needs for names is
+    /// loaded: a process that maps no programs cannot load it later.
+    pub fn look_up(&self) {
+        let _ = match Proxy::try_from_env() {
+            Some(proxy) => (proxy.host(), proxy.port()).to_socket_addrs(),
+            None => {
+                let address = self.name.address();
+                let has_port =
+                    address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+                match has_port {
+                    true => address.to_socket_addrs(),
+                    false => (address, HTTPS).to_socket_addrs(),
+                }
+            }
+        };
+    }
+}
+
+/// A repository in a registry that answers.
 pub struct Registry {
     http: Http,
     name: Name,
@@ -50,10 +93,10 @@ pub struct Manifest {
 }
 
 impl Registry {
-    /// The registry of `name`; `writing` says that something is to be put there.
-    pub fn new(name: &Name, options: &Options, writing: bool) -> Result<Registry> {
-        let known = credentials(name, options.auth_file.as_deref())?;
-        let http = Http::new(name.address(), options.verify_tls, known)?;
+    /// The one there; `writing` says that something is to be put there.
+    pub fn new(access: &Access, writing: bool) -> Result<Registry> {
+        let Access { name, verify_tls, known } = access;
+        let http = Http::new(name.address(), *verify_tls, known.clone())?;
         let rights = if writing { "pull,push" } else { "pull" };
         let scope = format!("repository:{}:{rights}", name.path);
         Ok(Registry { http, name: name.clone(), scope })

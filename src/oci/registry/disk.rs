@@ -15,7 +15,7 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::Told;
-use super::client::{Manifest as Raw, Options, Registry};
+use super::client::{Access, Manifest as Raw, Registry};
 use super::download::{Wanted, download};
 use super::name::Name;
 use super::push::{Blob, Pushed, Sending, tagged};
@@ -47,17 +47,18 @@ const PIECE: usize = 256 << 10;
 /// Zeroes in stretches of this length are left out of a file.
 const GRAIN: usize = 4096;
 
-/// Sends the disk with all layers that its head stands on, as the artifact `name`. What the registry has already is not
+/// Sends the disk with all layers that its head stands on, as the artifact of that name. What the registry has already is not
 /// sent, and frozen layers that the artifact of that name has are not even compressed again.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a layer that is neither qcow2 nor raw, or whose data is in another file.
-pub fn push_disk(disk: &Chain, name: &Name, options: &Options, told: &Told<'_>) -> Result<Pushed> {
+pub fn push_disk(disk: &Chain, access: &Access, told: &Told<'_>) -> Result<Pushed> {
+    let name = access.name();
     tagged(name)?;
     let mut layers = disk.all_layers();
     layers.reverse();
     let titles = titles(&layers)?;
-    let registry = Registry::new(name, options, true)?;
+    let registry = Registry::new(access, true)?;
     let known = known(&registry, name)?;
     let work = Scratch(std::env::temp_dir().join(format!(".vdisk-push-{}", std::process::id())));
     let target = Target::passing(&work.0)?;
@@ -222,10 +223,10 @@ struct Coming {
 /// last. Returns the head's path.
 ///
 /// # Errors
-/// [`ErrorKind::Exists`] for another file of such a name; [`ErrorKind::Invalid`] where `name` is no disk;
+/// [`ErrorKind::Exists`] for another file of such a name; [`ErrorKind::Invalid`] for a name that is no disk's;
 /// [`ErrorKind::Corrupt`] where sizes, digests or ids lie.
-pub fn pull_disk(dir: &Path, name: &Name, options: &Options, told: &Told<'_>) -> Result<PathBuf> {
-    let registry = Registry::new(name, options, false)?;
+pub fn pull_disk(dir: &Path, access: &Access, told: &Told<'_>) -> Result<PathBuf> {
+    let (registry, name) = (Registry::new(access, false)?, access.name());
     let found = registry.manifest(&name.reference())?;
     let manifest = match Manifest::read(&found.raw, &found.media_type)? {
         Manifest::Image(manifest) if is_disk(&manifest) => manifest,

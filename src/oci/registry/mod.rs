@@ -11,7 +11,7 @@ mod name;
 pub mod pull;
 pub mod push;
 
-pub use client::Options;
+pub use client::{Access, Options};
 pub use name::Name;
 
 /// Told how many bytes are done, of how many; `false` stops. Several threads say so.

@@ -1,36 +1,48 @@
 //! An image from a registry into the store.
 
 use super::Told;
-use super::client::{Options, Registry};
+use super::client::{Access, Registry};
 use super::disk::is_disk;
 use super::download::{Wanted, download};
-use super::name::Name;
 use crate::error::{Error, Result};
 use crate::oci::digest::Digest;
 use crate::oci::import::{ImportOptions, Imported, stored};
 use crate::oci::manifest::{DEEPEST, Image, MAX_JSON, MAX_LAYERS, Manifest, Platform};
-use crate::oci::store::Store;
+use crate::oci::store::{Locked, Store};
 
 /// How an image is pulled.
 #[derive(Debug, Clone)]
 pub struct PullOptions {
-    /// How the registry is spoken to.
-    pub registry: Options,
     /// What the image is to run on, where there are several.
     pub platform: Platform,
     /// The size of its disk.
     pub import: ImportOptions,
 }
 
-/// Brings an image into the store, under its whole name. Blobs that are there already are not fetched again, and an
-/// interrupted pull goes on from where it was. The image is there when all of it is.
+/// An image all of whose blobs are in the store, and that is not in it yet.
+pub struct Fetched<'a> {
+    store: &'a Store,
+    name: String,
+    image: Image,
+    import: ImportOptions,
+    total: u64,
+    _kept: Locked,
+}
+
+/// Brings an image's blobs into the store. Those that are there already are not fetched again, and an
+/// interrupted pull goes on from where it was.
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt) where the registry lies about sizes or digests.
-pub fn pull(store: &Store, name: &Name, how: &PullOptions, told: &Told<'_>) -> Result<Imported> {
-    let registry = Registry::new(name, &how.registry, false)?;
+pub fn fetch<'a>(
+    store: &'a Store,
+    access: &Access,
+    how: &PullOptions,
+    told: &Told<'_>,
+) -> Result<Fetched<'a>> {
+    let (registry, name) = (Registry::new(access, false)?, access.name());
     let image = image(&registry, &name.reference(), &how.platform)?;
-    let _kept = store.keep_blobs()?;
+    let kept = store.keep_blobs()?;
     let wanted: Vec<Wanted> = image
         .layers
         .iter()
@@ -39,7 +51,19 @@ pub fn pull(store: &Store, name: &Name, how: &PullOptions, told: &Told<'_>) -> R
         .collect();
     download(&registry, &wanted, told)?;
     let total = wanted.iter().map(|w| w.size).sum();
-    stored(store, &image, &name.to_string(), how.import, &mut |_, _| told(total, total))
+    let (name, import) = (name.to_string(), how.import);
+    Ok(Fetched { store, name, image, import, total, _kept: kept })
+}
+
+impl Fetched<'_> {
+    /// Makes it an image of the store, under its whole name: it is there when all of it is. Asks nobody.
+    ///
+    /// # Errors
+    /// Where a layer is none.
+    pub fn import(self, told: &Told<'_>) -> Result<Imported> {
+        let total = self.total;
+        stored(self.store, &self.image, &self.name, self.import, &mut |_, _| told(total, total))
+    }
 }
 
 fn image(registry: &Registry, reference: &str, platform: &Platform) -> Result<Image> {

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::Told;
-use super::client::{Manifest, Options, Registry};
+use super::client::{Access, Manifest, Registry};
 use super::download::in_parallel;
 use super::name::Name;
 use crate::error::{Error, ErrorKind, Result};
@@ -32,19 +32,19 @@ pub struct Pushed {
     pub mounted: usize,
 }
 
-/// Sends a disk as the image `name`.
+/// Sends a disk as the image of that name.
 ///
 /// # Errors
 /// [`ErrorKind::Denied`] where the registry does not know who sends it, or does not let him.
 pub fn push(
     exporting: &Exporting<'_>,
-    name: &Name,
+    access: &Access,
     changes: &Changes,
-    options: &Options,
     told: &Told<'_>,
 ) -> Result<Pushed> {
+    let name = access.name();
     tagged(name)?;
-    let registry = Registry::new(name, options, true)?;
+    let registry = Registry::new(access, true)?;
     let dir = exporting.store.map_or_else(std::env::temp_dir, |store| store.dir().to_owned());
     let work = Scratch(dir.join(format!(".vdisk-push-{}", std::process::id())));
     let target = Target::passing(&work.0)?;

@@ -8,13 +8,14 @@ use crate::qemu_img::encryption::keys;
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason, report};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, Given, flag, long, value};
 use crate::qemu_img::options::chosen::Chosen;
 use crate::qemu_img::options::create as options;
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
 use crate::qemu_img::options::known::help;
-use crate::qemu_img::options::opts;
+use crate::qemu_img::options::opts::{self, List};
 use crate::qemu_img::progress::{Parts, Progress};
 
 /// Disks consist of whole sectors.
@@ -51,6 +52,14 @@ fn amend_named(given: &Given, list: &str, progress: &mut Progress) -> Outcome {
     given.check_cache("t", "cache")?;
     let source = given.source(name)?;
     check_format(&source)?;
+    let opens = Opens::new().changed(&source);
+    match (List::parse(list, None).get("backing_file"), source.path()) {
+        (Some(backing), Ok(path)) => {
+            opens.told(&open::full_backing_name(&path.display().to_string(), backing))
+        }
+        _ => opens,
+    }
+    .close();
     let opened = open::on_its_chain(&source, Use::writing())?;
     let format = opened.layer.format.name();
     if help {

@@ -10,6 +10,7 @@ use vdisk::chain::Chain;
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::options::args::{self, Given, flag, long, long_value, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
 use crate::qemu_img::size;
@@ -75,7 +76,9 @@ pub fn run(args: &[String]) -> Outcome {
         ));
     }
     let using = if plan.write { Use::writing() } else { given.reading() };
-    let chain = open::chain(&given.source(name)?, using)?;
+    let source = given.source(name)?;
+    Opens::new().changed(&source).close();
+    let chain = open::chain(&source, using)?;
     println!(
         "Sending {} {} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})",
         plan.count,

@@ -8,6 +8,7 @@ use vdisk::qcow2::{BitmapChanges, Image};
 use crate::qemu_img::fail::{Fail, Outcome, os_text};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, Given, long, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT};
@@ -42,6 +43,8 @@ pub fn run(args: &[String]) -> Outcome {
     let granularity = given.get("g").map(|g| size::bounded("granularity", g, 1, u64::MAX));
     let granularity = granularity.transpose()?;
     let source = given.source(file)?;
+    let from = given.get("b").and_then(|file| Source::parse(file, given.get("F"), false).ok());
+    from.iter().fold(Opens::new().changed(&source), Opens::read).close();
     // What is below need not be there.
     let image = open::owned(&source, Use::writing())?;
     let old = image.as_ref().is_none_or(|image| image.header().version < 3);

@@ -10,6 +10,7 @@ use crate::qemu_img::fail::{Fail, Outcome, os_text, reason};
 use crate::qemu_img::foreign::check as check_foreign;
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::json;
 use crate::qemu_img::options::args::{self, Given, value};
 use crate::qemu_img::options::format::{
@@ -38,6 +39,7 @@ pub fn run(args: &[String]) -> Outcome {
         }
     };
     let source = given.source(given.only_name()?)?;
+    Opens::new().changed(&source).close();
     let quiet = given.has("q") || output == Output::Json;
     if let Some((format, check)) = check_foreign::check(&source, repair, given.has("U"))? {
         if check.corruptions_fixed > 0 && !quiet {

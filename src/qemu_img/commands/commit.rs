@@ -15,6 +15,7 @@ use crate::qemu_img::fail::{Fail, Outcome, reason};
 use crate::qemu_img::images::open::{self, Opened, full_backing_name};
 use crate::qemu_img::images::status;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::names::name::{Below, Source};
 use crate::qemu_img::options::args::{self, Given, flag, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
@@ -42,6 +43,7 @@ pub fn run(args: &[String]) -> Outcome {
     given.check_cache("t", "cache")?;
     given.check_rate()?;
     let source = given.source(name)?;
+    Opens::new().changed_with_bases(&source).close();
     let opened = open::layer(&source, Use::writing())?;
     let mut progress = Progress::begin(given.has("p") && !given.has("q"), 1.0);
     let done = commit(&given, &source, opened, &mut progress);

@@ -8,6 +8,7 @@ use vdisk::chain::{Chain, Layer};
 use crate::qemu_img::fail::{Fail, Outcome, reason};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::status::{self, Status};
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, flag, value};
 use crate::qemu_img::options::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
@@ -51,8 +52,13 @@ fn compare(args: &[String], said: &mut Vec<String>, progress: &mut Option<Progre
     };
     let progress = progress.insert(Progress::new(given.has("p") && !given.has("q"), 2.0));
     given.check_cache("T", "source cache").map_err(|e| e.with_code(FAILED))?;
+    let options = given.has("image-opts");
+    let both = [(first, given.get("f")), (second, given.get("F"))];
+    let both =
+        both.into_iter().filter_map(|(name, format)| Source::parse(name, format, options).ok());
+    both.fold(Opens::new(), |opens, source| opens.read(&source)).close();
     let side = |name: &String, format: Option<&str>| -> Outcome<Side> {
-        let source = Source::parse(name, format, given.has("image-opts"))?;
+        let source = Source::parse(name, format, options)?;
         let chain = open::chain(&source, given.reading())?;
         Ok(Side { name: name.clone(), layers: chain.all_layers(), chain })
     };

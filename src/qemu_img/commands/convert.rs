@@ -15,6 +15,7 @@ use crate::qemu_img::images::bitmaps;
 use crate::qemu_img::images::copy::{Copying, Part, copy};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::names::name::{Key, Source};
 use crate::qemu_img::options::args::{self, Given, Opt, flag, long, value};
 use crate::qemu_img::options::chosen::Chosen;
@@ -108,6 +109,7 @@ fn convert(
     progress: &Mutex<Progress>,
 ) -> Outcome<()> {
     let given = request.given;
+    request.opens(&names).close();
     let first = names.front().cloned().filter(|_| given.has("bitmaps"));
     let copied = match first {
         Some(name) => copied_bitmaps(given, &name, request.format)?,
@@ -233,6 +235,25 @@ impl Request<'_> {
     fn target_source(&self) -> Outcome<Source> {
         let options = self.given.has("target-image-opts");
         Source::parse(self.target, (!options).then_some(self.format), options)
+    }
+
+    /// What is opened. What cannot be read is said by who opens it.
+    fn opens(&self, names: &VecDeque<String>) -> Opens {
+        let sources = names.iter().filter_map(|name| self.given.source(name).ok());
+        let opens = sources.fold(Opens::new(), |opens, source| opens.read(&source));
+        if self.given.has("n") {
+            return self.target_source().iter().fold(opens, Opens::changed);
+        }
+        let known = options::with_file(self.format);
+        let chosen = known.and_then(|known| Chosen::parse(known, self.list));
+        match (create::place(self.target), chosen) {
+            (Ok(place), Ok(mut chosen)) => {
+                let backing = self.given.get("B").filter(|_| chosen.knows("backing_file"));
+                let _ = backing.map(|backing| chosen.set("backing_file", backing));
+                create::opens(opens, (self.target, &place), &chosen)
+            }
+            _ => opens,
+        }
     }
 
     /// Opens the target, or makes it.

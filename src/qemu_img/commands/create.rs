@@ -17,6 +17,7 @@ use crate::qemu_img::fail::{Fail, Outcome, os_text, reason};
 use crate::qemu_img::foreign::create as create_foreign;
 use crate::qemu_img::images::open::{self, full_backing_name};
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::names::name::{Protocol, Source, protocol};
 use crate::qemu_img::options::args::{self, flag, value};
 use crate::qemu_img::options::chosen::Chosen;
@@ -93,6 +94,7 @@ fn create(request: &Request<'_>) -> Outcome<()> {
         }
         chosen.set(key, value)?;
     }
+    opens(Opens::new(), (request.name, &place), &chosen).close();
     check_backing(request, &mut chosen)?;
     if !chosen.has("size") {
         return Err(Fail::new("Image creation needs a size parameter"));
@@ -106,6 +108,19 @@ fn create(request: &Request<'_>) -> Outcome<()> {
         vdisk::change::mark_below(path, &backing, Default::default());
     }
     make(&place, request.format, &chosen)
+}
+
+/// With what is opened besides where an image is made at a place that is called so, as the user has chosen.
+pub fn opens(opens: Opens, (name, place): (&str, &Place), chosen: &Chosen) -> Opens {
+    let opens = opens.made(&place.protocol());
+    let opens = match chosen.text("backing_file").filter(|backing| !backing.is_empty()) {
+        Some(backing) => opens.told(&full_backing_name(name, backing)),
+        None => opens,
+    };
+    match chosen.text("data_file").map(protocol) {
+        Some(Ok(data)) => opens.made(&data),
+        _ => opens,
+    }
 }
 
 /// Where an image can be made.

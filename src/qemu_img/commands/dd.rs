@@ -8,6 +8,7 @@ use crate::qemu_img::commands::create;
 use crate::qemu_img::fail::{Fail, Outcome, reason};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, flag, value};
 use crate::qemu_img::options::chosen::Chosen;
@@ -32,6 +33,14 @@ pub fn run(args: &[String]) -> Outcome {
     };
     let format = given.get("O").unwrap_or("raw");
     let source = given.source(input)?;
+    let opens = Opens::new().read(&source);
+    match given.has("n") {
+        true => Source::named(output, Some(format)).iter().fold(opens, Opens::changed),
+        false => {
+            create::place(output).iter().fold(opens, |opens, place| opens.made(&place.protocol()))
+        }
+    }
+    .close();
     let from = open::chain(&source, given.reading())?;
     let known = options::with_file(format)?;
     let end = request.end(from.size());

@@ -16,6 +16,7 @@ use crate::qemu_img::fail::{Fail, Outcome, reason};
 use crate::qemu_img::foreign::info as info_foreign;
 use crate::qemu_img::images::open::{self, Opened, full_backing_name};
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::json;
 use crate::qemu_img::names::name::{Below, Protocol, Source};
 use crate::qemu_img::options::args::{self, long};
@@ -32,6 +33,7 @@ pub fn run(args: &[String]) -> Outcome {
     let given = args::parse(args, &[FORMAT, SHARED, OUTPUT, OBJECT, IMAGE_OPTS, chain])?;
     let output = given.output()?;
     let source = given.source(given.only_name()?)?;
+    Opens::new().read(&source).close();
     let using = Use { describe: true, ..Use::looking(given.has("U")) };
     let all = collect(source, using, given.has("backing-chain"))?;
     match output {

@@ -7,6 +7,7 @@ use vdisk::open::Format;
 use crate::qemu_img::fail::{Fail, Outcome};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::status::{self, Status};
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::options::args::{self, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARED};
 use crate::qemu_img::size;
@@ -19,6 +20,7 @@ pub fn run(args: &[String]) -> Outcome {
     let start = given.get("s").map(|t| size::operand("start offset", t)).transpose()?;
     let most = given.get("l").map(|t| size::operand("max length", t)).transpose()?;
     let source = given.source(given.only_name()?)?;
+    Opens::new().read(&source).close();
     let (opened, chain) = open::layer_and_chain(&source, given.reading())?;
     let layers = chain.all_layers();
     let size = chain.head().image.size();

@@ -9,6 +9,7 @@ use vdisk::qcow2::{BitmapInfo, CreateOptions, Encryption, Method, Preallocation}
 use crate::qemu_img::encryption::crypt;
 use crate::qemu_img::fail::{Fail, Outcome, reason};
 use crate::qemu_img::images::{bitmaps, open, status};
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::options::args::{self, long_value, value};
 use crate::qemu_img::options::chosen::Chosen;
 use crate::qemu_img::options::create as options;
@@ -73,6 +74,7 @@ pub fn run(args: &[String]) -> Outcome {
         None => None,
         Some(name) => {
             let source = given.source(name)?;
+            Opens::new().read(&source).close();
             let (opened, chain) = open::layer_and_chain(&source, given.reading())?;
             let image = opened.qcow2.filter(|q| q.header().version >= 3);
             let all = image.map(|q| q.bitmaps()).transpose();

@@ -13,6 +13,7 @@ use crate::qemu_img::fail::{Fail, Outcome, os_text, reason};
 use crate::qemu_img::images::open::{self, Opened, full_backing_name};
 use crate::qemu_img::images::status;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::names::name::Source;
 use crate::qemu_img::options::args::{self, Given, flag, value};
 use crate::qemu_img::options::format::{CACHE, FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
@@ -57,6 +58,14 @@ fn rebase(given: &Given, name: &str, base: &str, progress: &mut Progress) -> Out
     given.check_cache("t", "cache")?;
     given.check_cache("T", "source cache")?;
     let source = given.source(name)?;
+    let opens = Opens::new().changed(&source);
+    match source.path() {
+        Ok(path) if !base.is_empty() => {
+            opens.told(&full_backing_name(&path.display().to_string(), base))
+        }
+        _ => opens,
+    }
+    .close();
     let format = given.get("F");
     if let Some(format) = format.filter(|f| vdisk::open::Format::from_name(f).is_err()) {
         return Err(Fail::new(format!("Invalid format name: '{format}'")));

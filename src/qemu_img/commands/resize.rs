@@ -9,6 +9,7 @@ use crate::qemu_img::commands::create::unfit;
 use crate::qemu_img::fail::{Fail, Outcome, reason, report};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::options::args::{self, long, long_value};
 use crate::qemu_img::options::create::preallocation;
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
@@ -35,6 +36,7 @@ pub fn run(args: &[String]) -> Outcome {
     };
     let bytes = size::operand("image size", digits)?;
     let source = given.source(name)?;
+    Opens::new().changed(&source).close();
     let (opened, chain) = open::layer_and_chain(&source, Use::writing())?;
     let old = chain.size();
     let new = match relative {

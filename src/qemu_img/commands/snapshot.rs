@@ -8,6 +8,7 @@ use vdisk::qcow2::{Image, NewSnapshot, OLD_TABLE_LEAKED, SNAPSHOT_LEAKED, Snapsh
 use crate::qemu_img::fail::{Fail, Outcome, os_text, reason, report};
 use crate::qemu_img::images::open;
 use crate::qemu_img::images::usage::Use;
+use crate::qemu_img::jail::Opens;
 use crate::qemu_img::options::args::{self, flag, value};
 use crate::qemu_img::options::format::{FORMAT, IMAGE_OPTS, OBJECT, QUIET, SHARED};
 use crate::qemu_img::size::human;
@@ -22,6 +23,7 @@ pub fn run(args: &[String]) -> Outcome {
         return Err(Fail::usage("Cannot mix '-l', '-a', '-c', '-d'"));
     }
     let source = given.source(given.only_name()?)?;
+    Opens::new().changed(&source).close();
     let action = actions.first().copied().unwrap_or("l");
     if action == "l" {
         let opened = open::on_its_chain(&source, given.reading())?;

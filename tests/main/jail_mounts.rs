@@ -1,0 +1,255 @@
+//! The jail around the servers of mounts, and of the roots of containers: calls are made in place of each, and
+//! what is mounted goes on.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+
+use crate::container::{able, eventually, keeper_and_server, running, work};
+use crate::host::{Running, Work};
+use crate::jail::{Prey, SIZE, assert_jailed, assert_jailed_as, scene};
+use crate::mount::{is_left_alone, is_mounted, server, soon};
+use crate::puppet::threads;
+use crate::require::{Need, have, skipped};
+use crate::someone::{Ids, USER, Who, give, sh, start, start_program};
+
+#[test]
+fn the_server_of_a_disk_as_a_file_is_jailed_and_unmounts_when_it_is_asked() {
+    if !have(Need::Fuse) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("mount --raw disks/clone.qcow2 at --jail require").succeeds();
+    let server = server(&work.path("at")).unwrap();
+    let process = u32::try_from(server.as_raw()).unwrap();
+    assert_jailed(process, &["vdisk", "fuse", "ending", "control"], &prey);
+    work.vdisk("snapshot create disks/clone.qcow2 one").succeeds();
+    assert_eq!(fs::read(work.path("at/snapshots/one.raw")).unwrap(), vec![0x11; SIZE]);
+    if nix::unistd::geteuid().is_root() {
+        nix::sys::signal::kill(server, Signal::SIGTERM).unwrap();
+    } else {
+        work.vdisk("umount at").succeeds();
+    }
+    is_left_alone(&work.path("at"));
+    assert!(!is_mounted(&work.path("at")));
+}
+
+#[test]
+fn the_server_of_an_ordinary_users_mount_is_jailed_and_serves_on() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (elsewhere, prey) = scene();
+    fs::set_permissions(elsewhere.dir(), fs::Permissions::from_mode(0o755)).unwrap();
+    let work = Work::new();
+    work.run("mke2fs", ["-q", "-t", "ext4", "-E", "root_owner=54321:54321", "raw", "16M"])
+        .succeeds();
+    work.vdisk("convert raw disk.q").succeeds();
+    fs::create_dir(work.path("at")).unwrap();
+    give(&work);
+    std::os::unix::fs::chown(work.path("at"), Some(USER), Some(USER)).unwrap();
+    let script = "./vdisk mount disk.q at --jail require && touch up && read go && \
+                  echo hello > at/file && chmod 4755 at/file && ./vdisk snapshot create disk.q one && \
+                  ./vdisk umount at && ./vdisk cat disk.q:file --snapshot one";
+    let mut running = start_program(&work, Who::Someone(Ids::One), "", ["sh", "-c", script]);
+    soon("a mount", || work.path("up").exists());
+    let process = u32::try_from(server(&work.path("at")).unwrap().as_raw()).unwrap();
+    let kinds = ["vdisk", "fuse", "fuse-worker", "ending", "control"];
+    assert_jailed(process, &kinds, &prey);
+    running.type_in(b"go\n");
+    assert_eq!(running.wait().succeeds().out(), "hello\n");
+}
+
+/// Requires that all threads of a mount's server are jailed, among them such, but for one thing that they
+/// are suffered to do.
+fn assert_jailed_but(at: &Path, kinds: &[&str], prey: &Prey, but: &str) {
+    let process = u32::try_from(server(at).unwrap().as_raw()).unwrap();
+    assert_jailed_as(process, kinds, prey, &[but]);
+}
+
+#[test]
+fn the_server_of_a_superusers_mount_in_user_space_is_jailed_and_knows_its_users() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    work.run("mke2fs", ["-q", "-t", "ext4", "disks/files.raw", "16M"]).succeeds();
+    fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("mount disks/files.raw at --user-space --jail require").succeeds();
+    let at = work.path("at");
+    let process = u32::try_from(server(&at).unwrap().as_raw()).unwrap();
+    assert_jailed(process, &["vdisk", "fuse", "ending", "control"], &prey);
+    keeps_what_an_administrator_may_keep(&work);
+    work.vdisk("umount at").succeeds();
+    is_left_alone(&at);
+}
+
+#[test]
+fn the_jailed_server_of_a_mount_follows_who_asks_to_his_processor() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) || !can_follow() {
+        return;
+    }
+    let (work, _) = scene();
+    work.run("mke2fs", ["-q", "-t", "ext4", "disks/files.raw", "16M"]).succeeds();
+    for dir in ["at", "lower", "upper"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    let at = work.path("at");
+    for words in ["mount disks/files.raw at --user-space", "mount lower at --overlay upper"] {
+        work.vdisk(&format!("{words} --jail require")).succeeds();
+        let process = u32::try_from(server(&at).unwrap().as_raw()).unwrap();
+        // Nobody looks at this but the thread that asks: what follows it stays as it is meanwhile.
+        eventually("a thread follows", || {
+            for _ in 0..64 {
+                fs::create_dir(at.join("dir")).unwrap();
+                fs::remove_dir(at.join("dir")).unwrap();
+            }
+            threads(process).iter().any(|(_, thread)| is_bound(process, *thread))
+        });
+        assert!(
+            !is_bound(process, i32::try_from(process).unwrap()),
+            "it is for threads that answer"
+        );
+        work.vdisk("umount at").succeeds();
+        is_left_alone(&at);
+    }
+}
+
+/// Whether there are several processors, and a process of this user's may give way to all others and come back.
+fn can_follow() -> bool {
+    let several = std::thread::available_parallelism().is_ok_and(|count| count.get() > 1);
+    let back = ["--idle", "0", "chrt", "--other", "0", "true"];
+    let comes_back = Command::new("chrt").args(back).status().is_ok_and(|status| status.success());
+    if !(several && comes_back) {
+        skipped("has one processor only, or may not come back");
+    }
+    several && comes_back
+}
+
+/// Whether a thread may run on one processor only.
+fn is_bound(process: u32, thread: i32) -> bool {
+    // It may have ended.
+    let status = fs::read_to_string(format!("/proc/{process}/task/{thread}/status"));
+    let status = status.unwrap_or_default();
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    list.is_some_and(|list| list.trim().parse::<u32>().is_ok())
+}
+
+/// A superuser writes to a program that runs as its owner, and it goes on being one; his attributes are his.
+fn keeps_what_an_administrator_may_keep(work: &Work) {
+    work.put("at/program", "one");
+    fs::set_permissions(work.path("at/program"), fs::Permissions::from_mode(0o4755)).unwrap();
+    work.run("sh", ["-c", "echo two >> at/program"]).succeeds();
+    let mode = fs::metadata(work.path("at/program")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o4755);
+    work.run("setfattr", ["-n", "trusted.mine", "-v", "1", "at/program"]).succeeds();
+    let listed = work.run("getfattr", ["-m", "-", "at/program"]).succeeds();
+    assert!(listed.out().contains("trusted.mine"), "{}", listed.out());
+}
+
+#[test]
+fn the_server_of_an_overlay_is_jailed_and_goes_on_with_all_kinds_of_files() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    for dir in ["lower", "lower/deep", "upper", "at"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    work.put("lower/deep/file", "lower");
+    work.run("mke2fs", ["-q", "-t", "ext4", "-d", "lower", "disks/files.raw", "32M"]).succeeds();
+    let at = work.path("at");
+    for lower in ["disks/files.raw", "lower"] {
+        work.vdisk(&format!("mount {lower} at --overlay upper --jail require")).succeeds();
+        // A mode that a file is given by its name is one of any file: an overlay gives files theirs.
+        assert_jailed_but(&at, &["vdisk", "ending", "control"], &prey, "lend its rights to all");
+        fs::set_permissions(&prey.secret, fs::Permissions::from_mode(0o600)).unwrap();
+        keeps_what_an_administrator_may_keep(&work);
+        let script = "cd at && ln -s program link && ln program more && mknod null c 1 3 && \
+                      mkfifo fifo && mkdir dir && mv dir other && mv program other/ && \
+                      rm link more null fifo && rm -r other && sync .";
+        work.run("sh", ["-ec", script]).succeeds();
+        work.run("sh", ["-ec", "echo up >> at/deep/file && mv at/deep at/far"]).succeeds();
+        assert_eq!(fs::read(work.path("at/far/file")).unwrap(), b"lowerup\n");
+        work.run("sh", ["-ec", "mv at/far at/deep && rm -r at/deep"]).succeeds();
+        work.vdisk("umount at").succeeds();
+        is_left_alone(&at);
+        work.run("rm", ["-r", "upper", "upper.work"]).succeeds();
+        fs::create_dir(work.path("upper")).unwrap();
+    }
+}
+
+/// Starts a container that sleeps so long, which no other test does, and has left a file in /tmp.
+fn contained(work: &Work, who: Who, options: &str, seconds: &str) -> Running {
+    let script = format!("echo up > /tmp/up; exec sleep {seconds}");
+    let words = ["run", "--jail", "require"].into_iter().chain(options.split_whitespace());
+    let words = words.chain(["web.qcow2", "--", "sh", "-c", &script]);
+    let mut vdisk = start(work, who, words);
+    let runs = || !running(&["sleep", seconds]).is_empty();
+    eventually("the container runs", || vdisk.has_ended() || runs());
+    assert!(!vdisk.has_ended(), "{who:?} {options}: {}", vdisk.wait().text());
+    vdisk
+}
+
+/// What an attacker is after, in another directory than the disk's.
+fn prey_elsewhere() -> (Work, Prey) {
+    let work = Work::new();
+    for name in ["secret", "base"] {
+        work.put(name, "a key");
+    }
+    give(&work);
+    let prey = Prey {
+        secret: work.path("secret"),
+        base: work.path("base"),
+        program: work.path("program"),
+    };
+    (work, prey)
+}
+
+#[test]
+fn the_server_of_a_containers_root_is_jailed_and_the_container_goes_on() {
+    if !able() || !have(Need::Uidmap) || !have(Need::Landlock) {
+        return;
+    }
+    let (_elsewhere, prey) = prey_elsewhere();
+    let (lent, one) = (Who::Someone(Ids::Lent), Who::Someone(Ids::One));
+    let of_disk = ["vdisk", "fuse", "control"];
+    let own = ["vdisk", "fuse", "control", "owners"];
+    let laid = ["vdisk", "fuse"];
+    for (who, options, kinds, seconds) in [
+        (Who::Root, "", &of_disk[..], "7711"),
+        (Who::Root, "--user-space", &of_disk, "7712"),
+        (Who::Root, "--overlay upper", &laid, "7713"),
+        (lent, "", &of_disk, "7714"),
+        (lent, "--overlay upper", &laid, "7715"),
+        (one, "", &own, "7716"),
+    ] {
+        let work = work();
+        give(&work);
+        fs::create_dir(work.path("upper")).unwrap();
+        if who != Who::Root {
+            std::os::unix::fs::chown(work.path("upper"), Some(USER), Some(USER)).unwrap();
+        }
+        let vdisk = contained(&work, who, options, seconds);
+        let (_, server) = keeper_and_server(vdisk.pid());
+        // An overlay gives files their modes by name.
+        let overlay = options.contains("overlay");
+        let suffered: &[&str] = if overlay { &["lend its rights to all"] } else { &[] };
+        assert_jailed_as(server, kinds, &prey, suffered);
+        fs::set_permissions(&prey.secret, fs::Permissions::from_mode(0o644)).unwrap();
+        if !overlay {
+            let snapshot = ["snapshot", "create", "web.qcow2", "one", "--freeze"];
+            start(&work, who, snapshot).wait().succeeds();
+            start(&work, who, ["resize", "web.qcow2", "+1M"]).wait().succeeds();
+            start(&work, who, ["snapshot", "merge", "web.qcow2", "one"]).wait().succeeds();
+        }
+        vdisk.signal(Signal::SIGTERM);
+        vdisk.wait().ends(143);
+        let seen = sh(&work, who, options, "cat /etc/motd /tmp/up").succeeds().out();
+        assert_eq!(seen, "from the base\nup\n", "{who:?} {options}");
+    }
+}
