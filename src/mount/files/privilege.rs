@@ -37,7 +37,10 @@ impl DiskFiles {
     /// Takes capabilities from a file, and with them set-user-id and set-group-id where it was
     /// `caller` who changed it and may not keep them.
     pub(super) fn drop_privileges(&self, inode: u32, caller: Option<Caller>) -> Result<()> {
-        if self.fs.attribute(inode, CAPABILITY)?.is_some() {
+        // A directory's mean nothing, and stay.
+        if self.fs.attribute(inode, CAPABILITY)?.is_some()
+            && self.fs.attributes(inode)?.mode & TYPE != DIRECTORY
+        {
             self.fs.set_attribute(inode, CAPABILITY, None, Need::Either)?;
         }
         let Some(caller) = caller else { return Ok(()) };
