@@ -73,15 +73,15 @@ pub fn wait_for(connection: Connection, progress: &mut Progress<'_>) -> Result<R
     })
 }
 
-/// As [`wait_for`], with what the answer is.
+/// As [`wait_for`], with what the answer is; nothing where the holder has nothing to say of it any more.
 ///
 /// # Errors
 /// What the holder says, also.
-pub fn result_of(connection: Connection, progress: &mut Progress<'_>) -> Result<Value> {
+pub fn result_of(connection: Connection, progress: &mut Progress<'_>) -> Result<Option<Value>> {
     match connection.answer(progress)? {
-        Answer::Done(value) => Ok(value),
+        Answer::Done(value) => Ok(Some(value)),
         Answer::Failed(error) => Err(error),
-        Answer::Elsewhere => Ok(Value::Null),
+        Answer::Elsewhere => Ok(None),
     }
 }
 

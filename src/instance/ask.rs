@@ -14,13 +14,10 @@ use crate::error::{Error, ErrorKind, Result};
 /// [`ErrorKind::NotFound`] where it does not run.
 pub fn ask(record: &Record, order: Order, progress: &mut Progress<'_>) -> Result<Value> {
     let request = Request::Instance { order };
-    match ask_at(&place::socket(record), &request)? {
-        Some(connection) => result_of(connection, progress),
-        None => {
-            let text = format!("{} does not run", record.name);
-            Err(Error::new(ErrorKind::NotFound, text))
-        }
-    }
+    let asked = ask_at(&place::socket(record), &request)?;
+    let answer = asked.map(|connection| result_of(connection, progress)).transpose()?.flatten();
+    // One that is about to be gone hears and has nothing to say any more.
+    answer.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{} does not run", record.name)))
 }
 
 /// Waits for an instance's end; its exit status, or nothing where its process was lost.

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use crate::host::Work;
+use crate::host::{Work, with_own_mounts};
 use crate::require::{Need, have};
 use crate::twin::noise;
 
@@ -161,22 +161,24 @@ fn a_device_in_use_is_refused_and_says_by_what() {
     if !have(Need::Root) {
         return;
     }
-    let work = Work::new();
-    put_source(&work, "src.raw");
-    let device = Device::new(&work, "dev.img", Old::Ones, 32 << 20);
-    let path = device.path.as_str();
-    work.run("mkfs.ext4", ["-q", path]).succeeds();
-    work.vdisk(&format!("create {path} 10M")).fails(&["ext4", "--yes"]);
-    fs::create_dir(work.path("mnt")).unwrap();
-    let mounted = work.path("mnt").display().to_string();
-    work.run("mount", [path, &mounted]).succeeds();
-    for words in ["convert src.raw DEV --yes", "create DEV 10M --yes"] {
-        let words = words.replace("DEV", path);
-        work.vdisk(&words).fails(&[path, "in use", &mounted, "nothing was written"]);
-    }
-    work.run("umount", [&mounted]).succeeds();
-    work.run("e2fsck", ["-fn", path]).succeeds();
-    work.vdisk(&format!("create {path} 10M --yes")).succeeds();
+    with_own_mounts(|| {
+        let work = Work::new();
+        put_source(&work, "src.raw");
+        let device = Device::new(&work, "dev.img", Old::Ones, 32 << 20);
+        let path = device.path.as_str();
+        work.run("mkfs.ext4", ["-q", path]).succeeds();
+        work.vdisk(&format!("create {path} 10M")).fails(&["ext4", "--yes"]);
+        fs::create_dir(work.path("mnt")).unwrap();
+        let mounted = work.path("mnt").display().to_string();
+        work.run("mount", [path, &mounted]).succeeds();
+        for words in ["convert src.raw DEV --yes", "create DEV 10M --yes"] {
+            let words = words.replace("DEV", path);
+            work.vdisk(&words).fails(&[path, "in use", &mounted, "nothing was written"]);
+        }
+        work.run("umount", [&mounted]).succeeds();
+        work.run("e2fsck", ["-fn", path]).succeeds();
+        work.vdisk(&format!("create {path} 10M --yes")).succeeds();
+    });
 }
 
 /// A snapshot once gave the device another name, and put a file in its place: in `/dev`, in memory.

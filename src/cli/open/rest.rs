@@ -128,6 +128,10 @@ impl Rest {
             if device::is_device(path) {
                 self.jail.reach(directory(path), Reach::List);
                 self.jail.reach(path, Reach::Write);
+                // What it is used for.
+                for place in ["/sys/dev/block", "/sys/devices"] {
+                    self.jail.reach(Path::new(place), Reach::Read);
+                }
             } else {
                 self.jail.reach(directory(path), reach);
             }
