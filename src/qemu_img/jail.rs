@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     fn source(text: &str) -> Source {
-        Source::parse(text, None, !text.starts_with("json:") && text.contains('=')).unwrap()
+        Source::parse(text, None, text.starts_with("driver=")).unwrap()
     }
 
     #[test]
