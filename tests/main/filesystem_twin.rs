@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,9 +21,6 @@ use rustix::fs::{
 
 use crate::host::{Work, with_own_mounts};
 use crate::require::{Need, have};
-use crate::same_calls::Call;
-use crate::same_overlay::{Calls, calls, now};
-use crate::same_tree;
 
 /// Numbers that look random, from a seed.
 #[derive(Clone)]
@@ -426,12 +423,12 @@ fn same_trees(kernel: &Path, ours: &Path, what: &str) {
 }
 
 /// Two equal disks, mounted at `kernel` by the kernel and at `ours` in user space.
-struct Twins {
-    work: Work,
+pub struct Twins {
+    pub work: Work,
 }
 
 impl Twins {
-    fn new(options: &str) -> Twins {
+    pub fn new(options: &str) -> Twins {
         let work = Work::new();
         File::create(work.path("plain.raw")).unwrap().set_len(96 << 20).unwrap();
         let words = format!("-q -F {options} plain.raw");
@@ -445,19 +442,19 @@ impl Twins {
         twins
     }
 
-    fn mount(&self) {
+    pub fn mount(&self) {
         self.work.vdisk("mount kernel.q kernel").succeeds();
         self.work.vdisk("mount --user-space ours.q ours").succeeds();
     }
 
-    fn umount(&self) {
+    pub fn umount(&self) {
         for side in ["kernel", "ours"] {
             self.work.vdisk(&format!("umount {side}")).succeeds();
         }
     }
 
     /// Fails unless e2fsck finds nothing to say of ours.
-    fn is_clean(&self) {
+    pub fn is_clean(&self) {
         let flat = self.work.path("flat.raw");
         let _ = fs::remove_file(&flat);
         self.work.vdisk("convert --format raw ours.q flat.raw").succeeds();
@@ -502,7 +499,7 @@ fn walk(twins: &Twins, below: &str, seed: u64, steps: u64) {
     }
 }
 
-fn first_seed() -> u64 {
+pub fn first_seed() -> u64 {
     let text = std::env::var("VDISK_SEED").unwrap_or_default();
     let hex = text.strip_prefix("0x").and_then(|hex| u64::from_str_radix(hex, 16).ok());
     hex.or(text.parse().ok()).unwrap_or(20_261_129)
@@ -540,76 +537,6 @@ fn agree(seed: u64, options: &str) {
     twins.mount();
     // What was preallocated and then written, the kernel fills up with zeroes as it likes.
     same_trees(&kernel, &ours, if seed & 1 == 0 { "mounted anew" } else { EXACTLY });
-    twins.umount();
-}
-
-/// What a tree shows but for holes: what is preallocated and then written, the kernel fills up with zeroes
-/// as it likes.
-fn shown(root: &Path, started: i64) -> Vec<String> {
-    let is_range = |word: &str| {
-        let number = |text: &str| text.parse::<u64>().is_ok();
-        word.split_once('-').is_some_and(|(from, to)| number(from) && number(to))
-    };
-    let cut = |line: String| match line.split(' ').rev().take_while(|word| is_range(word)).count() {
-        0 => line,
-        ranges => line.rsplitn(ranges + 1, ' ').last().unwrap_or_default().to_owned(),
-    };
-    same_tree::tree(root, started).into_iter().map(cut).collect()
-}
-
-/// The calls that overlays are compared by: other users', with masks, locks, lists and files without a name.
-#[test]
-fn calls_of_several_users_are_answered_as_by_the_kernel_and_leave_the_same() {
-    if !(have(Need::Fuse) && have(Need::Root)) {
-        return;
-    }
-    let rounds = std::env::var("VDISK_TWIN_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(3);
-    for seed in (first_seed()..).take(rounds) {
-        eprintln!("VDISK_SEED={seed:#x}");
-        with_own_mounts(|| agree_for_users(seed));
-    }
-}
-
-fn agree_for_users(seed: u64) {
-    let twins = Twins::new("-t ext4 -b 4096");
-    let (kernel, ours) = (&twins.work.path("kernel"), &twins.work.path("ours"));
-    let started = now() - 1;
-    for thread in 0..2 {
-        for side in [kernel, ours] {
-            let dir = side.join(format!("t{thread}"));
-            fs::create_dir(&dir).unwrap();
-            fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
-        }
-    }
-    for round in 0..2 {
-        std::thread::scope(|scope| {
-            for thread in 0..2 {
-                // Where the holes are in what is preallocated and then written, the kernel says as it likes.
-                let made: fn(&Call) -> bool = match seed % 2 {
-                    0 => |call| !matches!(call, Call::Seek(..)),
-                    _ => |call| !matches!(call, Call::Allocate(..)),
-                };
-                let seed = seed ^ round << 50;
-                let what = Calls { seed, thread, many: 400, started, made };
-                scope.spawn(move || calls(&what, ours, kernel));
-            }
-        });
-        for side in [kernel, ours] {
-            rustix::fs::syncfs(File::open(side).unwrap()).unwrap();
-        }
-        for what in ["in use", "mounted anew"] {
-            let (ours, kernel) = (shown(ours, started), shown(kernel, started));
-            for (a, b) in ours.iter().zip(&kernel) {
-                assert_eq!(a, b, "VDISK_SEED={seed:#x}: {what}: first ours, then the kernel's");
-            }
-            assert_eq!(ours.len(), kernel.len(), "VDISK_SEED={seed:#x}: {what}");
-            if what == "in use" {
-                twins.umount();
-                twins.is_clean();
-                twins.mount();
-            }
-        }
-    }
     twins.umount();
 }
 

@@ -44,6 +44,7 @@ mod exports_tls;
 mod files;
 mod filesystem;
 mod filesystem_twin;
+mod filesystem_users;
 mod fleet;
 mod formats;
 mod images;
