@@ -270,7 +270,7 @@ impl Image {
         let run = lock(&self.refcounts).allocate(cluster.count(area.len() as u64))?;
         self.storage.write_zeroes(run.host.0, run.clusters << cluster.bits())?;
         self.storage.write_all_at(run.host.0, &area)?;
-        self.metadata_map.write().add(cluster, run.host.0, area.len() as u64);
+        self.metadata_map.add(run.host.0, area.len() as u64);
         // The header names it only when its clusters are counted.
         self.write_back()?;
         let place = crypt::area_extension(run.host.0, area.len() as u64);

@@ -87,7 +87,7 @@ pub struct Image {
     /// Whether clusters are known to be mapped to holes of the file, once somebody asked.
     pub(super) preallocated: OnceLock<bool>,
     /// Where metadata stands; empty where the image is open for reading only.
-    pub(super) metadata_map: Arc<RwLock<MetadataMap>>,
+    pub(super) metadata_map: Arc<MetadataMap>,
     /// The bitmaps that record writes; locked before all others.
     pub(super) tracker: Mutex<Tracker>,
     /// Whether there are any.
@@ -264,15 +264,10 @@ impl Image {
         places.extend(crypt::area_place(&header).filter(|(_, len)| *len <= crypt::MAX_AREA));
         places.extend(lock(&self.refcounts).blocks().values().map(|at| (*at, cluster.bytes())));
         places.extend(self.tables.read().offsets().map(|at| (at, cluster.bytes())));
-        let mut metadata_map = self.metadata_map.write();
-        *metadata_map = MetadataMap::default();
-        for (offset, len) in places {
-            if !metadata_map.add(cluster, offset, len) {
-                let message = "two tables of the image overlap; it can only be read";
-                return Err(Error::corrupt(message).at_offset(offset));
-            }
-        }
-        Ok(())
+        self.metadata_map.replace(places).map_err(|offset| {
+            let message = "two tables of the image overlap; it can only be read";
+            Error::corrupt(message).at_offset(offset)
+        })
     }
 
     /// Fails where guest data at `host` would stand on the image's own metadata.
@@ -280,7 +275,7 @@ impl Image {
         if self.data.is_external() {
             return Ok(());
         }
-        let free = self.metadata_map.read().check(self.shape.cluster, host, len);
+        let free = self.metadata_map.check(host, len);
         free.map_err(|e| self.note_corruption(e))
     }
 

@@ -11,7 +11,7 @@
 //! In this order, each held as briefly as memory work takes: `tracker`, `writeback`, `tables`,
 //! `refcounts`, `header`, `freed`, `metadata_map`. Data is read and written with none of them held;
 //! `grace` is held shared meanwhile, and exclusively for the moment in which freed clusters become free.
-//! What each request takes shared (`grace`, `tables`, `metadata_map`) is [asymmetric](crate::asymmetric):
+//! What each request takes shared (`grace`, `tables`, seldom `metadata_map`) is [asymmetric](crate::asymmetric):
 //! readers write to no line of memory that other threads write to, and need no atomic operation.
 
 mod amend;

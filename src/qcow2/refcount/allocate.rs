@@ -111,7 +111,7 @@ impl Refcounts {
     /// Clusters of refcount 0 that hold metadata are not free: the refcounts are wrong.
     fn check_free(&self, start: u64, clusters: u64) -> Result<()> {
         let bits = self.cluster.bits();
-        self.metadata_map.read().check(self.cluster, HostOffset(start << bits), clusters << bits)
+        self.metadata_map.check(HostOffset(start << bits), clusters << bits)
     }
 
     /// Puts `blocks` new refcount blocks at cluster `start`, and the run behind them.
@@ -151,7 +151,7 @@ impl Refcounts {
     fn install_block(&mut self, cluster: u64, index: u64) {
         let offset = cluster << self.cluster.bits();
         self.table[index as usize] = offset;
-        self.metadata_map.write().add(self.cluster, offset, self.cluster.bytes());
+        self.metadata_map.add(offset, self.cluster.bytes());
         self.dirty_table.insert(index as usize);
     }
 
@@ -172,7 +172,7 @@ impl Refcounts {
         let run = self.allocate(clusters);
         self.unplaced = run.is_err();
         let run = run?;
-        self.metadata_map.write().add(self.cluster, run.host.0, clusters << self.cluster.bits());
+        self.metadata_map.add(run.host.0, clusters << self.cluster.bits());
         self.outgrown.push(self.place);
         self.place = TablePlace { offset: run.host.0, clusters: clusters as u32 };
         Ok(())

@@ -11,7 +11,6 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use crate::addr::{HostOffset, Unit};
-use crate::asymmetric::RwLock;
 use crate::error::{Error, Result};
 use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE};
 use crate::qcow2::refcount::bits::{get_in, get_run, max_refcount, set_in};
@@ -41,7 +40,7 @@ pub(super) struct Refcounts {
     /// The table has grown in memory, and no place was found for it.
     unplaced: bool,
     /// Where metadata stands: never given out, whatever its refcount says.
-    pub metadata_map: Arc<RwLock<MetadataMap>>,
+    pub metadata_map: Arc<MetadataMap>,
     /// No cluster below this one is free.
     next_free: u64,
     /// No cluster from this one on was ever written: they read as zeroes.
@@ -105,7 +104,7 @@ impl Refcounts {
             outgrown: Vec::new(),
             cache: Cache::new(capacity),
             unplaced: false,
-            metadata_map: Arc::default(),
+            metadata_map: Arc::new(MetadataMap::new(header.cluster)),
             next_free: 0,
             untouched: 0,
             packed: None,
@@ -192,8 +191,8 @@ impl Refcounts {
             // What is free is nobody's place, for metadata neither. It seldom was: most of what becomes
             // free held data, and to look is cheaper than to keep all others out.
             let offset = cluster << self.cluster.bits();
-            if self.metadata_map.read().holds(self.cluster, offset, 1) {
-                self.metadata_map.write().remove(self.cluster, offset, 1);
+            if self.metadata_map.holds(offset, 1) {
+                self.metadata_map.remove(offset, 1);
             }
             // What is free is no place to go on packing.
             self.packed = self.packed.filter(|at| self.cluster.index(*at) != cluster);
@@ -314,7 +313,7 @@ impl Refcounts {
             self.table[index] = 0;
             self.dirty_table.insert(index);
             self.cache.forget(offset..offset + self.cluster.bytes());
-            self.metadata_map.write().remove(self.cluster, offset, self.cluster.bytes());
+            self.metadata_map.remove(offset, self.cluster.bytes());
             if !within {
                 elsewhere.push(HostOffset(offset));
             }

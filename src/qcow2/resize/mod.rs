@@ -180,7 +180,7 @@ impl Image {
                 h.size = published;
             })
         })?;
-        self.metadata_map.write().add(cluster, run.host.0, entries * 8);
+        self.metadata_map.add(run.host.0, entries * 8);
         tables.replace_l1(run.host, entries as usize);
         drop(tables);
         if old.l1_size > 0 {

@@ -253,7 +253,7 @@ impl Image {
             return Ok(());
         }
         let cluster = self.shape.cluster;
-        self.metadata_map.write().add(cluster, run.host.0, cluster.bytes());
+        self.metadata_map.add(run.host.0, cluster.bytes());
         tables.install(at, run.host);
         drop(tables);
         if let Some(Table { host, .. }) = old {
