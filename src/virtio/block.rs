@@ -5,38 +5,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use super::config::{self, CONFIG_LEN, QUEUE_SIZE, WRITEBACK};
+use super::config::{self, CONFIG_LEN, Id, QUEUE_SIZE, WRITEBACK};
 use super::execute::Executor;
 use super::pool::Pool;
 use super::worker::Worker;
 use super::{Activation, VirtioDevice};
 use crate::block::BlockDevice;
 use crate::error::Result;
-
-/// Length in bytes of what a disk answers to "get id".
-const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
-
-/// A disk's serial number as a guest reads it: at most 20 bytes, padded with zeroes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Id([u8; ID_BYTES]);
-
-impl Id {
-    /// The first 20 bytes of `text`.
-    pub fn new(text: &str) -> Id {
-        let mut bytes = [0; ID_BYTES];
-        let len = text.len().min(ID_BYTES);
-        bytes[..len].copy_from_slice(&text.as_bytes()[..len]);
-        Id(bytes)
-    }
-
-    /// All 20 bytes.
-    pub fn bytes(&self) -> &[u8; ID_BYTES] {
-        &self.0
-    }
-}
 
 /// A block device with one worker thread for each queue.
 ///

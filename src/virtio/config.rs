@@ -1,12 +1,12 @@
-//! What a block device offers: its feature bits and its configuration space (virtio 1.2, 5.2.3 and
-//! 5.2.4).
+//! What a block device says of itself: its feature bits, its configuration space (virtio 1.2, 5.2.3 and
+//! 5.2.4) and its serial number.
 //!
 //! It describes a disk in numbers and knows no request.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -25,6 +25,28 @@ pub const MAX_RANGES: u32 = 32;
 /// Sectors in one range of a discard or write zeroes request: 1 GiB, so that no single request
 /// holds a queue for long.
 pub const MAX_SECTORS: u32 = (1 << 30) / SECTOR as u32;
+
+/// Length in bytes of what a disk answers to "get id".
+const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// A disk's serial number as a guest reads it: at most 20 bytes, padded with zeroes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Id([u8; ID_BYTES]);
+
+impl Id {
+    /// The first 20 bytes of `text`.
+    pub fn new(text: &str) -> Id {
+        let mut bytes = [0; ID_BYTES];
+        let len = text.len().min(ID_BYTES);
+        bytes[..len].copy_from_slice(&text.as_bytes()[..len]);
+        Id(bytes)
+    }
+
+    /// All 20 bytes.
+    pub fn bytes(&self) -> &[u8; ID_BYTES] {
+        &self.0
+    }
+}
 
 /// The configuration space (virtio 5.2.4, `virtio_blk_config`), as far as it is filled in.
 #[derive(FromZeros, IntoBytes, Immutable, KnownLayout, Unaligned)]

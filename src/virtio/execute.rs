@@ -11,8 +11,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::block::Id;
-use super::config::{MAX_SECTORS, has};
+use super::config::{Id, MAX_SECTORS, has};
 use super::request::{Buffers, Command, Extent, Refusal, Request, SECTOR};
 use crate::block::{BlockDevice, check_range};
 use crate::error::{Error, ErrorKind};

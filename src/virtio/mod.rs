@@ -24,7 +24,8 @@ mod ring;
 mod rng;
 mod worker;
 
-pub use block::{Block, Id};
+pub use block::Block;
+pub use config::Id;
 pub use net::{Frames, Link, MAX_FRAME, Mac, Net};
 pub use pool::Pool;
 pub use ring::{Broken, Turn};
