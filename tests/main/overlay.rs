@@ -1,13 +1,15 @@
 //! Overlays of directories: the command, the mount helper, what is left in the upper layer, and
 //! layers that somebody else made or that mean ill.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use rustix::fs::XattrFlags;
+use rustix::fs::{AtFlags, CWD, XattrFlags};
+use rustix::io::Errno;
 
 use crate::host::{VDISK, Work, with_own_mounts};
 use crate::mount::is_beside;
@@ -148,6 +150,52 @@ fn a_directory_that_lost_its_set_group_id_mark_gives_its_group_to_nothing_new() 
         groups
     });
     assert_eq!(groups.join().unwrap(), [others, somebody, others, somebody]);
+    laid.umount();
+}
+
+/// What is removed is still read, changed and asked of by who has it open, and gets no name again: also where
+/// a lower layer has it yet, by which the kernel takes it for a file with a name.
+#[test]
+fn a_file_that_lost_its_last_name_gets_no_other() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    for name in ["asked", "changed", "one", "other"] {
+        fs::write(laid.path("lower").join(name), name).unwrap();
+    }
+    fs::hard_link(laid.path("lower/one"), laid.path("lower/two")).unwrap();
+    laid.mount();
+    let at = laid.path("at");
+    fs::write(at.join("new"), "new").unwrap();
+    let link = |file: &File, to: &str| {
+        let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+        rustix::fs::linkat(CWD, from, CWD, at.join(to), AtFlags::SYMLINK_FOLLOW)
+    };
+    for name in ["asked", "changed", "new"] {
+        let file = File::open(at.join(name)).unwrap();
+        fs::remove_file(at.join(name)).unwrap();
+        if name == "changed" {
+            file.set_permissions(fs::Permissions::from_mode(0o640)).unwrap();
+        }
+        // The kernel believes what it hears of the names now.
+        assert_eq!(file.metadata().unwrap().len(), name.len() as u64);
+        assert_eq!(link(&file, "again"), Err(Errno::NOENT), "{name}");
+        assert!(!at.join("again").exists() && !laid.path("upper/again").exists());
+    }
+    // A name that others do not know of is a name.
+    let file = File::open(at.join("one")).unwrap();
+    fs::remove_file(at.join("one")).unwrap();
+    assert_eq!(file.metadata().unwrap().nlink(), 1);
+    link(&file, "again").unwrap();
+    assert_eq!(fs::read(at.join("again")).unwrap(), b"one");
+    fs::rename(at.join("other"), at.join("two")).unwrap();
+    assert_eq!(link(&file, "more"), Ok(()));
+    fs::remove_file(at.join("more")).unwrap();
+    fs::remove_file(at.join("again")).unwrap();
+    assert_eq!(file.metadata().unwrap().nlink(), 0);
+    assert_eq!(link(&file, "more"), Err(Errno::NOENT));
+    drop(file);
     laid.umount();
 }
 

@@ -31,6 +31,9 @@ impl Overlay {
         if parent.lock().removed {
             return Err(errno(libc::ENOENT));
         }
+        if self.is_gone(&node)? {
+            return Err(errno(libc::ENOENT));
+        }
         self.copy_up(&node)?;
         self.copy_up(&parent)?;
         let place = parent.upper_dir(&self.recent)?;
@@ -63,6 +66,16 @@ impl Overlay {
         let attr = self.linked(&node, &mut state, &real, &parent, to.name)?;
         self.nodes.count(&node, 1);
         Ok(Entry { node: node.id, generation: 0, attr })
+    }
+
+    /// Whether a file lost its last name: it gets none any more (link(2)), though there is one yet in the
+    /// lower layer that it is read from, and a copy of it would take one.
+    fn is_gone(&self, node: &Node) -> io::Result<bool> {
+        let state = node.lock();
+        if !state.removed || !node.has_upper() {
+            return Ok(state.removed);
+        }
+        Ok(self.held(node, &state)?.spot().stat()?.nlink == 0)
     }
 
     fn linked(
