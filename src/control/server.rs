@@ -21,6 +21,7 @@ use super::place;
 use super::wire::{MAX_LINE, Named, Question, Reply, Request};
 use crate::change::merge::Progress;
 use crate::error::{Error, Result};
+use crate::storage::directory::{DirectoryLock, lock_directory};
 
 /// Questions that are answered at a time.
 const MAX_CONNECTIONS: usize = 64;
@@ -36,6 +37,10 @@ const FAREWELL: Duration = Duration::from_secs(2);
 const TO_STOP: Duration = Duration::from_secs(30);
 /// How long a process may need from the end of its mount to its own.
 const HANDOVER: Duration = Duration::from_secs(30);
+
+/// How long a process may take to make a socket and listen, microseconds of work: a stopped one keeps
+/// nobody waiting.
+const TO_LISTEN: Duration = Duration::from_secs(2);
 
 /// What a holder does when it is asked.
 pub trait Service: Send + Sync {
@@ -110,8 +115,8 @@ impl Server {
         remove_stale(&dir);
         let path = dir.join(name);
         let failed = |e| Error::io("cannot make the control socket", e).at_path(&path);
-        clear(&path).map_err(failed)?;
-        let listener = UnixListener::bind(&path).map_err(failed)?;
+        clear(&dir, &path).map_err(failed)?;
+        let listener = listen(&dir, &path).map_err(failed)?;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let (wake, woken) = UnixStream::pair().map_err(failed)?;
@@ -188,31 +193,53 @@ fn remove_stale(dir: &Path) {
         let pid = pid.filter(|pid| pid.bytes().all(|b| b.is_ascii_digit()));
         // A process of another namespace is not seen here, but it answers.
         let gone = pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
-        if gone
-            && UnixStream::connect(entry.path())
-                .is_err_and(|e| e.kind() == IoErrorKind::ConnectionRefused)
-        {
-            let _ = std::fs::remove_file(entry.path());
+        if gone && is_dead(&entry.path()) {
+            // What cannot be removed is looked at again by the next.
+            let _ = remove_dead(dir, &entry.path());
         }
     }
 }
 
 /// Removes what a process that is gone left at a socket's name. One that is about to go is waited
 /// for.
-fn clear(path: &Path) -> std::io::Result<()> {
+fn clear(dir: &Path, path: &Path) -> std::io::Result<()> {
     let deadline = Instant::now() + HANDOVER;
     loop {
         match UnixStream::connect(path) {
             Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
-            Err(e) if e.kind() == IoErrorKind::ConnectionRefused => {
-                return match std::fs::remove_file(path) {
-                    Err(e) if e.kind() != IoErrorKind::NotFound => Err(e),
-                    _ => Ok(()),
-                };
-            }
+            Err(e) if e.kind() == IoErrorKind::ConnectionRefused => return remove_dead(dir, path),
             _ => return Ok(()),
         }
     }
+}
+
+/// Makes a socket in `dir` and listens.
+fn listen(dir: &Path, path: &Path) -> std::io::Result<UnixListener> {
+    let _alone = alone(dir);
+    UnixListener::bind(path)
+}
+
+/// Whether nobody listens at a socket; or not yet.
+fn is_dead(path: &Path) -> bool {
+    UnixStream::connect(path).is_err_and(|e| e.kind() == IoErrorKind::ConnectionRefused)
+}
+
+/// Removes a socket in `dir` at which nobody will listen any more.
+fn remove_dead(dir: &Path, path: &Path) -> std::io::Result<()> {
+    let alone = alone(dir);
+    if alone.is_none() || !is_dead(path) {
+        return Ok(());
+    }
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != IoErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// What whoever makes a socket in `dir`, or removes one that is dead, has to himself: between its making and
+/// the moment in which somebody listens, a new one looks dead. Nothing where it cannot be had in time.
+fn alone(dir: &Path) -> Option<DirectoryLock> {
+    lock_directory(dir, TO_LISTEN).ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -250,9 +277,10 @@ fn accept_all(shared: &Arc<Shared>, listener: &UnixListener, woken: &UnixStream)
 
 impl Shared {
     fn also(&self, name: &str) -> Result<()> {
-        let path = place::directory()?.join(name);
+        let dir = place::directory()?;
+        let path = dir.join(name);
         let failed = |e| Error::io("cannot name the control socket", e).at_path(&path);
-        clear(&path).map_err(failed)?;
+        clear(&dir, &path).map_err(failed)?;
         let mut names = lock(&self.names);
         if let Some(first) = names.first() {
             std::fs::hard_link(first, &path).map_err(failed)?;
@@ -401,5 +429,48 @@ impl Beat<'_> {
         }
         self.next = Instant::now() + BEAT;
         !has_spoken(self.stream) && say(self.stream, &Reply::At { done, total }).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A mount's socket names no process that lives: only that somebody listens keeps it.
+    #[test]
+    fn a_socket_that_is_being_made_is_not_taken_for_a_dead_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::SeqCst) {
+                    remove_stale(dir.path());
+                }
+            });
+            let there = (0..2000).all(|number| {
+                let path = dir.path().join(format!("mount-0-{number}.sock"));
+                let listener = listen(dir.path(), &path).unwrap();
+                let there = path.exists();
+                drop(listener);
+                let _ = std::fs::remove_file(&path);
+                there
+            });
+            over.store(true, Ordering::SeqCst);
+            assert!(there);
+        });
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = |name: &str| dir.path().join(name);
+        let (dead, live) = (name("mount-0-1.sock"), name("mount-0-2.sock"));
+        drop(listen(dir.path(), &dead).unwrap());
+        let listener = listen(dir.path(), &live).unwrap();
+        remove_stale(dir.path());
+        assert!(!dead.exists() && live.exists());
+        drop(listener);
+        clear(dir.path(), &live).unwrap();
+        assert!(!live.exists());
     }
 }

@@ -9,11 +9,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, setsockopt,
     socket, sockopt,
@@ -22,6 +20,7 @@ use nix::sys::stat::{Mode, fchmod};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::stream::{Socket, Stream};
+use crate::storage::directory::{DirectoryLock, lock_directory};
 use crate::storage::name::remove;
 
 /// How long others may take to make their sockets in the same directory.
@@ -123,7 +122,7 @@ impl UnixSocket {
             Error::invalid(text).at_path(&path)
         })?;
         let dir = path.parent().ok_or_else(|| Error::invalid("a socket without a directory"))?;
-        let _alone = lock_directory(dir)?;
+        let _alone = alone(dir)?;
         let made = match make(&address) {
             Err(Errno::EADDRINUSE) => {
                 remove_stale(&path, &address)?;
@@ -149,7 +148,7 @@ impl UnixSocket {
 
 impl Drop for UnixSocket {
     fn drop(&mut self) {
-        let _alone = self.path.parent().map(lock_directory);
+        let _alone = self.path.parent().map(alone);
         if identity(&self.path).is_ok_and(|file| file == self.file) {
             let _ = remove(&self.path);
         }
@@ -161,18 +160,9 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 /// Keeps other processes of ours from making and removing sockets in `dir` meanwhile.
-fn lock_directory(dir: &Path) -> Result<Flock<fs::File>> {
+fn alone(dir: &Path) -> Result<DirectoryLock> {
     let failed = |e: io::Error| Error::io("the directory cannot be used", e).at_path(dir);
-    let mut file = fs::File::open(dir).map_err(failed)?;
-    let until = Instant::now() + PATIENCE;
-    loop {
-        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((file, Errno::EWOULDBLOCK)) if Instant::now() < until => file,
-            Err((_, errno)) => return Err(failed(errno.into())),
-        };
-        thread::sleep(Duration::from_millis(5));
-    }
+    lock_directory(dir, PATIENCE).map_err(failed)
 }
 
 fn new_socket() -> nix::Result<OwnedFd> {

@@ -4,6 +4,8 @@
 
 mod attributes;
 pub mod device;
+#[cfg(any(feature = "control", feature = "serve"))]
+pub mod directory;
 pub mod draft;
 mod file;
 pub mod fsfreeze;
