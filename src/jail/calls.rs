@@ -66,9 +66,9 @@ impl Work {
         let (plain, ioctls): (&[&[i64]], &[&[u64]]) = match self {
             Work::Machine => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL, GUEST]),
             Work::Server => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL]),
-            Work::Files => (&[BASIC, NAMES, SOCKETS, APART, FOLLOW], &[PLAIN, CHANNEL]),
+            Work::Files => (&[BASIC, NAMES, SOCKETS, FOLLOW], &[PLAIN, CHANNEL]),
             Work::Overlay => (
-                &[BASIC, NAMES, SOCKETS, APART, FOLLOW, KINDS, HANDLES],
+                &[BASIC, NAMES, SOCKETS, FOLLOW, KINDS, HANDLES, MASK],
                 &[PLAIN, CHANNEL, BACKING],
             ),
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
@@ -170,8 +170,8 @@ const SOCKETS: &[i64] = &[
 /// below. None to programs of this host's by a file: they do as their user says.
 const CONNECT: &[i64] = &[SYS_connect, SYS_recvmmsg, SYS_sendmmsg, SYS_socket];
 
-/// A thread with a table of open files of its own: which flags unshare(2) takes stands below.
-const APART: &[i64] = &[SYS_close_range, SYS_unshare];
+/// A thread with a mask for modes of its own: which flags unshare(2) takes stands below.
+const MASK: &[i64] = &[SYS_unshare];
 
 /// A thread that goes where the program is which it answers, and lets it go first: which policies
 /// sched_setscheduler(2) takes stands below.
@@ -260,8 +260,8 @@ fn conditional(process: u32, calls: &Calls) -> Vec<(i64, Vec<Vec<Condition>>)> {
         (SYS_kill, is(0, &[own])),
         // Limits are asked for and not set.
         (SYS_prlimit64, is(2, &[0])),
-        // A table of files, a directory to stand in and a mask of its own.
-        (SYS_unshare, is(0, &[CLONE_FILES as u64, CLONE_FS as u64])),
+        // A directory to stand in, and a mask, of its own.
+        (SYS_unshare, is(0, &[CLONE_FS as u64])),
         (SYS_sched_setscheduler, is(1, &[SCHED_OTHER as u64, SCHED_IDLE as u64])),
         // To where the socket is connected. A pair of datagram sockets could send anywhere.
         (SYS_sendto, is(4, &[0])),
@@ -287,7 +287,7 @@ pub(super) fn program(calls: &Calls, process: u32) -> seccompiler::Result<BpfPro
     }
     for (number, cases) in conditional(process, calls) {
         let of_a_list = calls.alone && !BROKER_IF.contains(&number)
-            || [NAMES, APART, FOLLOW, CONNECT].iter().any(|list| list.contains(&number));
+            || [NAMES, MASK, FOLLOW, CONNECT].iter().any(|list| list.contains(&number));
         if of_a_list && !rules.contains_key(&number) || calls.set_id.contains(&number) {
             continue;
         }
