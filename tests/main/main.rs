@@ -28,6 +28,7 @@ mod boot;
 mod boot_kernel;
 mod boot_refused;
 mod broker;
+mod broker_told;
 mod chains;
 mod clones;
 mod closed;
