@@ -36,6 +36,8 @@ pub enum Work {
     Broker,
     /// The same as [`Command`](Work::Command), and asks servers of the internet for it.
     Client,
+    /// The same, and asks servers to which another process connects it.
+    Connected,
 }
 
 /// What is let through.
@@ -57,7 +59,7 @@ impl Work {
             // Threads that let others go first come back.
             Work::Files => FILES | CapabilitySet::SYS_NICE,
             Work::Overlay => FILES | CapabilitySet::MKNOD | CapabilitySet::SYS_NICE,
-            Work::Machine | Work::Server | Work::Command | Work::Client => FILES,
+            Work::Machine | Work::Server | Work::Command | Work::Client | Work::Connected => FILES,
             Work::Broker => NAMES_OF_FILES,
         }
     }
@@ -67,13 +69,13 @@ impl Work {
             Work::Machine => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL, GUEST]),
             Work::Server => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL]),
             Work::Files => (&[BASIC, NAMES, SOCKETS, FOLLOW], &[PLAIN, CHANNEL]),
-            Work::Overlay => (
-                &[BASIC, NAMES, SOCKETS, FOLLOW, KINDS, HANDLES, MASK],
-                &[PLAIN, CHANNEL, BACKING],
-            ),
+            Work::Overlay => {
+                (&[BASIC, NAMES, SOCKETS, FOLLOW, KINDS, HANDLES, MASK], &[PLAIN, CHANNEL, BACKING])
+            }
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
             Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
             Work::Broker => (&[BROKER, BENEATH], &[]),
+            Work::Connected => (&[BASIC, NAMES, BENEATH, SOCKETS], &[PLAIN, TERMINAL]),
             Work::Client => (&[BASIC, NAMES, BENEATH, SOCKETS, CONNECT], &[PLAIN, TERMINAL]),
         };
         let set_id: &[i64] = match self {
@@ -346,7 +348,7 @@ mod tests {
     #[test]
     fn only_a_client_makes_sockets() {
         let works = [Work::Machine, Work::Server, Work::Files, Work::Overlay, Work::Command];
-        for work in works.into_iter().chain([Work::Trees]) {
+        for work in works.into_iter().chain([Work::Trees, Work::Connected]) {
             assert!(!work.calls().plain.contains(&CONNECT), "{work:?}");
         }
         assert!(!CONNECT.contains(&SYS_bind) && !CONNECT.contains(&SYS_listen));
@@ -356,7 +358,8 @@ mod tests {
     fn every_filter_is_one_that_the_kernel_takes() {
         let works = [Work::Machine, Work::Server, Work::Files, Work::Overlay, Work::Command];
         let works =
-            works.into_iter().chain([Work::Trees, Work::Broker, Work::Client]).map(Work::calls);
+            works.into_iter().chain([Work::Trees, Work::Broker, Work::Client, Work::Connected]);
+        let works = works.map(Work::calls);
         let threads = [Thread::Processor, Thread::Queue, Thread::Connection].map(Thread::calls);
         for calls in works.chain(threads) {
             // BPF_MAXINSNS.
