@@ -56,6 +56,7 @@ mod instances;
 mod instances_inside;
 mod interop;
 mod jail;
+mod jail_commands;
 mod jail_mounts;
 mod labels;
 mod links;
