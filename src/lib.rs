@@ -137,7 +137,13 @@ pub mod internals {
     #[cfg(feature = "vm")]
     open! { vm }
     #[cfg(feature = "serve")]
-    open! { nbd }
+    open! { nbd serve virtio }
+    #[cfg(feature = "oci")]
+    pub mod oci {
+        pub mod tar {
+            pub use crate::oci::tar::{plain, unpack};
+        }
+    }
     open! { addr block chain change copy error family filesystem formats image luks open qcow2 storage }
 }
 

@@ -2,9 +2,10 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -13,7 +14,7 @@ use rustix::net::{
 
 /// One's end of the channel. The other sees when it is closed.
 #[derive(Debug)]
-pub struct Channel(pub(super) OwnedFd);
+pub struct Channel(OwnedFd);
 
 /// A packet that came.
 #[derive(Debug)]
@@ -27,6 +28,18 @@ pub struct Received {
 }
 
 impl Channel {
+    /// Both ends of one.
+    pub fn pair() -> io::Result<(Channel, Channel)> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let ends = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        Ok((Channel(ends.0), Channel(ends.1)))
+    }
+
+    /// Its descriptor's number.
+    pub fn number(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
     /// Sends a packet, and an open file with it.
     pub fn send(&self, bytes: &[u8], file: Option<BorrowedFd<'_>>) -> io::Result<()> {
         loop {

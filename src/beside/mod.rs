@@ -1,22 +1,44 @@
-//! Copies of this process that do one thing: a process beside it, which ends with it.
+//! Copies of this process that do one thing: a process beside it, which ends with it. What the two say to each
+//! other is theirs.
 //!
 //! Who is to be jailed starts, while it is small and knows nothing yet, what does for it later what the jail
-//! refuses it. The two have one channel; what is said there is theirs.
+//! refuses it ([`start`]). Who needs a right that is nothing for a jail starts what is to be jailed instead
+//! ([`Child`]).
 
 #[cfg(feature = "jail")]
 mod channel;
+#[cfg(feature = "container")]
+mod child;
+mod open;
 #[cfg(feature = "jail")]
 mod start;
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use nix::libc;
 use nix::unistd::{ForkResult, Pid, fork};
 
 #[cfg(feature = "jail")]
 pub use channel::{Channel, Received};
+#[cfg(feature = "container")]
+pub(crate) use child::Child;
+#[cfg(feature = "container")]
+pub(crate) use open::close_others;
 #[cfg(feature = "jail")]
 pub use start::start;
+
+/// What a shell says of a program that was aborted.
+const PANICKED: u8 = 134;
+
+/// Runs `work` in a copy of this process that is `ready`.
+fn prepared(ready: impl FnOnce() -> io::Result<()>, work: impl FnOnce() -> u8) -> io::Result<Pid> {
+    copy(|| match ready() {
+        // The frames below are the original's to unwind.
+        Ok(()) => catch_unwind(AssertUnwindSafe(work)).unwrap_or(PANICKED),
+        Err(_) => 1,
+    })
+}
 
 /// Runs `work` in a copy of this process, which ends with what it returned. The copy has no other
 /// thread than its own, so this process must have none, either.

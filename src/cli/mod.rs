@@ -149,6 +149,7 @@ impl Verb {
                 | Verb::Cp(_)
                 | Verb::Create(_)
                 | Verb::Export(_)
+                | Verb::Image(_)
                 | Verb::Import(_)
                 | Verb::Info(_)
                 | Verb::Kernel(_)

@@ -25,6 +25,7 @@ use super::network::user;
 use super::scratch::Scratch;
 use super::wire::{self, Message};
 use super::{INIT, STAGE, sys};
+use crate::beside::close_others;
 use crate::error::{Error, Result};
 use crate::storage::fsfreeze;
 
@@ -39,7 +40,8 @@ pub(super) fn run(scratch: &Scratch, words: &[&OsStr]) -> Result<u8> {
     setsid().map_err(|e| Error::io("cannot start a session", e.into()))?;
     let (link, words) = words.split_first().ok_or_else(own_use)?;
     let link = link.to_str().and_then(|link| link.parse().ok()).ok_or_else(own_use)?;
-    close_above(2, &[link]).map_err(|e| Error::io("cannot close what was left open", e))?;
+    // The user's shell may have left a directory of the host open.
+    close_others(&[link]).map_err(|e| Error::io("cannot close what was left open", e))?;
     let host = sys::inherited(link).map_err(|e| Error::io("cannot hear the host process", e))?;
     let host = UnixStream::from(host);
     let mut groups = Groups::default();
@@ -152,19 +154,6 @@ fn connect(wish: &Message, scratch: &Scratch) -> Message {
         Ok(()) => Message::default().with("connected", ""),
         Err(error) => Message::default().with("failed", error.to_string()),
     }
-}
-
-/// Closes what is open above `last`, but for `keep`: the user's shell may have left a directory of
-/// the host open.
-pub(super) fn close_above(last: i32, keep: &[i32]) -> io::Result<()> {
-    let entries = fs::read_dir("/proc/thread-self/fd")?;
-    let numbers: Vec<i32> =
-        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    for number in numbers.into_iter().filter(|&number| number > last && !keep.contains(&number)) {
-        // The listing's own descriptor is among them, closed already.
-        let _ = nix::unistd::close(number);
-    }
-    Ok(())
 }
 
 /// The exit status of a shell whose last command ended like this.

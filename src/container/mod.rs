@@ -31,7 +31,6 @@
 //!
 //! Knows namespaces and a directory; no disk and no file system format.
 
-mod beside;
 mod caps;
 mod cgroup;
 mod handle;
@@ -74,8 +73,8 @@ pub use root::volume::Volume;
 pub use seccomp::notify::Owners;
 pub use visit::{Visit, visit};
 
+use crate::beside;
 use crate::error::{Error, Result};
-use beside::Beside;
 use cgroup::room::Room;
 use scratch::Scratch;
 
@@ -152,7 +151,7 @@ pub struct Space {
     link: UnixStream,
     place: Apart,
     handle: Handle,
-    beside: Option<Beside>,
+    beside: Option<beside::Child>,
     /// Where this process is, to make room for the container's control group.
     _room: Option<Room>,
 }
@@ -166,7 +165,7 @@ pub struct Outset {
     scratch: Scratch,
     ids: Ids,
     why_one: Option<String>,
-    beside: Option<Beside>,
+    beside: Option<beside::Child>,
     room: Option<Room>,
 }
 
@@ -213,7 +212,7 @@ impl Outset {
     /// # Errors
     /// Where it cannot be made: this process has other threads, say.
     pub fn start_beside(&mut self, keep: &[RawFd], work: impl FnOnce() -> u8) -> Result<()> {
-        let started = Beside::start(keep, work);
+        let started = beside::Child::start(keep, work);
         let started = started.map_err(|e| Error::io("cannot start a process beside this", e))?;
         self.beside = Some(started);
         Ok(())

@@ -15,5 +15,5 @@ pub use client::{Connection, ask, ask_at, result_of, wait_for};
 pub use holder::{Holder, Kind};
 pub use order::Order;
 pub use place::elsewhere;
-pub use server::{Bound, Server, Service};
+pub use server::{Bound, Server, Service, make_way};
 pub use wire::{Failure, Named, Request};

@@ -114,6 +114,11 @@ pub fn prefix(disk: &Path) -> Result<String> {
     })
 }
 
+/// The socket of a mount whose device is not known yet.
+pub fn mounting() -> String {
+    format!("mounting-{}-0.sock", std::process::id())
+}
+
 /// The socket of the mount on device `major:minor`, as the kernel's table of mounts shows it.
 pub fn mount(device: &str) -> String {
     format!("mount-{}.sock", device.replace(':', "-"))

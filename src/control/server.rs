@@ -200,6 +200,15 @@ fn remove_stale(dir: &Path) {
     }
 }
 
+/// Makes sure that [`Bound::also`] can give a socket this name, also in a process that can make no connection.
+///
+/// # Errors
+/// Where what is left there cannot be removed.
+pub fn make_way(name: &str) -> Result<()> {
+    let path = place::directory()?.join(name);
+    clear(&path).map_err(|e| Error::io("cannot name the control socket", e).at_path(&path))
+}
+
 /// Removes what a process that is gone left at a socket's name. One that is about to go is waited
 /// for.
 fn clear(dir: &Path, path: &Path) -> std::io::Result<()> {

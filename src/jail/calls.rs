@@ -36,6 +36,8 @@ pub enum Work {
     Broker,
     /// The same as [`Command`](Work::Command), and asks servers of the internet for it.
     Client,
+    /// The same, and asks servers to which another process connects it.
+    Connected,
 }
 
 /// What is let through.
@@ -57,7 +59,7 @@ impl Work {
             // Threads that let others go first come back.
             Work::Files => FILES | CapabilitySet::SYS_NICE,
             Work::Overlay => FILES | CapabilitySet::MKNOD | CapabilitySet::SYS_NICE,
-            Work::Machine | Work::Server | Work::Command | Work::Client => FILES,
+            Work::Machine | Work::Server | Work::Command | Work::Client | Work::Connected => FILES,
             Work::Broker => NAMES_OF_FILES,
         }
     }
@@ -66,14 +68,14 @@ impl Work {
         let (plain, ioctls): (&[&[i64]], &[&[u64]]) = match self {
             Work::Machine => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL, GUEST]),
             Work::Server => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL]),
-            Work::Files => (&[BASIC, NAMES, SOCKETS, APART, FOLLOW], &[PLAIN, CHANNEL]),
-            Work::Overlay => (
-                &[BASIC, NAMES, SOCKETS, APART, FOLLOW, KINDS, HANDLES],
-                &[PLAIN, CHANNEL, BACKING],
-            ),
+            Work::Files => (&[BASIC, NAMES, SOCKETS, FOLLOW], &[PLAIN, CHANNEL]),
+            Work::Overlay => {
+                (&[BASIC, NAMES, SOCKETS, FOLLOW, KINDS, HANDLES, MASK], &[PLAIN, CHANNEL, BACKING])
+            }
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
             Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
             Work::Broker => (&[BROKER, BENEATH], &[]),
+            Work::Connected => (&[BASIC, NAMES, BENEATH, SOCKETS], &[PLAIN, TERMINAL]),
             Work::Client => (&[BASIC, NAMES, BENEATH, SOCKETS, CONNECT], &[PLAIN, TERMINAL]),
         };
         let set_id: &[i64] = match self {
@@ -170,8 +172,8 @@ const SOCKETS: &[i64] = &[
 /// below. None to programs of this host's by a file: they do as their user says.
 const CONNECT: &[i64] = &[SYS_connect, SYS_recvmmsg, SYS_sendmmsg, SYS_socket];
 
-/// A thread with a table of open files of its own: which flags unshare(2) takes stands below.
-const APART: &[i64] = &[SYS_close_range, SYS_unshare];
+/// A thread with a mask for modes of its own: which flags unshare(2) takes stands below.
+const MASK: &[i64] = &[SYS_unshare];
 
 /// A thread that goes where the program is which it answers, and lets it go first: which policies
 /// sched_setscheduler(2) takes stands below.
@@ -260,8 +262,8 @@ fn conditional(process: u32, calls: &Calls) -> Vec<(i64, Vec<Vec<Condition>>)> {
         (SYS_kill, is(0, &[own])),
         // Limits are asked for and not set.
         (SYS_prlimit64, is(2, &[0])),
-        // A table of files, a directory to stand in and a mask of its own.
-        (SYS_unshare, is(0, &[CLONE_FILES as u64, CLONE_FS as u64])),
+        // A directory to stand in, and a mask, of its own.
+        (SYS_unshare, is(0, &[CLONE_FS as u64])),
         (SYS_sched_setscheduler, is(1, &[SCHED_OTHER as u64, SCHED_IDLE as u64])),
         // To where the socket is connected. A pair of datagram sockets could send anywhere.
         (SYS_sendto, is(4, &[0])),
@@ -287,7 +289,7 @@ pub(super) fn program(calls: &Calls, process: u32) -> seccompiler::Result<BpfPro
     }
     for (number, cases) in conditional(process, calls) {
         let of_a_list = calls.alone && !BROKER_IF.contains(&number)
-            || [NAMES, APART, FOLLOW, CONNECT].iter().any(|list| list.contains(&number));
+            || [NAMES, MASK, FOLLOW, CONNECT].iter().any(|list| list.contains(&number));
         if of_a_list && !rules.contains_key(&number) || calls.set_id.contains(&number) {
             continue;
         }
@@ -346,7 +348,7 @@ mod tests {
     #[test]
     fn only_a_client_makes_sockets() {
         let works = [Work::Machine, Work::Server, Work::Files, Work::Overlay, Work::Command];
-        for work in works.into_iter().chain([Work::Trees]) {
+        for work in works.into_iter().chain([Work::Trees, Work::Connected]) {
             assert!(!work.calls().plain.contains(&CONNECT), "{work:?}");
         }
         assert!(!CONNECT.contains(&SYS_bind) && !CONNECT.contains(&SYS_listen));
@@ -356,7 +358,8 @@ mod tests {
     fn every_filter_is_one_that_the_kernel_takes() {
         let works = [Work::Machine, Work::Server, Work::Files, Work::Overlay, Work::Command];
         let works =
-            works.into_iter().chain([Work::Trees, Work::Broker, Work::Client]).map(Work::calls);
+            works.into_iter().chain([Work::Trees, Work::Broker, Work::Client, Work::Connected]);
+        let works = works.map(Work::calls);
         let threads = [Thread::Processor, Thread::Queue, Thread::Connection].map(Thread::calls);
         for calls in works.chain(threads) {
             // BPF_MAXINSNS.

@@ -62,6 +62,12 @@ impl Jail {
         Jail { work, files: files::Files::default() }
     }
 
+    /// The same for other work.
+    #[must_use]
+    pub fn with_work(self, work: Work) -> Jail {
+        Jail { work, ..self }
+    }
+
     /// Lets through the file at `path`, or the directory there with all below it. What is not there stays
     /// out.
     pub fn reach(&mut self, path: &Path, reach: Reach) {

@@ -17,7 +17,7 @@ pub mod volume;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,8 +32,8 @@ use vdisk_fuse::{Caching, Options, Server, Tree};
 
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
+use crate::filesystem::Found;
 use crate::filesystem::probe::FileSystem;
-use crate::filesystem::{Found, find};
 use crate::storage::loopdev::{LoopDevice, LoopOptions};
 
 use volume::{DeviceVolume, Lost};
@@ -42,21 +42,14 @@ use volume::{DeviceVolume, Lost};
 const FILE: &str = "disk.raw";
 /// What [`LoopOptions::name`] is for our loop devices.
 pub const LOOP_NAME: &str = "vdisk";
-/// How long the kernel may take to let go of the loop device and the file after an unmount. By
-/// then everything is written: this is bookkeeping of milliseconds.
-const RELEASE: Duration = Duration::from_secs(30);
-/// The same, where nobody is told how it went.
-const RELEASE_ON_DROP: Duration = Duration::from_secs(10);
+/// How long the kernel may take to let go of the loop device and the file where nothing was mounted.
+const RELEASE: Duration = Duration::from_secs(10);
 /// How many requests the server works on at a time.
 const THREADS: usize = 4;
 
-/// What to mount, and how.
+/// How the kernel's file system is mounted.
 #[derive(Debug, Clone, Default)]
 pub struct AttachOptions {
-    /// Mounts for reading only, without replaying a journal. Implied by a read-only device.
-    pub read_only: bool,
-    /// The partition that holds the file system; `None` for the whole disk.
-    pub partition: Option<u32>,
     /// Opens no device that a file there stands for, and gives no program there its owner's rights:
     /// whoever wrote the disk made those, and this host's users are to see the files only.
     pub inert: bool,
@@ -66,44 +59,6 @@ pub struct AttachOptions {
     pub name: String,
     /// In which mount namespace to mount it.
     pub place: Apart,
-}
-
-/// A file system mounted by [`attach`].
-///
-/// [`detach`](Attached::detach) unmounts it and says whether everything became durable. Dropping
-/// it unmounts lazily, as far as possible and without a word.
-pub struct Attached {
-    place: Apart,
-    at: PathBuf,
-    loop_number: u32,
-    /// Taken when nothing is left to unmount.
-    shown: Option<Shown>,
-}
-
-/// Mounts the file system in `device` at the directory `at`. Threads of this process serve it until it is unmounted, by
-/// [`Attached::detach`] or by anybody else. Needs root: loop devices belong to nobody else.
-pub fn attach(
-    device: Arc<dyn BlockDevice>,
-    options: &AttachOptions,
-    at: &Path,
-) -> Result<Attached> {
-    let found = find(device.as_ref(), options.partition)?;
-    let read_only = options.read_only || device.read_only() || found.fs.read_only;
-    let failed = |e| Error::io("cannot serve the disk over FUSE", e);
-    let connection = Device::open().map_err(failed)?;
-    let root = connect(&connection, &options.name)?;
-    let shown = Shown::on(connection, device, read_only)?;
-    match stand(root, Stack { found: &found, read_only, options, at }) {
-        Ok(loop_number) => {
-            let (place, at) = (options.place.clone(), at.to_path_buf());
-            Ok(Attached { place, at, loop_number, shown: Some(shown) })
-        }
-        Err(error) => {
-            // With its root closed nothing holds the FUSE mount: the server ends by itself.
-            let _ = shown.wait_within(RELEASE_ON_DROP);
-            Err(error)
-        }
-    }
 }
 
 /// Mounts a connection where it stands nowhere, for a disk of this name: the root of that mount. A
@@ -158,14 +113,12 @@ impl Shown {
         lost.check()
     }
 
-    /// The same, for at most `limit`; gives it back where that passed.
-    fn wait_within(self, limit: Duration) -> std::result::Result<Result<()>, Shown> {
-        let Shown { device, read_only, lost, server } = self;
-        match server.join_within(limit) {
-            Ok(Err(e)) => Ok(Err(Error::io("the FUSE server failed", e))),
-            Ok(Ok(())) if read_only => Ok(lost.check()),
-            Ok(Ok(())) => Ok(device.flush().and_then(|()| lost.check())),
-            Err(server) => Err(Shown { device, read_only, lost, server }),
+    /// The same where it came to nothing, for a bounded time: nobody is told how it went.
+    pub fn abandon(self) {
+        if let Ok(Ok(())) = self.server.join_within(RELEASE)
+            && !self.read_only
+        {
+            let _ = self.device.flush();
         }
     }
 }
@@ -230,39 +183,6 @@ fn refused(fs: &FileSystem, errno: Errno) -> Error {
         _ => format!("the kernel refused the {name} file system (dmesg says why)"),
     };
     Error::io(text, errno.into())
-}
-
-impl Attached {
-    /// The device number of the loop device as /proc/PID/mountinfo shows it: `7:N`.
-    pub fn loop_device(&self) -> String {
-        format!("7:{}", self.loop_number)
-    }
-
-    /// Waits until somebody else has unmounted the file system, and makes everything durable.
-    pub fn wait(mut self) -> Result<()> {
-        self.shown.take().map_or(Ok(()), Shown::wait)
-    }
-
-    /// Unmounts, and returns when everything is durable and no thread serves the disk any more.
-    ///
-    /// Fails with [`ErrorKind::InUse`] while somebody uses the mount. After any failure it is
-    /// unmounted lazily: what is still in use goes when its last user does.
-    pub fn detach(mut self) -> Result<()> {
-        unmount(&self.place, &self.at)?;
-        let Some(shown) = self.shown.take() else { return Ok(()) };
-        // Where it is not let go, another namespace holds a copy of the mount; it was synced, and the
-        // threads serve it on.
-        let ended = shown.wait_within(RELEASE);
-        ended.unwrap_or_else(|_| Err(still_mounted(&self.at, &self.loop_device())))
-    }
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        let Some(shown) = self.shown.take() else { return };
-        detach(&self.place, &self.at);
-        let _ = shown.wait_within(RELEASE_ON_DROP);
-    }
 }
 
 /// Takes away what is mounted at a directory there, as soon as nobody uses it.

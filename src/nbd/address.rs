@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::stream::{Socket, Stream};
@@ -47,15 +47,23 @@ impl Address {
 
     /// Connects.
     pub(super) fn connect(&self) -> Result<Stream> {
+        #[cfg(feature = "jail")]
+        if let Some(socket) = super::beside::ask(self) {
+            return socket.map(Stream::new);
+        }
+        self.reach(None).map(Stream::new)
+    }
+
+    /// Connects by this process itself; to a socket in the file system by its `full` path, where this stands
+    /// in another directory than who has named it.
+    pub(super) fn reach(&self, full: Option<&Path>) -> Result<Socket> {
         let failed = |e: io::Error| {
             let text = format!("Failed to connect to '{self}': {}", words(&e));
             Error::new(ErrorKind::Io, text)
         };
         let (host, port) = match self {
             Address::Unix(path) => {
-                return UnixStream::connect(path)
-                    .map(|stream| Stream::new(Socket::Unix(stream)))
-                    .map_err(failed);
+                return UnixStream::connect(full.unwrap_or(path)).map(Socket::Unix).map_err(failed);
             }
             Address::Tcp { host, port } => (bare(host), port),
         };
@@ -74,7 +82,7 @@ impl Address {
             match TcpStream::connect_timeout(&address, CONNECT) {
                 Ok(stream) => {
                     stream.set_nodelay(true).map_err(failed)?;
-                    return Ok(Stream::new(Socket::Tcp(stream)));
+                    return Ok(Socket::Tcp(stream));
                 }
                 Err(e) => last = e,
             }

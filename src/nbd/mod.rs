@@ -7,6 +7,8 @@
 //! NBD protocol" (fixed newstyle, structured replies, metadata contexts, TLS).
 
 mod address;
+#[cfg(feature = "jail")]
+mod beside;
 mod client;
 mod disk;
 mod handshake;
@@ -19,6 +21,8 @@ pub(crate) mod wire;
 mod tests;
 
 pub use address::Address;
+#[cfg(feature = "jail")]
+pub use beside::connect_beside;
 pub use client::{Client, Stretch};
 pub use disk::Disk;
 

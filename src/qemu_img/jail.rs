@@ -3,29 +3,31 @@
 
 use std::path::Path;
 
-use vdisk::jail::Mode;
+use vdisk::jail::{Mode, Work};
+use vdisk::nbd::{Address, connect_beside};
 use vdisk::storage::device::is_device;
 
-use super::images::open;
+use super::images::{bottom, open};
 use super::names::name::{Below, Protocol, Source};
 use crate::cli::open::rest::Rest;
 
 /// What a command opens. It closes the jail before it opens the first.
 pub struct Opens {
     rest: Rest,
-    /// Whether servers are asked: who does that makes connections, and is in no jail.
-    asks: bool,
+    /// Servers that are asked: a process beside this connects to them.
+    servers: Vec<Address>,
 }
 
 impl Opens {
     /// Nothing that is written.
     pub fn new() -> Opens {
-        Opens { rest: Rest::new().read(Path::new("/")), asks: open::trusts_names() }
+        Opens { rest: Rest::new().read(Path::new("/")), servers: Vec::new() }
     }
 
     /// An image that is only read.
     pub fn read(mut self, source: &Source) -> Opens {
-        self.asks |= asks(source);
+        prepare(source);
+        self.servers.extend(asked(source));
         self
     }
 
@@ -49,7 +51,8 @@ impl Opens {
 
     /// A file that is made, whatever stood there.
     pub fn made(mut self, at: &Protocol) -> Opens {
-        self.asks |= is_served(at);
+        bottom::prepare(at);
+        self.servers.extend(servers(at).into_iter().cloned());
         let make = |rest: Rest, path: &Path| match is_device(path) {
             true => rest.disk(path),
             false => rest.made(path),
@@ -68,9 +71,19 @@ impl Opens {
 
     /// Closes the jail.
     pub fn close(self) {
-        if !self.asks {
-            let _ = self.rest.close_as(Mode::Best);
+        let Opens { mut rest, mut servers } = self;
+        // Which servers are meant is known only when the images are read.
+        if open::trusts_names() {
+            return;
         }
+        if !servers.is_empty() {
+            servers.dedup();
+            if connect_beside(servers).is_err() {
+                return;
+            }
+            rest = rest.with_work(Work::Connected);
+        }
+        let _ = rest.close_as(Mode::Best);
     }
 }
 
@@ -93,21 +106,34 @@ fn files(protocol: &Protocol) -> Vec<&Path> {
     }
 }
 
-fn asks(source: &Source) -> bool {
-    let below = match &source.below {
-        Below::Given(below) => asks(below),
-        _ => false,
-    };
-    below || is_served(&source.protocol) || source.data_file.as_ref().is_some_and(is_served)
+/// Makes what an image needs that is in no file, with all that is named below it.
+fn prepare(source: &Source) {
+    [Some(&source.protocol), source.data_file.as_ref()]
+        .into_iter()
+        .flatten()
+        .for_each(bottom::prepare);
+    if let Below::Given(below) = &source.below {
+        prepare(below);
+    }
 }
 
-fn is_served(protocol: &Protocol) -> bool {
+/// The servers that an image is asked of, with all that is named below it.
+fn asked(source: &Source) -> Vec<Address> {
+    let own = [Some(&source.protocol), source.data_file.as_ref()].into_iter().flatten();
+    let mut all: Vec<Address> = own.flat_map(servers).cloned().collect();
+    if let Below::Given(below) = &source.below {
+        all.extend(asked(below));
+    }
+    all
+}
+
+fn servers(protocol: &Protocol) -> Vec<&Address> {
     match protocol {
-        Protocol::Nbd(_) => true,
-        Protocol::Faulty { image, .. } => is_served(image),
-        Protocol::Part { of, .. } => is_served(of),
-        Protocol::Quorum(parts) => parts.iter().any(is_served),
-        Protocol::File(_) | Protocol::Null(_) => false,
+        Protocol::Nbd(target) => vec![&target.address],
+        Protocol::Faulty { image, .. } => servers(image),
+        Protocol::Part { of, .. } => servers(of),
+        Protocol::Quorum(parts) => parts.iter().flat_map(servers).collect(),
+        Protocol::File(_) | Protocol::Null(_) => Vec::new(),
     }
 }
 
@@ -144,9 +170,10 @@ mod tests {
             "driver=raw,file.driver=nbd,file.host=h,file.port=1",
             r#"json:{"driver":"qcow2","file":{"filename":"a"},"backing":{"driver":"raw","file":{"driver":"nbd","host":"h","port":"1"}}}"#,
         ] {
-            assert!(asks(&source(text)), "{text}");
+            assert_eq!(asked(&source(text)).len(), 1, "{text}");
         }
         // A file that is only called so.
-        assert!(!asks(&source("./nbd:a")) && !asks(&source("a=nbd")));
+        let none = ["./nbd:a", "a=nbd"].map(|text| asked(&source(text)));
+        assert!(none.iter().all(Vec::is_empty));
     }
 }

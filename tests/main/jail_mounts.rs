@@ -2,11 +2,13 @@
 //! what is mounted goes on.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 use crate::container::{able, eventually, keeper_and_server, running, work};
 use crate::host::{Running, Work};
@@ -62,6 +64,106 @@ fn the_server_of_an_ordinary_users_mount_is_jailed_and_serves_on() {
     assert_jailed(process, &kinds, &prey);
     running.type_in(b"go\n");
     assert_eq!(running.wait().succeeds().out(), "hello\n");
+}
+
+/// A disk with ext4 in it on a base in another directory, mounted at `at` by the kernel's own driver.
+fn by_kernel(work: &Work) {
+    work.run("mke2fs", ["-q", "-t", "ext4", "bases/files.raw", "16M"]).succeeds();
+    work.vdisk("clone bases/files.raw disks/files.qcow2").succeeds();
+    fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("mount disks/files.qcow2 at --jail require").succeeds();
+}
+
+#[test]
+fn the_server_of_a_mount_by_the_kernels_driver_is_jailed_and_the_mount_goes_on() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    let prey = Prey { base: work.path("bases/files.raw"), ..prey };
+    by_kernel(&work);
+    let at = work.path("at");
+    let process = u32::try_from(server(&at).unwrap().as_raw()).unwrap();
+    assert_jailed(process, &["vdisk", "fuse", "ending", "control"], &prey);
+    fs::write(at.join("file"), "before").unwrap();
+    work.vdisk("snapshot create disks/files.qcow2 one --freeze").succeeds();
+    fs::write(at.join("file"), "after").unwrap();
+    let holder = work.vdisk("info disks/files.qcow2").succeeds().out();
+    assert!(holder.contains(&format!("mounted at {}", at.display())), "{holder}");
+    let device = fs::metadata(&at).unwrap().dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let sectors = || fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")).unwrap();
+    let before: u64 = sectors().trim().parse().unwrap();
+    work.vdisk("resize disks/files.qcow2 +1M").succeeds();
+    assert_eq!(sectors().trim().parse::<u64>().unwrap(), before + 2048);
+    work.vdisk("umount at").succeeds();
+    is_left_alone(&at);
+    let seen = |snapshot: &str| {
+        work.vdisk(&format!("cat disks/files.qcow2:file{snapshot}")).succeeds().out()
+    };
+    assert_eq!((seen(" --snapshot one"), seen("")), ("before".into(), "after".into()));
+    work.vdisk("mount disks/files.qcow2 at --jail require").succeeds();
+    work.vdisk("snapshot merge disks/files.qcow2 one").succeeds();
+    nix::sys::signal::kill(server(&at).unwrap(), Signal::SIGTERM).unwrap();
+    is_left_alone(&at);
+    assert!(!is_mounted(&at) && outer(&at).is_none());
+    work.vdisk("check disks/files.qcow2").succeeds();
+}
+
+/// The process beside the server of the mount at a directory, which mounts and unmounts.
+fn outer(at: &Path) -> Option<Pid> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let found = numbers.find(|process| {
+        let read = |file: &str| fs::read(format!("/proc/{process}/{file}")).unwrap_or_default();
+        let words = read("cmdline");
+        read("comm") == b"vdisk-outside\n"
+            && words.split(|byte| *byte == 0).any(|word| word == at.as_os_str().as_bytes())
+    });
+    found.map(Pid::from_raw)
+}
+
+#[test]
+fn a_mount_outlives_the_process_outside_and_can_still_be_taken_away() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, _) = scene();
+    by_kernel(&work);
+    let at = work.path("at");
+    fs::write(at.join("file"), "before").unwrap();
+    // As it does for a snapshot, and is killed before it can let the file system go on.
+    work.run("fsfreeze", ["--freeze", "at"]).succeeds();
+    nix::sys::signal::kill(outer(&at).unwrap(), Signal::SIGKILL).unwrap();
+    soon("the end of the process outside", || outer(&at).is_none());
+    work.vdisk("snapshot create disks/files.qcow2 one --freeze").fails(&["gone"]);
+    // What needs nothing outside goes on.
+    work.vdisk("snapshot create disks/files.qcow2 two").succeeds();
+    assert!(server(&at).is_some() && is_mounted(&at));
+    work.vdisk("umount at").succeeds();
+    is_left_alone(&at);
+    assert!(!is_mounted(&at));
+    assert_eq!(work.vdisk("cat disks/files.qcow2:file").succeeds().out(), "before");
+    work.vdisk("check disks/files.qcow2").succeeds();
+}
+
+#[test]
+fn a_server_that_is_killed_leaves_no_process_outside_and_all_that_was_synced() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, _) = scene();
+    by_kernel(&work);
+    let at = work.path("at");
+    work.run("sh", ["-ec", "echo kept > at/file && sync at/file"]).succeeds();
+    nix::sys::signal::kill(server(&at).unwrap(), Signal::SIGKILL).unwrap();
+    is_left_alone(&at);
+    soon("the end of the process outside", || outer(&at).is_none());
+    work.vdisk("umount at").fails(&["at", "gone"]);
+    assert!(!is_mounted(&at));
+    work.vdisk("mount disks/files.qcow2 at").succeeds();
+    assert_eq!(work.bytes("at/file"), b"kept\n");
+    work.vdisk("umount at").succeeds();
 }
 
 /// Requires that all threads of a mount's server are jailed, among them such, but for one thing that they

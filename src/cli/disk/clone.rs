@@ -13,7 +13,6 @@ use vdisk::{Error, Result};
 use crate::cli::disk::{convert, resize};
 use crate::cli::image::Which;
 use crate::cli::open::disk::{self, Use};
-use crate::cli::open::jail;
 use crate::cli::open::options::{Moment, Opening};
 use crate::cli::open::rest::Rest;
 use crate::cli::terminal::size;
@@ -81,16 +80,16 @@ pub fn run(args: &Args) -> Result<u8> {
         let using = args.opening.reading(&args.moment);
         let config = convert::config_of(&named, &args.opening, &args.moment, &args.store)?;
         let along = convert::Along { bitmaps: args.bitmaps, config };
-        if named.exists() {
-            let rest = Rest::new().disk(&named);
-            names.iter().fold(rest, |rest, name| rest.made(name)).close()?;
-        } else {
-            jail::refuse("what a server has is copied without")?;
-        }
-        let copy = |name: &PathBuf| convert::flatten(&named, &using, name, &along);
+        let rest = Rest::new().disk(&named);
+        names.iter().fold(rest, |rest, name| rest.made(name)).close()?;
+        let source = disk::open(&named, &using)?;
+        let copy = |name: &PathBuf| convert::flatten(&source, name, &along);
         return names.iter().try_for_each(copy).map(|()| 0);
     }
     let (file, options) = args.opening.file_at(&named, &args.moment)?;
+    let config = args.store.config(&args.base)?;
+    let rest = Rest::new().disk(&file);
+    names.iter().fold(rest, |rest, name| rest.made(name)).close()?;
     if let Some(size) = args.size {
         let base = disk::open(&named, &args.opening.reading(&args.moment))?;
         if size < base.size() {
@@ -100,9 +99,6 @@ pub fn run(args: &Args) -> Result<u8> {
         let base: Arc<dyn BlockDevice> = base;
         growable(&base).map_err(|e| e.at_path(&named))?;
     }
-    let config = args.store.config(&args.base)?;
-    let rest = Rest::new().disk(&file);
-    names.iter().fold(rest, |rest, name| rest.made(name)).close()?;
     let base = Base::seal_with(&file, &options, &names)?;
     let base = base.with_config(config);
     let stop = crate::cli::terminal::stop::on_signals()?;

@@ -116,15 +116,14 @@ pub struct Along {
 }
 
 /// Copies all that a disk shows into a new disk that stands on nothing.
-pub fn flatten(source: &Path, using: &Use<'_>, target: &Path, along: &Along) -> Result<()> {
-    let source = disk::open(source, using)?;
+pub fn flatten(source: &Chain, target: &Path, along: &Along) -> Result<()> {
     let bitmaps = if along.bitmaps { source.head().image.bitmaps()? } else { Vec::new() };
     let extensions = vec![new_label(along.config.clone())?];
     let options = CreateOptions { extensions, ..CreateOptions::new(0) };
     let progress = Progress::new("copying", source.size());
     let progress = |done| progress.at(done);
     let how = Copying { compress: false, bitmaps: &bitmaps, progress: &progress };
-    copy::convert(&*source, target, &Target::Qcow2(Box::new(options)), &how)
+    copy::convert(source, target, &Target::Qcow2(Box::new(options)), &how)
 }
 
 /// What is run in a disk at a moment: a copy that stands on nothing must say it itself. `None`, and a

@@ -9,9 +9,11 @@ use vdisk::oci::changes::Changes;
 use vdisk::oci::config::{
     RunConfig, change, change_image, of_disk, of_image, raw_of_disk, raw_of_image,
 };
+use vdisk::oci::store::Store;
 use vdisk::{Error, Result};
 
 use super::Which;
+use crate::cli::open::rest::Rest;
 use crate::cli::terminal::output;
 
 /// Which disk or image.
@@ -37,6 +39,7 @@ pub fn run(args: &Args) -> Result<()> {
         (Err(_), Some(name), Some(store)) => Some((store, name)),
         _ => None,
     };
+    enclose(args, image.map(|(store, _)| store), store, !changes.is_empty())?;
     if !changes.is_empty() {
         match image {
             Some((store, name)) => change_image(store, name, &changes)?,
@@ -57,6 +60,19 @@ pub fn run(args: &Args) -> Result<()> {
         None => of_disk(&args.disk, store)?,
     };
     output::text(&text(&config))
+}
+
+/// Closes the jail around it: what an image says stands in its store, and what a disk says in its own label or in
+/// that of one that it stands on.
+fn enclose(args: &Args, image: Option<&Store>, store: Option<&Store>, changes: bool) -> Result<()> {
+    let rest = match image {
+        Some(store) if changes => Rest::new().made(&store.dir().join("images")),
+        Some(_) => Rest::new(),
+        None if changes => Rest::new().disk(&args.disk),
+        None => Rest::new().looked_at(&args.disk),
+    };
+    let store = image.or(store);
+    store.into_iter().fold(rest, |rest, store| rest.read(store.dir())).close()
 }
 
 /// A line for each thing that is set.

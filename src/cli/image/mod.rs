@@ -210,13 +210,30 @@ fn say(store: &Store, done: &Imported, json: bool) -> Result<u8> {
     Ok(0)
 }
 
+/// Closes the jail around work that only reads what a store keeps of images.
+fn close_on(store: Store) -> Result<Store> {
+    let mut jail = Jail::new(Work::Command);
+    jail.reach(store.dir(), Reach::Read);
+    jail::close(jail)?;
+    Ok(store)
+}
+
+/// The same, around work that removes from it what nobody stands on: clones are looked for where they were made.
+fn close_on_changes(store: Store) -> Result<Store> {
+    let mut jail = Jail::new(Work::Command);
+    jail.reach(Path::new("/"), Reach::Read);
+    jail.reach(store.dir(), Reach::Change);
+    jail::close(jail)?;
+    Ok(store)
+}
+
 /// Runs `vdisk image`.
 pub fn run(args: &Args) -> Result<u8> {
     match &args.verb {
-        Verb::List { store, json } => list(&store.open()?, *json),
-        Verb::Show { name, store, json } => show(&store.open()?, name, *json),
+        Verb::List { store, json } => list(&close_on(store.open()?)?, *json),
+        Verb::Show { name, store, json } => show(&close_on(store.open()?)?, name, *json),
         Verb::Rm { name, store } => {
-            let store = store.open()?;
+            let store = close_on_changes(store.open()?)?;
             let _locked = store.lock()?;
             let record = store.forget(name)?;
             let unused = store.prune(true)?;
@@ -228,7 +245,9 @@ pub fn run(args: &Args) -> Result<u8> {
             Ok(())
         }
         Verb::Config(args) => config::run(args),
-        Verb::Prune { store, dry_run, yes, json } => prune(&store.open()?, *dry_run, *yes, *json),
+        Verb::Prune { store, dry_run, yes, json } => {
+            prune(&close_on_changes(store.open()?)?, *dry_run, *yes, *json)
+        }
     }
     .map(|()| 0)
 }

@@ -8,19 +8,20 @@ use std::sync::Arc;
 use nix::sys::signal::SigSet;
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
-use vdisk::control::{self, Kind, place};
+use vdisk::control::{self, Bound, Kind, place};
 use vdisk::jail::broker::{self, Broker};
 use vdisk::jail::{Reach, Work};
 use vdisk::mount::volume::{DeviceVolume, Lost};
-use vdisk::mount::{AttachOptions, Attached, attach, table};
+use vdisk::mount::{self, AttachOptions, table};
 use vdisk::{Error, ErrorKind, Result};
-use vdisk_fuse::apart::Apart;
+use vdisk_fuse::kernel::Device;
 use vdisk_fuse::{Caching, Options, Server};
 
-use crate::cli::instance::holding::{self, Bystander, Files, UserSpaceFiles, Whole};
+use crate::cli::instance::holding::{self, Bystander, Whole};
 use crate::cli::mount::apart::READY;
 use crate::cli::mount::args::Args;
-use crate::cli::mount::end::{Outside, unmount_ours};
+use crate::cli::mount::outside::link::Opened;
+use crate::cli::mount::outside::{self, Held, Outside};
 use crate::cli::mount::snapshots::Shown;
 use crate::cli::mount::umount;
 use crate::cli::mount::user_space::UserSpace;
@@ -36,89 +37,113 @@ pub fn run(args: &Args) -> Result<u8> {
     let args = &args.clone().settled();
     leave_caller();
     let ending = stop::hold_endings()?;
-    // The kernel's mounts are made by threads that serve already.
-    let is_jailed = args.raw || args.user_space;
-    let helpers = if is_jailed { Some(Helpers::start(args)?) } else { None };
+    let helpers = Helpers::start(args)?;
     let chain = open(args)?;
-    let shown = Arc::new(Shown::new(&chain, &args.disk, args.opening.options()?)?);
-    let (mount, control) = match helpers {
-        Some(helpers) => jailed(args, ending, (&chain, shown), helpers)?,
-        None => free(args, ending, &chain)?,
-    };
+    let outside = helpers.outside.clone();
+    let (mount, bound) = jailed(args, &chain, helpers)?;
     drop(chain);
+    let control = match bound.serve().and_then(announced) {
+        Ok(control) => control,
+        Err(error) => {
+            outside.detach();
+            let _ = mount.wait();
+            return Err(error);
+        }
+    };
+    when_asked(ending, move || outside.unmount())?;
     let result = mount.wait();
     control.end_after(&result, broker::leave);
     result.map(|()| 0)
 }
 
-/// Mounts and begins to serve.
-fn free(args: &Args, ending: SigSet, chain: &Arc<Chain>) -> Result<(Mount, control::Server)> {
-    jail::refuse("what the kernel mounts is served without")?;
-    let device: Arc<dyn BlockDevice> = chain.clone();
-    let named = |e: Error| e.at_path(&args.disk);
-    let name = args.disk.to_string_lossy().into_owned();
-    let (read_only, partition) = (args.read_only, args.partition);
-    let options =
-        AttachOptions { read_only, partition, inert: true, name, ..AttachOptions::default() };
-    let mount = attach(device, &options, &args.dir).map_err(named)?;
-    let number = mount.loop_device();
-    let started = (|| {
-        let at = (&Apart::here(), args.dir.as_path());
-        let kind = Arc::new(Files::new(doing(args), at, &number)?);
-        let control = bind(chain, args, &number, kind)?.serve()?;
-        let (dir, number) = (args.dir.clone(), number.clone());
-        when_asked(ending, move || unmount_ours(&dir, &number))?;
-        announced(control)
-    })();
-    match started {
-        Ok(control) => Ok((Mount::Files(mount), control)),
-        Err(error) => {
-            drop(mount.detach());
-            Err(error)
-        }
-    }
-}
-
 /// The processes that do for a jailed server what it cannot: started before it knows anything.
 struct Helpers {
     outside: Outside,
+    /// To the kernel, where the one outside mounts the kernel's file system on what is shown by it.
+    connection: Option<Device>,
     broker: Option<Broker>,
 }
 
 impl Helpers {
     fn start(args: &Args) -> Result<Helpers> {
         let changes = !args.read_only && !args.ephemeral && args.snapshot.is_none();
-        Ok(Helpers { outside: Outside::start()?, broker: jail::broker(changes)? })
+        let named = |e: Error| e.at_path(&args.disk);
+        let (outside, connection) = if args.raw || args.user_space {
+            (Outside::start(&args.dir)?, None)
+        } else {
+            let name = args.disk.to_string_lossy().into_owned();
+            let options = AttachOptions { inert: true, name, ..AttachOptions::default() };
+            let started = Outside::start_to_mount(&args.dir, options).map_err(named)?;
+            (started.0, Some(started.1))
+        };
+        Ok(Helpers { outside, connection, broker: jail::broker(changes)? })
     }
 }
 
 /// Mounts, and begins to serve in a jail.
-fn jailed(
-    args: &Args,
-    ending: SigSet,
-    (chain, shown): (&Arc<Chain>, Arc<Shown>),
-    Helpers { outside, broker }: Helpers,
-) -> Result<(Mount, control::Server)> {
+fn jailed(args: &Args, chain: &Arc<Chain>, helpers: Helpers) -> Result<(Mount, Bound)> {
+    let Helpers { outside, connection, broker } = helpers;
     let mut jail = Around::new(Work::Files, broker);
-    // What is mounted here is looked at to bring it to rest.
-    jail.reach(&args.dir, Reach::Read);
     jail.reach(Path::new("/dev/fuse"), Reach::Write);
     jail.reach(Path::new("/dev/null"), Reach::Write);
+    jail.reach(&place::directory()?, Reach::Sockets);
+    jail.disk(chain, !chain.read_only() && !args.ephemeral)?;
+    match connection {
+        Some(connection) => by_kernel(args, chain, (outside, connection), jail),
+        None => by_itself(args, chain, &outside, jail),
+    }
+}
+
+/// Shows the disk to the kernel, whose own driver has the file system in it. It looks at what is shown as it
+/// mounts it: that is done outside once this process serves, and is in its jail.
+fn by_kernel(
+    args: &Args,
+    chain: &Arc<Chain>,
+    (outside, connection): (Outside, Device),
+    jail: Around,
+) -> Result<(Mount, Bound)> {
+    let held = Arc::new(Held::by_kernel(doing(args), outside.clone()));
+    let bound = bind(chain, args, held)?;
+    jail.close()?;
+    let device: Arc<dyn BlockDevice> = chain.clone();
+    let disk = outside::found(device.as_ref(), args.partition, args.read_only)
+        .map_err(|e| e.at_path(&args.disk))?;
+    let read_only = disk.read_only;
+    outside.mount(Opened::Disk(disk))?;
+    let shown = mount::Shown::on(connection, device, read_only)?;
+    let named = outside.stood().and_then(|number| {
+        // In a jail none can be made.
+        bound.also(&place::mount(&number)).inspect_err(|_| outside.detach())
+    });
+    match named {
+        Ok(()) => Ok((Mount::Files(shown), bound)),
+        Err(error) => {
+            shown.abandon();
+            Err(error)
+        }
+    }
+}
+
+/// Mounts what is served by this process alone.
+fn by_itself(
+    args: &Args,
+    chain: &Arc<Chain>,
+    outside: &Outside,
+    mut jail: Around,
+) -> Result<(Mount, Bound)> {
     let device: Arc<dyn BlockDevice> = chain.clone();
     let waiting = if args.raw {
-        Waiting::Raw(Raw::mount(device, shown.clone(), args)?)
+        let shown = Shown::new(chain, &args.disk, args.opening.options()?)?;
+        Waiting::Raw(Raw::mount(device, Arc::new(shown), args)?)
     } else {
         // In which groups who makes a request is.
         jail.reach(Path::new("/proc"), Reach::Read);
         Waiting::UserSpace(UserSpace::mount(device, args).map_err(|e| e.at_path(&args.disk))?)
     };
     let closed = number_at(&args.dir).and_then(|number| {
-        let kind = waiting.kind(args, &number, shown)?;
-        let bound = bind(chain, args, &number, kind)?;
-        outside.tell(&args.dir, &number)?;
-        outside.watch();
-        jail.disk(chain, !chain.read_only() && !args.ephemeral)?;
-        jail.reach(&place::directory()?, Reach::Sockets);
+        let bound = bind(chain, args, waiting.kind(args, outside))?;
+        bound.also(&place::mount(&number))?;
+        outside.mounted_here(&number)?;
         jail.close()?;
         Ok(bound)
     });
@@ -130,17 +155,7 @@ fn jailed(
         }
     };
     let mount = waiting.serve().inspect_err(|_| outside.detach())?;
-    match bound.serve().and_then(announced) {
-        Ok(control) => {
-            when_asked(ending, move || outside.unmount())?;
-            Ok((mount, control))
-        }
-        Err(error) => {
-            outside.detach();
-            let _ = mount.wait();
-            Err(error)
-        }
-    }
+    Ok((mount, bound))
 }
 
 /// The number of the device that is mounted at a directory.
@@ -153,17 +168,12 @@ fn doing(args: &Args) -> String {
     format!("mounted at {}", args.dir.display())
 }
 
-/// Makes the mount's control socket: for `umount`, and for whoever wants something of the disk.
-fn bind(
-    chain: &Arc<Chain>,
-    args: &Args,
-    number: &str,
-    kind: Arc<dyn Kind>,
-) -> Result<control::Bound> {
-    let own = place::mount(number);
+/// Makes the mount's control socket: for whoever wants something of the disk, and for `umount`, which knows
+/// the mount's number.
+fn bind(chain: &Arc<Chain>, args: &Args, kind: Arc<dyn Kind>) -> Result<Bound> {
     match holding::bind(chain, &args.disk, kind)? {
-        None => control::Server::bind(&own, Arc::new(Bystander)),
-        Some(bound) => bound.also(&own).map(|()| bound),
+        None => control::Server::bind(&place::mounting(), Arc::new(Bystander)),
+        Some(bound) => Ok(bound),
     }
 }
 
@@ -175,22 +185,21 @@ enum Waiting {
 
 impl Waiting {
     /// What it will have to do when its disk changes.
-    fn kind(&self, args: &Args, number: &str, shown: Arc<Shown>) -> Result<Arc<dyn Kind>> {
+    fn kind(&self, args: &Args, outside: &Outside) -> Arc<dyn Kind> {
         let doing = doing(args);
-        let files = match self {
+        match self {
             // What cannot be read leaves the names that there were.
-            Waiting::Raw(_) => {
+            Waiting::Raw(raw) => {
                 let whole = Whole::new(doing, "who uses its file", || {});
-                return Ok(Arc::new(whole.showing(move || drop(shown.refresh()))));
+                let shown = raw.shown.clone();
+                Arc::new(whole.showing(move || drop(shown.refresh())))
             }
-            Waiting::UserSpace(files) => files.file_system(),
-        };
-        let parts = number.split_once(':').and_then(|(major, minor)| {
-            Some(nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?))
-        });
-        let device = parts.ok_or_else(|| Error::invalid("a mount without a number"))?;
-        let at = (&Apart::here(), args.dir.as_path());
-        Ok(Arc::new(UserSpaceFiles::on(device, doing, at, files)))
+            Waiting::UserSpace(files) => {
+                let held = Held::in_user_space(doing, outside.clone());
+                held.serve(files.file_system());
+                Arc::new(held)
+            }
+        }
     }
 
     /// Serves it from now on.
@@ -204,7 +213,7 @@ impl Waiting {
 
 /// What is served.
 enum Mount {
-    Files(Attached),
+    Files(mount::Shown),
     UserSpace(UserSpace),
     Raw(Raw),
 }
@@ -213,7 +222,7 @@ impl Mount {
     /// Returns when it is unmounted, everything is durable and the disk is free.
     fn wait(self) -> Result<()> {
         match self {
-            Mount::Files(attached) => attached.wait(),
+            Mount::Files(shown) => shown.wait(),
             Mount::UserSpace(files) => files.wait(),
             Mount::Raw(raw) => raw.wait(),
         }
@@ -223,6 +232,7 @@ impl Mount {
 /// A disk shown as a file.
 struct Raw<S = Server> {
     server: S,
+    shown: Arc<Shown>,
     device: Arc<dyn BlockDevice>,
     lost: Arc<Lost>,
 }
@@ -240,13 +250,13 @@ impl Raw<vdisk_fuse::Waiting> {
         shown.tree().add("disk.raw", Arc::new(volume)).map_err(failed)?;
         let tree = shown.tree().clone();
         let server = vdisk_fuse::Waiting::mount(tree, &args.dir, &options).map_err(failed)?;
-        Ok(Raw { server, device, lost })
+        Ok(Raw { server, shown, device, lost })
     }
 
     fn serve(self) -> Result<Raw> {
-        let Raw { server, device, lost } = self;
+        let Raw { server, shown, device, lost } = self;
         let server = server.serve().map_err(|e| Error::io("cannot serve over FUSE", e))?;
-        Ok(Raw { server, device, lost })
+        Ok(Raw { server, shown, device, lost })
     }
 }
 

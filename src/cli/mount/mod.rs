@@ -5,8 +5,8 @@
 mod apart;
 mod args;
 pub mod daemon;
-mod end;
 pub mod helper;
+pub mod outside;
 pub mod overlay;
 pub mod snapshots;
 pub mod umount;

@@ -24,7 +24,7 @@ use vdisk_fuse::server::{OVERLAY_SUBTYPE, Serving};
 
 use crate::cli::instance::holding::Bystander;
 use crate::cli::mount::apart::{directory, serve_apart};
-use crate::cli::mount::end::Outside;
+use crate::cli::mount::outside::Outside;
 use crate::cli::mount::{daemon as mount_daemon, umount};
 use crate::cli::open::disk::{self, Use};
 use crate::cli::open::jail;
@@ -384,7 +384,7 @@ pub fn serve(args: &Args) -> Result<u8> {
     mount_daemon::leave_caller();
     let ending = stop::hold_endings()?;
     // Before this process knows anything.
-    let outside = Outside::start()?;
+    let outside = Outside::start(&args.dir)?;
     let wanted = Wanted {
         lowers: args.lower.clone(),
         of_disk: args.of_disk.clone(),
@@ -434,8 +434,7 @@ fn enclose(wanted: &Wanted, disks: &[Arc<Chain>], outside: &Outside) -> Result<c
     let gone = || Error::new(ErrorKind::Io, "the mount is gone already").at_path(&wanted.dir);
     let number = table::at(&wanted.dir).ok_or_else(gone)?.device;
     let bound = control::Server::bind(&place::mount(&number), Arc::new(Bystander))?;
-    outside.tell(&wanted.dir, &number)?;
-    outside.watch();
+    outside.mounted_here(&number)?;
     let mut jail = jail_of(wanted, disks)?;
     jail.reach(&place::directory()?, Reach::Sockets);
     jail::close(jail)?;

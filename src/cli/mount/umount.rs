@@ -40,7 +40,7 @@ pub fn run(args: &Args) -> Result<u8> {
     let device = kind.device();
     // Asked before: what happens from then on is told.
     let server = control::ask_at(&place::mount(device), &Request::Wait)?;
-    if server.is_none() {
+    if server.is_none() || !is_at_work(device) {
         let_go_on(&dir, &kind);
     }
     match (server, release(&dir, &kind)) {
@@ -64,8 +64,15 @@ pub fn run(args: &Args) -> Result<u8> {
     Ok(0)
 }
 
-/// Lets a file system go on that its server had at rest, for a snapshot, when it was killed. Unmounted
-/// as it is, it would keep its loop device for good, and whoever waits to write there would never end.
+/// Whether the server of a mount does something to its disk that was asked of it, as to take a snapshot.
+fn is_at_work(device: &str) -> bool {
+    let asked = control::ask_at(&place::mount(device), &Request::Info).ok().flatten();
+    let info = asked.and_then(|asked| control::result_of(asked, &mut |_, _| true).ok().flatten());
+    info.is_some_and(|info| info.get("running").is_some_and(|running| !running.is_null()))
+}
+
+/// Lets a file system go on that was at rest, for a snapshot, when who was to let it go on was killed: its
+/// server, or the process outside. Unmounted as it is, it would keep its loop device for good, and whoever waits to write there would never end.
 fn let_go_on(dir: &Path, kind: &Kind) {
     if let (Kind::Files(_), Ok(root)) = (kind, File::open(dir)) {
         fsfreeze::let_go(&root);

@@ -116,6 +116,11 @@ impl Rest {
         jail::close(self.jail)
     }
 
+    /// The same for other work.
+    pub fn with_work(self, work: Work) -> Rest {
+        Rest { jail: self.jail.with_work(work), ..self }
+    }
+
     /// Closes it and says nothing.
     pub fn close_as(self, mode: Mode) -> Result<()> {
         self.jail.close(mode).map(drop)

@@ -128,7 +128,7 @@ impl<'a> Finder<'a> {
     fn new(listener: BorrowedFd<'a>, device: u64, gifts: Sender<Gift>) -> io::Result<Finder<'a>> {
         unshare(CloneFlags::CLONE_FILES | CloneFlags::CLONE_FS)?;
         let keep = listener.as_raw_fd();
-        super::super::keeper::close_above(2, &[keep])?;
+        crate::beside::close_others(&[keep])?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc = openat(CWD, "/proc", flags, Mode::empty())?;
         Ok(Finder { listener, proc, device, gifts })

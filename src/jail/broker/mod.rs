@@ -101,8 +101,11 @@ impl Broker {
     /// # Errors
     /// Where no process can be started.
     pub fn start() -> Result<Broker> {
-        let started = beside::start(c"vdisk-broker", work::run);
-        started.map(Broker).map_err(|e| Error::io("cannot start the process that opens files", e))
+        let started = Channel::pair().and_then(|(own, its)| {
+            let number = its.number();
+            beside::start(c"vdisk-broker", &[number], || work::run(its)).map(|()| Broker(own))
+        });
+        started.map_err(|e| Error::io("cannot start the process that opens files", e))
     }
 
     /// Tells it what is its, and to close its own jail. It does so meanwhile.

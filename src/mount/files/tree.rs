@@ -151,7 +151,8 @@ impl Files for DiskFiles {
         let onto = match flags & !libc::RENAME_WHITEOUT {
             0 => Onto::Replace,
             libc::RENAME_NOREPLACE => Onto::Free,
-            libc::RENAME_EXCHANGE => Onto::Exchange,
+            // Nothing is left where a name was that has another file's now.
+            libc::RENAME_EXCHANGE if flags == libc::RENAME_EXCHANGE => Onto::Exchange,
             _ => return Err(refused(libc::EINVAL)),
         };
         self.changed();

@@ -1,7 +1,7 @@
 //! Where the bytes of an image come from: a file, a server's export, or nothing at all.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vdisk::ErrorKind;
 use vdisk::nbd;
@@ -59,8 +59,35 @@ pub fn open(protocol: &Protocol, using: Use) -> Outcome<Bytes> {
     }
 }
 
+/// Files without names that were made while this process could, by their sizes.
+static NO_FILES: Mutex<Vec<(u64, Arc<FileStorage>)>> = Mutex::new(Vec::new());
+
+/// Makes what an image needs that is in no file, for a process that can make none when it opens it.
+pub fn prepare(protocol: &Protocol) {
+    match protocol {
+        Protocol::File(_) => {}
+        Protocol::Faulty { image, .. } => prepare(image),
+        Protocol::Part { of, .. } => prepare(of),
+        Protocol::Quorum(parts) => parts.iter().for_each(prepare),
+        Protocol::Null(size) => keep_no_file(*size),
+        Protocol::Nbd(_) => keep_no_file(0),
+    }
+}
+
+fn keep_no_file(size: u64) {
+    // Where there can be none, who opens the image says so.
+    if let Ok(file) = no_file(size) {
+        NO_FILES.lock().unwrap_or_else(PoisonError::into_inner).push((size, file));
+    }
+}
+
 /// A file without name and without blocks, of `size` bytes.
 fn no_file(size: u64) -> Outcome<Arc<FileStorage>> {
+    let kept = NO_FILES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, file)) = kept.iter().find(|(kept, _)| *kept == size) {
+        return Ok(file.clone());
+    }
+    drop(kept);
     let made = FileStorage::temporary(&std::env::temp_dir())
         .and_then(|file| file.set_len(size).map(|()| file));
     made.map(Arc::new).map_err(|e| Fail::new(reason(&e)))

@@ -2,7 +2,6 @@
 //! an overlay over the files in it. What the disk holds is read and served by a process of its own, in a
 //! jail, which [`server`] is; here it is mounted, and unmounted.
 
-mod link;
 mod server;
 
 use std::io;
@@ -12,23 +11,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
-use vdisk::change::live::Quiesce;
 use vdisk::container::{Ids, Outset, Owners, Space};
-use vdisk::control::{Failure, Kind};
-use vdisk::filesystem::Found;
-use vdisk::filesystem::probe::FileSystem;
 use vdisk::mount::paced::Paced;
-use vdisk::mount::{self, AttachOptions, Stack};
+use vdisk::mount::{self, AttachOptions};
 use vdisk::{Error, ErrorKind, Result};
 use vdisk_fuse::apart::Apart;
-use vdisk_fuse::files::has_capability;
 use vdisk_fuse::kernel::Device;
 use vdisk_fuse::mount::{MountOptions, open_on};
 
-use self::link::{Asker, Capable, Gift, Link, Links, Mounted, Opened, Said, Wish};
-use super::holding::{At, Files, write_out};
+use crate::cli::mount::outside::Spot;
+use crate::cli::mount::outside::link::{Asker, Link, Links, Opened, Said, Served};
+use crate::cli::mount::outside::outer::{Stand, Wishes, answer_for_callers};
 use crate::cli::open::options::Opening;
 
 /// How long the end of a server may take after the unmount.
@@ -59,6 +55,16 @@ pub struct Begun {
     /// To the kernel, to be mounted here.
     connection: Device,
     links: Links,
+    /// On which the server is asked to give files to others.
+    gifts: Link,
+}
+
+/// A file that is given to others; who is not given stays.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Gift {
+    inode: u64,
+    user: Option<u32>,
+    group: Option<u32>,
 }
 
 /// A root that is mounted.
@@ -86,10 +92,13 @@ impl Begun {
         let served = connection.as_fd().try_clone_to_owned().map_err(no_fuse)?;
         let served = Device::from(served);
         let (links, theirs) = Links::pairs()?;
+        let failed = |e| Error::io("cannot speak with the root's server", e);
+        let (gifts, given) = Link::pair().map_err(failed)?;
         let mut keep = theirs.numbers().to_vec();
-        keep.push(served.as_fd().as_raw_fd());
-        outset.start_beside(&keep, move || server::run(source, ids, served, theirs))?;
-        Ok(Begun { connection, links })
+        keep.extend([given.number(), served.as_fd().as_raw_fd()]);
+        let work = move || server::run(source, ids, served, (theirs, given));
+        outset.start_beside(&keep, work)?;
+        Ok(Begun { connection, links, gifts })
     }
 
     /// Mounts it in the container's space.
@@ -97,9 +106,9 @@ impl Begun {
     /// # Errors
     /// Where it cannot be opened, or not be mounted.
     pub fn mount(self, source: &Source<'_>, space: &Space) -> Result<Root> {
-        let Begun { connection, links } = self;
+        let Begun { connection, links, gifts } = self;
         let (place, at) = (space.place(), space.root());
-        let opened = match links.root.hear() {
+        let opened = match links.mount.hear() {
             Ok(Some(Said::Opened(opened))) => opened,
             other => return Err(other.map_or_else(|_| lost(), said)),
         };
@@ -108,41 +117,34 @@ impl Begun {
             place: place.clone(),
             at: at.clone(),
             disk: source.disk.to_owned(),
-            link: links.root,
+            link: links.mount,
             loop_device: None,
             ending: ending.clone(),
             owners: None,
         };
-        let told = |link: &Link| link.say(&Mounted).map_err(|_| lost());
-        let mut files = None;
+        let mut spot = Spot::own(place, &at);
         match opened {
             Opened::Files { read_only, owners } => {
                 let options = source.mount_options(place, read_only);
                 open_on(&connection, &at, &options).map_err(no_fuse)?;
                 // From here on it is the server's alone, whose end is seen by it.
                 drop(connection);
-                told(&root.link)?;
-                let gifts = Asker::by(links.gifts);
-                root.owners = owners.then(|| Arc::new(Noted(gifts)) as _);
+                root.link.say(&Served).map_err(|_| lost())?;
+                root.owners = owners.then(|| Arc::new(Noted(Asker::by(gifts))) as _);
             }
-            Opened::Disk { file_system, offset, len, read_only } => {
-                let fs = FileSystem::named(&file_system).ok_or_else(lost)?;
-                let (found, options) = (Found { fs, offset, len }, source.attach_options(place));
-                let shown = mount::connect(&connection, &options.name)?;
-                drop(connection);
-                told(&root.link)?;
-                let stack = Stack { found: &found, read_only, options: &options, at: &at };
-                let number = mount::stand(shown, stack).map_err(|e| e.at_path(source.disk))?;
-                let device = format!("7:{number}");
-                files = Some(Files::new(source.doing(), (place, &at), &device)?);
+            Opened::Disk(disk) => {
+                let options = source.attach_options(place);
+                let stand = Stand { connection, options, at: at.clone() };
+                let device = stand.mount(&root.link, disk)?;
+                spot = Spot::on_loop(place, &at, &device)?;
                 root.loop_device = Some(device);
             }
         }
-        let wishes = Wishes { files, place: place.clone(), at };
+        let wishes = Wishes { spot, end: None };
         let handle = space.handle();
         let callers = links.callers;
         let watch = move || {
-            callers.answer(|Capable { process, capability }| has_capability(process, capability));
+            answer_for_callers(&callers);
             if !ending.load(Ordering::SeqCst) {
                 // Nothing can be done in there any more.
                 let _ = handle.kill();
@@ -239,8 +241,6 @@ impl Source<'_> {
 
     fn attach_options(&self, place: &Apart) -> AttachOptions {
         AttachOptions {
-            partition: self.partition,
-            read_only: self.read_only,
             name: self.disk.display().to_string(),
             place: place.clone(),
             ..AttachOptions::default()
@@ -272,53 +272,6 @@ fn no_fuse(e: io::Error) -> Error {
     let kind =
         if e.kind() == io::ErrorKind::PermissionDenied { ErrorKind::Denied } else { ErrorKind::Io };
     Error::new(kind, format!("{text}: {e}"))
-}
-
-/// What the server wishes of this process.
-struct Wishes {
-    /// The kernel's file system, where it is that.
-    files: Option<Files>,
-    place: Apart,
-    at: PathBuf,
-}
-
-impl Wishes {
-    /// Does it until the server is gone.
-    fn serve(self, link: &Link) {
-        let mut at_rest = false;
-        link.answer(|wish: Wish| {
-            let done = self.grant(wish);
-            at_rest = match wish {
-                Wish::Freeze => done.is_ok(),
-                Wish::Thaw => false,
-                _ => at_rest,
-            };
-            done.as_ref().err().map(Failure::from)
-        });
-        if at_rest {
-            let _ = self.grant(Wish::Thaw);
-        }
-    }
-
-    fn grant(&self, wish: Wish) -> Result<()> {
-        let kernels = || {
-            let none = || Error::unsupported("the kernel has no file system on this disk");
-            self.files.as_ref().ok_or_else(none)
-        };
-        match wish {
-            Wish::WriteOut => write_out(at(&self.place, &self.at)),
-            Wish::Freeze => kernels()?.freeze(),
-            Wish::Thaw => {
-                kernels()?.thaw();
-                Ok(())
-            }
-            Wish::Resized(size) => kernels()?.resized(size),
-        }
-    }
-}
-
-fn at<'a>(place: &'a Apart, at: &'a Path) -> At<'a> {
-    (place, at)
 }
 
 /// Owners that the server notes.

@@ -4,26 +4,25 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use vdisk::chain::Chain;
-use vdisk::change::live::Quiesce;
 use vdisk::container::Ids;
-use vdisk::control::{Bound, Failure, Kind};
-use vdisk::filesystem::ext4::mounted::Mounted as FileSystem;
-use vdisk::filesystem::{self, Found};
+use vdisk::control::{Bound, Failure};
+use vdisk::filesystem;
 use vdisk::jail::{Reach, Work};
 use vdisk::mount::Shown;
 use vdisk::mount::files::DiskFiles;
 use vdisk::{Error, Result};
 use vdisk_fuse::Server;
-use vdisk_fuse::files::{Files, Keeping, ask_of_callers};
+use vdisk_fuse::files::{Files, Keeping};
 use vdisk_fuse::kernel::Device;
 
-use super::link::{Asker, Capable, Gift, Link, Links, Mounted, Opened, Said, Wish};
-use super::{Source, start};
+use super::{Gift, Source, start};
 use crate::cli::instance::holding;
+use crate::cli::mount::outside::link::{Link, Links, Opened, Said};
+use crate::cli::mount::outside::{Held, Outside, found};
 use crate::cli::mount::overlay::{self, OfDisk, Wanted};
 use crate::cli::open::disk::{self, Use};
 use crate::cli::open::jail::{self, Around};
@@ -36,23 +35,19 @@ const BELIEF: Duration = Duration::from_secs(86400);
 
 /// Serves the root that is wanted on this connection to the kernel, for a container with these ids, until
 /// it is unmounted; the exit status.
-pub fn run(source: &Source<'_>, ids: Ids, connection: Device, links: Links) -> u8 {
-    let Links { root, wishes, callers, gifts } = links;
-    let callers = Asker::by(callers);
-    ask_of_callers(Box::new(move |process, capability| {
-        callers.ask(&Capable { process, capability }).ok().flatten()
-    }));
-    let work = Serving { source, ids, connection, root: &root, gifts };
+pub fn run(source: &Source<'_>, ids: Ids, connection: Device, (links, gifts): (Links, Link)) -> u8 {
+    let outside = Outside::by(links);
+    let work = Serving { source, ids, connection, outside: outside.clone(), gifts };
     let ended = match source.upper {
         Some((upper, dir)) => work.overlay(upper, dir),
-        None => work.of_disk(Asker::by(wishes)),
+        None => work.of_disk(),
     };
     let said = match &ended {
         Ok(()) => Said::Ended,
         Err(error) => Said::Failed(Failure::from(error)),
     };
     // There is nobody else to tell.
-    let _ = root.say(&said);
+    let _ = outside.say(&said);
     u8::from(ended.is_err())
 }
 
@@ -60,7 +55,7 @@ struct Serving<'a> {
     source: &'a Source<'a>,
     ids: Ids,
     connection: Device,
-    root: &'a Link,
+    outside: Outside,
     gifts: Link,
 }
 
@@ -68,7 +63,7 @@ struct Serving<'a> {
 type Give = Box<dyn FnMut(Gift) -> io::Result<()> + Send>;
 
 impl Serving<'_> {
-    fn of_disk(self, host: Asker) -> Result<()> {
+    fn of_disk(self) -> Result<()> {
         let source = self.source;
         let using = Use {
             write: source.ephemeral || !source.read_only,
@@ -81,7 +76,8 @@ impl Serving<'_> {
         let chain = turn::again(|| disk::open(source.disk, &using))?;
         leave_user()?;
         let kernels = source.is_kernels(self.ids);
-        let held = Arc::new(Held { doing: source.doing(), host, kernels, fs: OnceLock::new() });
+        let held = if kernels { Held::by_kernel } else { Held::in_user_space };
+        let held = Arc::new(held(source.doing(), self.outside.clone()));
         let bound = holding::bind(&chain, &source.full()?, held.clone())?;
         let mut jail = Around::new(Work::Files, broker);
         jail.reach(Path::new("/dev/fuse"), Reach::Write);
@@ -95,7 +91,7 @@ impl Serving<'_> {
         let ended = if kernels {
             self.kernels(&chain, bound)
         } else {
-            self.user_space(&chain, bound, &held.fs)
+            self.user_space(&chain, bound, &held)
         };
         ended.map_err(|e| e.at_path(source.disk))
     }
@@ -103,24 +99,18 @@ impl Serving<'_> {
     /// Shows the disk to the kernel, whose own driver has the file system in it.
     fn kernels(self, chain: &Arc<Chain>, bound: Option<Bound>) -> Result<()> {
         let device = self.source.device(chain);
-        let Found { fs, offset, len } = filesystem::find(device.as_ref(), self.source.partition)?;
-        let read_only = self.source.read_only || device.read_only() || fs.read_only;
-        let file_system = fs.name.to_owned();
-        mounted(self.root, Opened::Disk { file_system, offset, len, read_only })?;
+        let disk = found(device.as_ref(), self.source.partition, self.source.read_only)?;
+        let read_only = disk.read_only;
+        self.outside.mount(Opened::Disk(disk))?;
         let shown = Shown::on(self.connection, device, read_only)?;
         while_held(bound, || shown.wait())
     }
 
-    fn user_space(
-        self,
-        chain: &Arc<Chain>,
-        bound: Option<Bound>,
-        held: &OnceLock<Arc<FileSystem>>,
-    ) -> Result<()> {
+    fn user_space(self, chain: &Arc<Chain>, bound: Option<Bound>, held: &Held) -> Result<()> {
         let source = self.source;
         let device = source.device(chain);
         let fs = Arc::new(filesystem::open(device, source.partition, source.read_only)?);
-        let _ = held.set(fs.clone());
+        held.serve(fs.clone());
         let one = self.ids == Ids::One;
         let files = DiskFiles::new(fs.clone(), THREADS);
         let files = Arc::new(if one { files.all_root() } else { files });
@@ -175,7 +165,7 @@ impl Serving<'_> {
         read_only: bool,
         give: Option<Give>,
     ) -> Result<Server> {
-        mounted(self.root, Opened::Files { read_only, owners: give.is_some() })?;
+        self.outside.mount(Opened::Files { read_only, owners: give.is_some() })?;
         if let Some(mut give) = give {
             let gifts = self.gifts;
             let errno = |e: io::Error| e.raw_os_error().unwrap_or(libc::EIO);
@@ -184,14 +174,6 @@ impl Serving<'_> {
         let served = Server::files_on(self.connection, files, keeping, THREADS);
         served.map_err(|e| Error::io("cannot serve over FUSE", e))
     }
-}
-
-/// Says what is open, and waits until it is mounted.
-fn mounted(root: &Link, opened: Opened) -> Result<()> {
-    let gone = |e| Error::io("the container is gone", e);
-    root.say(&Said::Opened(opened)).map_err(gone)?;
-    let heard = root.hear::<Mounted>().map_err(gone)?;
-    heard.map(drop).ok_or_else(|| gone(io::ErrorKind::BrokenPipe.into()))
 }
 
 /// Lets commands reach the disk for as long as `work` takes, and tells those who wait for that how it ended.
@@ -214,59 +196,4 @@ fn leave_user() -> Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
     nix::unistd::dup2_stdin(&null).map_err(|e| failed(e.into()))?;
     nix::unistd::dup2_stdout(&null).map_err(|e| failed(e.into()))
-}
-
-/// The disk, whose file system is mounted where this process cannot go.
-struct Held {
-    doing: String,
-    host: Asker,
-    /// Whether the file system is the kernel's.
-    kernels: bool,
-    /// The file system, where it is served here.
-    fs: OnceLock<Arc<FileSystem>>,
-}
-
-impl Held {
-    fn wish(&self, wish: Wish) -> Result<()> {
-        let done = self.host.ask::<Option<Failure>>(&wish);
-        let done = done.map_err(|e| Error::io("the container is gone", e))?;
-        done.map_or(Ok(()), |failure| Err(failure.into()))
-    }
-}
-
-impl Quiesce for Held {
-    fn freeze(&self) -> Result<()> {
-        let Some(fs) = self.fs.get() else { return self.wish(Wish::Freeze) };
-        // What programs have written may be in the kernel still. Where the mount cannot be
-        // reached any more, that is for those who still use it.
-        let _ = self.wish(Wish::WriteOut);
-        fs.freeze()
-    }
-
-    fn thaw(&self) {
-        match self.fs.get() {
-            Some(fs) => fs.thaw(),
-            // The host process does it, too, when it hears no more.
-            None => drop(self.wish(Wish::Thaw)),
-        }
-    }
-}
-
-impl Kind for Held {
-    fn doing(&self) -> String {
-        self.doing.clone()
-    }
-
-    fn quiesce(&self) -> Result<&dyn Quiesce> {
-        Ok(self)
-    }
-
-    fn rests(&self) -> bool {
-        !self.kernels
-    }
-
-    fn resized(&self, size: u64) -> Result<()> {
-        // A file system that is served here keeps its size.
-        if self.kernels { self.wish(Wish::Resized(size)) } else { Ok(()) }
-    }
 }

@@ -1,5 +1,5 @@
-//! What the process that runs a container and the one beside it that serves its root say to each other: a
-//! length (4 bytes, little-endian) and as many bytes of JSON at a time. Neither believes more than that.
+//! What the jailed process that serves a disk's files and the one outside say to each other: a length (4 bytes,
+//! little-endian) and as many bytes of JSON at a time. Neither believes more than that.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,11 +15,13 @@ use vdisk::{Error, Result};
 /// The longest word, in bytes.
 const LONGEST: usize = 64 << 10;
 
-/// What the server says of the root, once each in this order, or that it failed.
+/// What the server says of what it serves, once each in this order, or that it failed.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Said {
     /// It is open, and can be mounted.
     Opened(Opened),
+    /// The server has mounted it itself, as the device of this number.
+    Mounted(String),
     /// It is not mounted any more, and everything is durable.
     Ended,
     /// Why there is none, or what was lost.
@@ -37,24 +39,37 @@ pub enum Opened {
         owners: bool,
     },
     /// A disk as a file, with a file system of the kernel's in it.
-    Disk {
-        /// What people call the file system.
-        file_system: String,
-        /// Its first byte.
-        offset: u64,
-        /// In bytes; 0 for all that follows.
-        len: u64,
-        /// Whether it refuses every change.
-        read_only: bool,
-    },
+    Disk(Disk),
+}
+
+/// Where in a disk there is a file system of the kernel's.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Disk {
+    /// What people call the file system.
+    pub file_system: String,
+    /// Its first byte.
+    pub offset: u64,
+    /// In bytes; 0 for all that follows.
+    pub len: u64,
+    /// Whether it refuses every change.
+    pub read_only: bool,
 }
 
 /// What the server is told: that its connection is mounted, and to be served.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Mounted;
+pub struct Served;
 
-/// What the server has the host process do where the root is mounted, which it cannot itself.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+/// What the server of a disk is told when that is served: how it went on.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Stood {
+    /// The kernel's file system is mounted, on the device of this number.
+    On(String),
+    /// It is not.
+    Failed(Failure),
+}
+
+/// What the server has done outside, which it cannot itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Wish {
     /// Have the kernel write out what programs have written.
     WriteOut,
@@ -64,6 +79,10 @@ pub enum Wish {
     Thaw,
     /// Tell it of the disk's new size.
     Resized(u64),
+    /// Unmount it. While it is in use it stays.
+    Unmount,
+    /// Take the mount away, whoever uses it.
+    Detach,
 }
 
 /// Whether a process has a capability.
@@ -71,14 +90,6 @@ pub enum Wish {
 pub struct Capable {
     pub process: u32,
     pub capability: u32,
-}
-
-/// A file that is given to others; who is not given stays.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct Gift {
-    pub inode: u64,
-    pub user: Option<u32>,
-    pub group: Option<u32>,
 }
 
 /// One way between the two.
@@ -159,33 +170,28 @@ impl Asker {
 
 /// All ways between the two, as one of them has them.
 pub struct Links {
-    /// On which the server says how the root is.
-    pub root: Link,
+    /// On which the server says what there is to be mounted, and hears of it.
+    pub mount: Link,
     /// On which it asks for what it wishes.
     pub wishes: Link,
-    /// On which it asks what the processes can do that use the root.
+    /// On which it asks what the processes can do that use the mount.
     pub callers: Link,
-    /// On which it is asked to give files to others.
-    pub gifts: Link,
 }
 
 impl Links {
-    /// The host process's, and the server's.
+    /// The outer process's, and the server's.
     pub fn pairs() -> Result<(Links, Links)> {
         let made = || {
-            let [root, wishes, callers, gifts] =
-                [Link::pair()?, Link::pair()?, Link::pair()?, Link::pair()?];
-            let host = Links { root: root.0, wishes: wishes.0, callers: callers.0, gifts: gifts.0 };
-            let server =
-                Links { root: root.1, wishes: wishes.1, callers: callers.1, gifts: gifts.1 };
-            Ok((host, server))
+            let [mount, wishes, callers] = [Link::pair()?, Link::pair()?, Link::pair()?];
+            let outer = Links { mount: mount.0, wishes: wishes.0, callers: callers.0 };
+            Ok((outer, Links { mount: mount.1, wishes: wishes.1, callers: callers.1 }))
         };
-        made().map_err(|e: io::Error| Error::io("cannot speak with the root's server", e))
+        made().map_err(|e: io::Error| Error::io("cannot speak with the server", e))
     }
 
     /// The numbers of their descriptors.
-    pub fn numbers(&self) -> [RawFd; 4] {
-        [&self.root, &self.wishes, &self.callers, &self.gifts].map(Link::number)
+    pub fn numbers(&self) -> [RawFd; 3] {
+        [&self.mount, &self.wishes, &self.callers].map(Link::number)
     }
 }
 
@@ -197,11 +203,11 @@ mod tests {
     fn what_is_asked_is_answered_until_the_end() {
         let (ours, theirs) = Link::pair().unwrap();
         let answers = std::thread::spawn(move || {
-            theirs.answer(|gift: Gift| gift.user.map(|user| user + 1));
+            theirs.answer(|asked: Capable| asked.process.checked_add(asked.capability));
         });
         let asker = Asker::by(ours);
-        let gift = Gift { inode: 7, user: Some(1), group: None };
-        assert_eq!(asker.ask::<Option<u32>>(&gift).unwrap(), Some(2));
+        let asked = Capable { process: 7, capability: 2 };
+        assert_eq!(asker.ask::<Option<u32>>(&asked).unwrap(), Some(9));
         drop(asker);
         answers.join().unwrap();
     }
@@ -212,7 +218,7 @@ mod tests {
         (&theirs.0).write_all(&u32::MAX.to_le_bytes()).unwrap();
         assert!(ours.hear::<Said>().is_err());
         let (ours, theirs) = Link::pair().unwrap();
-        theirs.say(&Mounted).unwrap();
+        theirs.say(&Served).unwrap();
         assert!(ours.hear::<Said>().is_err());
         drop(theirs);
         assert!(ours.hear::<Said>().unwrap().is_none());
