@@ -205,8 +205,9 @@ fn remove_stale(dir: &Path) {
 /// # Errors
 /// Where what is left there cannot be removed.
 pub fn make_way(name: &str) -> Result<()> {
-    let path = place::directory()?.join(name);
-    clear(&path).map_err(|e| Error::io("cannot name the control socket", e).at_path(&path))
+    let dir = place::directory()?;
+    let path = dir.join(name);
+    clear(&dir, &path).map_err(|e| Error::io("cannot name the control socket", e).at_path(&path))
 }
 
 /// Removes what a process that is gone left at a socket's name. One that is about to go is waited
