@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vdisk::chain::Chain;
 use vdisk::change::live::{Live, Quiesce};
@@ -110,7 +110,8 @@ fn device_of(file: &File) -> Result<u64> {
 }
 
 impl Quiesce for Files {
-    fn freeze(&self) -> Result<()> {
+    fn freeze(&self) -> Result<Instant> {
+        let since = Instant::now();
         let (told, heard) = mpsc::channel();
         let given_up = Arc::new(AtomicBool::new(false));
         let (place, at) = (self.place.clone(), self.at.clone());
@@ -128,7 +129,7 @@ impl Quiesce for Files {
             .spawn(work)
             .map_err(|e| Error::io("cannot start a thread", e))?;
         match heard.recv_timeout(TO_FREEZE) {
-            Ok(done) => done,
+            Ok(done) => done.map(|()| since),
             Err(_) => {
                 given_up.store(true, Ordering::SeqCst);
                 // It may have come to rest in the meantime, before it could hear that.
@@ -204,11 +205,16 @@ impl UserSpaceFiles {
 }
 
 impl Quiesce for UserSpaceFiles {
-    fn freeze(&self) -> Result<()> {
+    fn freeze(&self) -> Result<Instant> {
         // What programs have written may be in the kernel still. Where the mount cannot be
         // reached from here any more, that is for those who still use it.
         let _ = Files::with_root(&self.place, &self.at, self.device, written_out);
         self.fs.freeze()
+    }
+
+    fn go_on(&self) -> bool {
+        self.fs.thaw();
+        true
     }
 
     fn thaw(&self) {

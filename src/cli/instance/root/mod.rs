@@ -307,7 +307,7 @@ impl Wishes {
         };
         match wish {
             Wish::WriteOut => write_out(at(&self.place, &self.at)),
-            Wish::Freeze => kernels()?.freeze(),
+            Wish::Freeze => kernels()?.freeze().map(drop),
             Wish::Thaw => {
                 kernels()?.thaw();
                 Ok(())

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vdisk::chain::Chain;
 use vdisk::change::live::Quiesce;
@@ -235,12 +235,19 @@ impl Held {
 }
 
 impl Quiesce for Held {
-    fn freeze(&self) -> Result<()> {
-        let Some(fs) = self.fs.get() else { return self.wish(Wish::Freeze) };
+    fn freeze(&self) -> Result<Instant> {
+        let Some(fs) = self.fs.get() else {
+            let since = Instant::now();
+            return self.wish(Wish::Freeze).map(|()| since);
+        };
         // What programs have written may be in the kernel still. Where the mount cannot be
         // reached any more, that is for those who still use it.
         let _ = self.wish(Wish::WriteOut);
         fs.freeze()
+    }
+
+    fn go_on(&self) -> bool {
+        self.fs.get().inspect(|fs| fs.thaw()).is_some()
     }
 
     fn thaw(&self) {
