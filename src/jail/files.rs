@@ -18,6 +18,9 @@ pub enum Reach {
     List,
     /// Files are read, and directories listed.
     Read,
+    /// The same, and others run programs there: a file that the kernel reads in this process's place it opens
+    /// for them with this process's rights.
+    Lend,
     /// A file that is there is written too.
     Write,
     /// Files are written too, made and removed, and directories stay as they are.
@@ -39,6 +42,7 @@ impl Reach {
         match self {
             Reach::List => list,
             Reach::Read => read,
+            Reach::Lend => read | AccessFs::Execute,
             Reach::Write => read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev,
             Reach::Files => {
                 read | make_bitflags!(AccessFs::{WriteFile | Truncate | MakeReg | RemoveFile | Refer})

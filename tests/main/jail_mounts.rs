@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::container::{able, eventually, keeper_and_server, running, work};
-use crate::host::{Running, Work};
+use crate::host::{Running, VDISK, Work};
 use crate::jail::{Prey, SIZE, assert_jailed, assert_jailed_as, scene};
 use crate::mount::{is_left_alone, is_mounted, server, soon};
 use crate::puppet::threads;
@@ -285,9 +285,46 @@ fn the_server_of_an_overlay_is_jailed_and_goes_on_with_all_kinds_of_files() {
     }
 }
 
-/// Starts a container that sleeps so long, which no other test does, and has left a file in /tmp.
+/// A file that the kernel reads in the server's place it opens with the server's rights: where these did not
+/// reach to programs, every program that was written to the superuser's overlay failed to start with EIO.
+#[test]
+fn programs_run_from_all_layers_of_a_jailed_overlay() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, _) = scene();
+    for dir in ["lower", "upper", "at"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    let sh = |script: &str| work.run("sh", ["-ec", script]).succeeds();
+    sh("cp /bin/true lower/below && cp lower/below lower/changed");
+    work.run("mke2fs", ["-q", "-t", "ext4", "-d", "lower", "disks/files.raw", "32M"]).succeeds();
+    symlink(VDISK, work.path("vdisk-overlay")).unwrap();
+    let at = work.path("at");
+    for lower in ["lower", "disks/files.raw"] {
+        let mount = format!("mount {lower} at --overlay upper --jail require");
+        work.vdisk(&mount).succeeds();
+        sh("at/below && cp at/below at/new && at/new && : >> at/changed && at/changed");
+        work.vdisk("umount at").succeeds();
+        is_left_alone(&at);
+        work.vdisk(&mount).succeeds();
+        sh("at/below && at/new && at/changed");
+        work.vdisk("umount at").succeeds();
+        is_left_alone(&at);
+        let layers = format!("lowerdir={0}/upper:{0}/{lower}", work.dir().display());
+        work.run("./vdisk-overlay", ["-o", &layers, "at"]).succeeds();
+        sh("at/below && at/new && at/changed");
+        work.vdisk("umount at").succeeds();
+        is_left_alone(&at);
+        sh("rm -r upper upper.work && mkdir upper");
+    }
+}
+
+/// Starts a container that sleeps so long, which no other test does, and has left a file in /tmp and run a
+/// program that it wrote.
 fn contained(work: &Work, who: Who, options: &str, seconds: &str) -> Running {
-    let script = format!("echo up > /tmp/up; exec sleep {seconds}");
+    let program = "cp /bin/busybox /tmp/busybox && /tmp/busybox true";
+    let script = format!("{program} && echo up > /tmp/up; exec sleep {seconds}");
     let words = ["run", "--jail", "require"].into_iter().chain(options.split_whitespace());
     let words = words.chain(["web.qcow2", "--", "sh", "-c", &script]);
     let mut vdisk = start(work, who, words);

@@ -72,6 +72,7 @@ mod overlay;
 mod owners;
 mod pictures;
 mod podman;
+mod posix;
 mod reach;
 mod registry;
 mod run_user;

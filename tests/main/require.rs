@@ -41,6 +41,8 @@ pub enum Need {
     Slirp,
     /// The superuser, podman(1) and crun(1).
     Podman,
+    /// pjdfstest, from crates.io.
+    Pjdfstest,
     /// Landlock in the kernel.
     Landlock,
     /// The superuser: loop devices, and file systems of the kernel's own.
@@ -68,6 +70,7 @@ impl Need {
             Need::Passt => "passt",
             Need::Slirp => "slirp",
             Need::Podman => "podman",
+            Need::Pjdfstest => "pjdfstest",
             Need::Landlock => "landlock",
             Need::Root => "root",
         }
@@ -106,6 +109,7 @@ impl Need {
             Need::Podman => {
                 Need::Root.missing().or_else(|| unfound("podman")).or_else(|| unfound("crun"))
             }
+            Need::Pjdfstest => unrunnable("pjdfstest"),
             Need::Landlock => landlock(),
             Need::Root => (!is_root()).then(|| "not the superuser".to_owned()),
         }

@@ -34,8 +34,14 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Brings what uses the disk to rest for the moment of a snapshot.
 pub trait Quiesce {
     /// Everything that was written is on the disk when it returns, and nothing is written until
-    /// [`thaw`](Quiesce::thaw).
-    fn freeze(&self) -> Result<()>;
+    /// [`thaw`](Quiesce::thaw). Returns since when its user has waited.
+    fn freeze(&self) -> Result<Instant>;
+
+    /// Lets it go on already, where it need not flush for that: flushes wait until [`thaw`](Quiesce::thaw).
+    /// Whether it did.
+    fn go_on(&self) -> bool {
+        false
+    }
 
     /// Lets it go on. Called once after each [`freeze`](Quiesce::freeze) that succeeded, however the
     /// snapshot ended.
@@ -43,11 +49,35 @@ pub trait Quiesce {
 }
 
 /// Thaws when dropped.
-struct Frozen<'a>(&'a dyn Quiesce);
+struct Frozen<'a> {
+    user: &'a dyn Quiesce,
+    since: Instant,
+    /// How long it has waited, where it goes on already.
+    waited: Option<Duration>,
+}
+
+impl<'a> Frozen<'a> {
+    fn new(user: &'a dyn Quiesce) -> Result<Frozen<'a>> {
+        Ok(Frozen { since: user.freeze()?, waited: None, user })
+    }
+
+    fn go_on(&mut self) {
+        if self.user.go_on() {
+            self.waited = Some(self.since.elapsed());
+        }
+    }
+
+    /// Thaws it; how long it has waited.
+    fn end(self) -> Duration {
+        let (since, waited) = (self.since, self.waited);
+        drop(self);
+        waited.unwrap_or_else(|| since.elapsed())
+    }
+}
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        self.0.thaw();
+        self.user.thaw();
     }
 }
 
@@ -63,7 +93,8 @@ struct Next {
 
 impl Live {
     /// Freezes the disk as it is under `name`; its user goes on in a new, empty delta. Returns how
-    /// long no request was served. With `user`, the disk's user is at rest at that moment.
+    /// long no request was served. With `user`, the disk's user is at rest at that moment, and for how long
+    /// is returned.
     ///
     /// # Errors
     /// As for an idle disk. After any error the disk and its snapshots are as they were; where not
@@ -78,9 +109,12 @@ impl Live {
         let next = self.prepare(name, description)?;
         // What is written now is not written while flushes wait.
         self.chain().flush()?;
-        let frozen = user.map(|user| user.freeze().map(|()| Frozen(user))).transpose()?;
+        let mut frozen = user.map(Frozen::new).transpose()?;
         let publishing = self.chain().begin_publishing();
         let before = self.chain().put_on(next.layer.clone(), next.below.clone());
+        if let Some(frozen) = &mut frozen {
+            frozen.go_on();
+        }
         let pause = before.pause;
         let old = next.below.clone();
         if let Err(error) = self.mark_old(&next).and_then(|()| self.keep_bitmaps(&next)) {
@@ -97,8 +131,8 @@ impl Live {
         // doubt if this fails: nothing more may be called durable.
         sync_directory(self.path()).inspect_err(|_| self.chain().lose())?;
         drop(publishing);
-        // Only now: to go on, a file system flushes, and flushes wait until the new head is found.
-        drop(frozen);
+        // Only now: to go on, the kernel's file systems flush, and flushes wait until the new head is found.
+        let pause = frozen.map_or(pause, Frozen::end);
         drop((before, next.below));
         self.let_others_read(old);
         Ok(pause)

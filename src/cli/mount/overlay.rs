@@ -445,13 +445,14 @@ fn enclose(wanted: &Wanted, disks: &[Arc<Chain>], outside: &Outside) -> Result<c
 fn jail_of(wanted: &Wanted, disks: &[Arc<Chain>]) -> Result<Jail> {
     let mut jail = Jail::new(Work::Overlay);
     for lower in wanted.lowers.iter().filter(|lower| lower.is_dir()) {
-        jail.reach(lower, Reach::Read);
+        jail.reach(lower, Reach::Lend);
     }
     for disk in disks {
         jail::disk(&mut jail, disk, false)?;
     }
     for own in wanted.upper.iter().chain(&wanted.work) {
         jail.reach(own, Reach::Tree);
+        jail.reach(own, Reach::Lend);
     }
     for device in ["/dev/fuse", "/dev/null"] {
         jail.reach(Path::new(device), Reach::Write);

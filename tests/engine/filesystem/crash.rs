@@ -131,8 +131,11 @@ fn a_power_cut_leaves_what_was_synced_and_a_file_system_that_mends_itself() {
         for _ in 0..80 {
             pair.step(dice);
             let synced = dice.once_in(5);
-            if synced {
+            if synced && dice.once_in(2) {
                 fs.sync().unwrap();
+            } else if synced {
+                fs.freeze().unwrap();
+                fs.thaw();
             }
             moments.push(Moment { events: disk.events(), view: view(&pair.files), synced });
         }

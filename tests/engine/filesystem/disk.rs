@@ -5,6 +5,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::Instant;
 
 use vdisk::internals::block::{BlockDevice, BlockExtent, BlockStatus};
 use vdisk::{Error, Result};
@@ -20,6 +21,8 @@ pub enum Event {
 struct Inner {
     bytes: Vec<u8>,
     log: Vec<Event>,
+    /// When each of them was made.
+    times: Vec<Instant>,
     records: bool,
 }
 
@@ -36,6 +39,14 @@ impl Disk {
         let mut inner = self.0.lock().unwrap();
         inner.records = true;
         inner.log.clear();
+        inner.times.clear();
+    }
+
+    /// How many writes it remembers that were made after `since`.
+    pub fn writes_after(&self, since: Instant) -> usize {
+        let inner = self.0.lock().unwrap();
+        let made = inner.log.iter().zip(&inner.times).filter(|(_, time)| **time > since);
+        made.filter(|(event, _)| matches!(event, Event::Write(..))).count()
     }
 
     /// How many changes it remembers.
@@ -49,6 +60,15 @@ impl Disk {
 
     pub fn bytes(&self) -> Vec<u8> {
         self.0.lock().unwrap().bytes.clone()
+    }
+}
+
+impl Inner {
+    fn note(&mut self, event: Event) {
+        if self.records {
+            self.log.push(event);
+            self.times.push(Instant::now());
+        }
     }
 }
 
@@ -82,9 +102,7 @@ impl BlockDevice for Disk {
         let at = offset as usize;
         let to = inner.bytes.get_mut(at..at + all.len());
         to.ok_or_else(|| Error::invalid("past the end"))?.copy_from_slice(&all);
-        if inner.records {
-            inner.log.push(Event::Write(offset, all));
-        }
+        inner.note(Event::Write(offset, all));
         Ok(())
     }
 
@@ -97,10 +115,7 @@ impl BlockDevice for Disk {
     }
 
     fn flush(&self) -> Result<()> {
-        let mut inner = self.0.lock().unwrap();
-        if inner.records {
-            inner.log.push(Event::Flush);
-        }
+        self.0.lock().unwrap().note(Event::Flush);
         Ok(())
     }
 

@@ -86,6 +86,35 @@ fn a_directory_of_many_names_is_indexed_and_emptied() {
     }
 }
 
+/// All that the journal held was written to its place while everybody waited.
+#[test]
+fn nobody_waits_for_what_can_be_written_before_a_file_system_is_at_rest() {
+    for kind in KINDS {
+        let disk = Arc::new(Disk::new(formatted(kind, "40M")));
+        let fs = open(&disk);
+        let new = New { mode: 0x8000 | 0o644, ..New::default() };
+        let fill = |name: &str| {
+            for n in 0..300 {
+                let file = fs.create(ROOT, format!("{name}{n}").as_bytes(), &new).unwrap();
+                fs.write(file, 0, &[1; 5000]).unwrap();
+            }
+        };
+        fill("committed");
+        fs.sync().unwrap();
+        fill("in memory");
+        disk.record();
+        let since = fs.freeze().unwrap();
+        let (all, meanwhile) = (disk.events(), disk.writes_after(since));
+        assert!(all > 5, "{kind}: {all}");
+        assert!(meanwhile <= 1, "{kind}: {meanwhile} writes besides the superblock's");
+        is_clean(&disk.bytes(), kind);
+        fs.thaw();
+        fill("after");
+        fs.close().unwrap();
+        is_clean(&disk.bytes(), kind);
+    }
+}
+
 #[test]
 fn a_hole_past_the_end_of_a_file_takes_its_last_block_whole() {
     let disk = Arc::new(Disk::new(formatted("-t ext4 -b 4096", "16M")));

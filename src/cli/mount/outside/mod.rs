@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use vdisk::beside;
 use vdisk::block::BlockDevice;
@@ -180,12 +181,19 @@ impl Held {
 }
 
 impl Quiesce for Held {
-    fn freeze(&self) -> Result<()> {
-        let Some(fs) = self.fs.get() else { return self.outside.wish(Wish::Freeze) };
+    fn freeze(&self) -> Result<Instant> {
+        let Some(fs) = self.fs.get() else {
+            let since = Instant::now();
+            return self.outside.wish(Wish::Freeze).map(|()| since);
+        };
         // What programs have written may be in the kernel still. Where the mount cannot be
         // reached any more, that is for those who still use it.
         let _ = self.outside.wish(Wish::WriteOut);
         fs.freeze()
+    }
+
+    fn go_on(&self) -> bool {
+        self.fs.get().inspect(|fs| fs.thaw()).is_some()
     }
 
     fn thaw(&self) {

@@ -5,6 +5,7 @@ pub(super) mod log;
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::{MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::super::bytes::{le16, le32, put16, put32};
 use super::super::superblock;
@@ -18,6 +19,10 @@ const INCOMPAT_RECOVER: u32 = 0x4;
 const STATE_VALID: u16 = 1;
 /// Changed blocks at most before a commit.
 pub const MOST: usize = 2048;
+/// So few changed blocks are written while nobody changes anything, and so often others have been written
+/// before at most.
+const FEW: usize = 16;
+const ROUNDS: u32 = 8;
 
 /// The metadata in memory.
 pub struct State {
@@ -114,6 +119,7 @@ impl Mounted {
         }
         self.writable()?;
         let mut log = self.log();
+        self.say_in_use(log.is_some())?;
         let batch = loop {
             let gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
             let mut state = self.state();
@@ -146,6 +152,19 @@ impl Mounted {
         state.blocks.keep();
         state.freeing = std::mem::take(&mut state.freed);
         Ok(state.blocks.take())
+    }
+
+    /// Says on the disk that the file system is in use where something was changed since it came to rest,
+    /// while others go on: to be durable may take long. Whoever calls has the log.
+    fn say_in_use(&self, journal: bool) -> Result<()> {
+        let state = self.state();
+        let needed = !state.in_use && state.blocks.changed();
+        drop(state);
+        if needed {
+            self.fail(self.mark_in_use(journal))?;
+            self.state().in_use = true;
+        }
+        Ok(())
     }
 
     /// Says on the disk that the file system is in use, and nothing else: what it counts there is
@@ -196,8 +215,7 @@ impl Mounted {
         if self.read_only {
             return Ok(work());
         }
-        // What can be written while others go on is written so.
-        self.sync()?;
+        self.come_near_rest()?;
         let mut log = self.log();
         let gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state();
@@ -205,6 +223,23 @@ impl Mounted {
         let done = work();
         drop((state, gate));
         Ok(done)
+    }
+
+    /// Writes all that can be written while others go on, to its place, too: what is left is what they
+    /// have changed meanwhile.
+    fn come_near_rest(&self) -> Result<()> {
+        for _ in 0..ROUNDS {
+            self.sync()?;
+            let mut log = self.log();
+            if let Some(log) = log.as_mut().filter(|log| !log.is_empty()) {
+                self.fail(self.settle(log))?;
+            }
+            drop(log);
+            if self.state().blocks.dirty() <= FEW {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn come_to_rest(&self, state: &mut State, mut log: Option<&mut Log>) -> Result<()> {
@@ -247,19 +282,20 @@ impl Mounted {
     }
 
     /// As [`at_rest`](Mounted::at_rest), until [`thaw`](Mounted::thaw): whoever wants to change
-    /// something waits.
-    pub fn freeze(&self) -> Result<()> {
+    /// something waits. Returns since when.
+    pub fn freeze(&self) -> Result<Instant> {
         if self.read_only {
-            return Ok(());
+            return Ok(Instant::now());
         }
-        self.sync()?;
+        self.come_near_rest()?;
         let mut log = self.log();
+        let since = Instant::now();
         let gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state();
         self.fail(self.come_to_rest(&mut state, log.as_mut()))?;
         state.frozen = true;
         drop((state, gate));
-        Ok(())
+        Ok(since)
     }
 
     /// Lets those go on who waited.
