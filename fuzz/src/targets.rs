@@ -37,8 +37,11 @@ pub const QCOW2: [(&str, Target); 8] = [
 /// What is done to an image that is open for writing.
 type Step<'a> = &'a dyn Fn(&mut Image) -> vdisk::Result<()>;
 
+/// What an image may grow to: offsets in it may lie anywhere, and no file here is sparse.
+const ROOM: usize = 64 << 20;
+
 fn memory(bytes: &[u8]) -> Arc<MemoryStorage> {
-    Arc::new(MemoryStorage::new(bytes.to_vec()))
+    Arc::new(MemoryStorage::with_room(bytes.to_vec(), ROOM))
 }
 
 fn image(storage: &Arc<MemoryStorage>, read_only: bool) -> vdisk::Result<Image> {

@@ -32,10 +32,7 @@ pub use start::start;
 const PANICKED: u8 = 134;
 
 /// Runs `work` in a copy of this process that is `ready`.
-fn prepared(
-    ready: impl FnOnce() -> io::Result<()>,
-    work: impl FnOnce() -> u8,
-) -> io::Result<Pid> {
+fn prepared(ready: impl FnOnce() -> io::Result<()>, work: impl FnOnce() -> u8) -> io::Result<Pid> {
     copy(|| match ready() {
         // The frames below are the original's to unwind.
         Ok(()) => catch_unwind(AssertUnwindSafe(work)).unwrap_or(PANICKED),

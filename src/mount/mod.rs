@@ -32,8 +32,8 @@ use vdisk_fuse::{Caching, Options, Server, Tree};
 
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
-use crate::filesystem::probe::FileSystem;
 use crate::filesystem::Found;
+use crate::filesystem::probe::FileSystem;
 use crate::storage::loopdev::{LoopDevice, LoopOptions};
 
 use volume::{DeviceVolume, Lost};

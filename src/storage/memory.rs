@@ -7,15 +7,28 @@ use super::Storage;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A storage that forgets everything when it is dropped.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct MemoryStorage {
     bytes: RwLock<Vec<u8>>,
+    /// How many there may be.
+    most: usize,
+}
+
+impl Default for MemoryStorage {
+    fn default() -> MemoryStorage {
+        MemoryStorage::new(Vec::new())
+    }
 }
 
 impl MemoryStorage {
     /// A storage that holds `bytes`.
     pub fn new(bytes: Vec<u8>) -> MemoryStorage {
-        MemoryStorage { bytes: RwLock::new(bytes) }
+        MemoryStorage::with_room(bytes, usize::MAX)
+    }
+
+    /// The same; it is full when it holds `most`.
+    pub fn with_room(bytes: Vec<u8>, most: usize) -> MemoryStorage {
+        MemoryStorage { bytes: RwLock::new(bytes), most }
     }
 
     /// A copy of all bytes.
@@ -33,12 +46,15 @@ impl MemoryStorage {
     }
 }
 
-/// Makes `bytes` reach to `end`: an error where there is no memory for them, as a full disk gives one. What a damaged
-/// image asks to be written may lie anywhere.
-fn reach(bytes: &mut Vec<u8>, end: usize) -> Result<()> {
+/// Makes `bytes`, of which there may be `most`, reach to `end`: an error where there is no memory for them, as a full
+/// disk gives one. What a damaged image asks to be written may lie anywhere.
+fn reach(bytes: &mut Vec<u8>, end: usize, most: usize) -> Result<()> {
     if let Some(more) = end.checked_sub(bytes.len()) {
-        let full = |_| Error::new(ErrorKind::NoSpace, "no memory for so many bytes");
-        bytes.try_reserve(more).map_err(full)?;
+        let full = || Error::new(ErrorKind::NoSpace, "no memory for so many bytes");
+        if end > most {
+            return Err(full());
+        }
+        bytes.try_reserve(more).map_err(|_| full())?;
         bytes.resize(end, 0);
     }
     Ok(())
@@ -57,7 +73,7 @@ impl Storage for MemoryStorage {
         let len = index(len)?;
         let mut bytes = self.write();
         bytes.truncate(len);
-        reach(&mut bytes, len)
+        reach(&mut bytes, len, self.most)
     }
 
     fn is_fixed(&self) -> bool {
@@ -82,7 +98,7 @@ impl Storage for MemoryStorage {
         let mut at = index(offset)?;
         for buf in bufs {
             let end = index((at as u64).saturating_add(buf.len() as u64))?;
-            reach(&mut bytes, end)?;
+            reach(&mut bytes, end, self.most)?;
             bytes[at..end].copy_from_slice(buf);
             at = end;
         }
@@ -101,7 +117,7 @@ impl Storage for MemoryStorage {
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         let end = index(offset.saturating_add(len))?;
         let mut bytes = self.write();
-        reach(&mut bytes, end)?;
+        reach(&mut bytes, end, self.most)?;
         bytes[index(offset)?..end].fill(0);
         Ok(())
     }
@@ -128,5 +144,9 @@ mod tests {
             }
         }
         assert_eq!(memory.to_vec(), [7; 3]);
+        let small = MemoryStorage::with_room(vec![7; 3], 4);
+        assert!(small.write_at(3, &[IoSlice::new(&[8])]).is_ok());
+        assert_eq!(small.set_len(5).unwrap_err().kind(), ErrorKind::NoSpace);
+        assert_eq!(small.to_vec(), [7, 7, 7, 8]);
     }
 }

@@ -14,6 +14,8 @@ mod host;
 #[allow(dead_code, reason = "shared with the black-box tests")]
 mod require;
 
+#[path = "../../fuzz/src/inside.rs"]
+mod inside;
 #[path = "../../fuzz/src/mutation.rs"]
 mod mutation;
 #[path = "../../fuzz/src/shapes.rs"]
@@ -33,6 +35,7 @@ mod family;
 mod faults;
 mod filesystem;
 mod fuzz;
+mod fuzz_inside;
 mod hostile;
 mod internal;
 mod labels;

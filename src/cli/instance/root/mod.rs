@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vdisk::block::BlockDevice;
 use vdisk::chain::Chain;
-use serde::{Deserialize, Serialize};
 use vdisk::container::{Ids, Outset, Owners, Space};
 use vdisk::mount::paced::Paced;
 use vdisk::mount::{self, AttachOptions};

@@ -106,12 +106,7 @@ impl Serving<'_> {
         while_held(bound, || shown.wait())
     }
 
-    fn user_space(
-        self,
-        chain: &Arc<Chain>,
-        bound: Option<Bound>,
-        held: &Held,
-    ) -> Result<()> {
+    fn user_space(self, chain: &Arc<Chain>, bound: Option<Bound>, held: &Held) -> Result<()> {
         let source = self.source;
         let device = source.device(chain);
         let fs = Arc::new(filesystem::open(device, source.partition, source.read_only)?);

@@ -25,6 +25,10 @@ impl Tx<'_> {
         if !inode.has_map() {
             return Ok(Stretch { place: None, len: u64::MAX - at, written: false });
         }
+        // Sizes may be damaged: what lies past all blocks that a file can have is one hole.
+        if at >= self.most_blocks(inode) {
+            return Ok(Stretch { place: None, len: u64::MAX - at, written: false });
+        }
         if inode.has(FLAG_EXTENTS) {
             let (extent, len) = self.extent_at(inode, at)?;
             let place = extent.map(|extent| extent.place + (at - u64::from(extent.at)));
@@ -40,9 +44,6 @@ impl Tx<'_> {
                 len,
                 written: extent.is_some_and(|extent| extent.written),
             });
-        }
-        if at >= self.most_indirect() {
-            return Ok(Stretch { place: None, len: u64::MAX - at, written: false });
         }
         let (place, len) = self.indirect_at(inode, at)?;
         Ok(Stretch { place, len, written: place.is_some() })
