@@ -137,7 +137,23 @@ pub mod internals {
     #[cfg(feature = "vm")]
     open! { vm }
     #[cfg(feature = "serve")]
-    open! { nbd serve virtio }
+    open! { nbd }
+    #[cfg(feature = "serve")]
+    pub mod serve {
+        pub mod nbd {
+            pub use crate::serve::nbd::{Contexts, Export, MAX_BITMAPS, Server, Tls};
+        }
+        pub mod socket {
+            pub use crate::serve::socket::{Listener, UnixSocket};
+        }
+        pub mod vhost {
+            pub use crate::serve::vhost::Server;
+        }
+    }
+    #[cfg(feature = "serve")]
+    pub mod virtio {
+        pub use crate::virtio::Id;
+    }
     #[cfg(feature = "oci")]
     pub mod oci {
         pub mod tar {

@@ -42,7 +42,12 @@ pub fn run(args: &Args) -> Result<u8> {
     let outside = helpers.outside.clone();
     let (mount, bound) = jailed(args, &chain, helpers)?;
     drop(chain);
-    let control = match bound.serve().and_then(announced) {
+    let end = outside.clone();
+    let started = bound.serve().and_then(|control| {
+        when_asked(ending, move || end.unmount())?;
+        announced(control)
+    });
+    let control = match started {
         Ok(control) => control,
         Err(error) => {
             outside.detach();
@@ -50,7 +55,6 @@ pub fn run(args: &Args) -> Result<u8> {
             return Err(error);
         }
     };
-    when_asked(ending, move || outside.unmount())?;
     let result = mount.wait();
     control.end_after(&result, broker::leave);
     result.map(|()| 0)
@@ -112,7 +116,7 @@ fn by_kernel(
     outside.mount(Opened::Disk(disk))?;
     let shown = mount::Shown::on(connection, device, read_only)?;
     let named = outside.stood().and_then(|number| {
-        // In a jail none can be made.
+        // A jail makes no socket, and gives names to one that is there.
         bound.also(&place::mount(&number)).inspect_err(|_| outside.detach())
     });
     match named {
