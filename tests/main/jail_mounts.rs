@@ -2,10 +2,12 @@
 //! what is mounted goes on.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -219,6 +221,41 @@ fn the_jailed_server_of_a_mount_follows_who_asks_to_his_processor() {
         work.vdisk("umount at").succeeds();
         is_left_alone(&at);
     }
+}
+
+/// A process that is just being another program cannot be looked at, and closes files meanwhile: whose times are
+/// still to be told, which is answered by who may want to know where it runs.
+#[test]
+fn a_program_that_is_started_by_who_has_files_of_a_mount_open_starts() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let work = Work::new();
+    work.run("mke2fs", ["-q", "-t", "ext4", "files.raw", "16M"]).succeeds();
+    fs::create_dir(work.path("at")).unwrap();
+    work.vdisk("mount files.raw at --user-space").succeeds();
+    let at = work.path("at");
+    let (told, heard) = std::sync::mpsc::channel();
+    let here = at.clone();
+    let starts = std::thread::spawn(move || {
+        for round in 0..20 {
+            let name = |n: usize| here.join(format!("{round}-{n}"));
+            let mut open: Vec<_> = (0..16).map(|n| fs::File::create(name(n)).unwrap()).collect();
+            open.iter_mut().for_each(|file| file.write_all(b"some bytes").unwrap());
+            assert!(Command::new("true").status().unwrap().success());
+        }
+        told.send(()).unwrap();
+    });
+    let done = heard.recv_timeout(Duration::from_secs(300));
+    if done.is_err() {
+        // Who waits for an answer that does not come is let go on.
+        let force = nix::mount::MntFlags::MNT_FORCE;
+        let _ = nix::mount::umount2(&at, force);
+    }
+    let ended = starts.join();
+    assert!(done.is_ok() && ended.is_ok(), "no program is started");
+    work.vdisk("umount at").succeeds();
+    is_left_alone(&at);
 }
 
 /// Whether there are several processors, and a process of this user's may give way to all others and come back.

@@ -139,7 +139,7 @@ impl<'a> Near<'a> {
         self.at.is_some()
     }
 
-    /// A thread, 0 where none waits, has made a request of `len` bytes.
+    /// A thread, 0 where none waits that can be looked at, has made a request of `len` bytes.
     pub(crate) fn came(&mut self, caller: u32, len: usize) {
         if self.free.is_none() || caller == 0 {
             return;
@@ -224,7 +224,8 @@ impl<'a> Near<'a> {
     }
 }
 
-/// The processor that a thread is on, or was last: proc_pid_stat(5).
+/// The processor that a thread is on, or was last: proc_pid_stat(5). The kernel lets nobody see that of one that is
+/// just becoming another program: who looks waits until it is.
 fn processor(thread: u32) -> Option<usize> {
     /// Fields between the name and that.
     const BEFORE: usize = 36;

@@ -15,7 +15,7 @@ use crate::kernel::device::Device;
 use crate::kernel::dispatch::{Answer, Dispatch, MAX_REQUEST, REPLY_ROOM};
 use crate::kernel::linger::{Linger, Lookout};
 use crate::kernel::near::{self, Near};
-use crate::kernel::wire::{self, Reader, Reply, init};
+use crate::kernel::wire::{self, Header, Reader, Reply, init, op};
 
 /// Requests that the kernel may have under way without a waiting caller (readahead, writeback).
 const MAX_BACKGROUND: u16 = 64;
@@ -164,6 +164,39 @@ struct Post<'a> {
     near: bool,
 }
 
+/// The thread that made a request, where it runs a program; else 0. One that is just becoming another program
+/// (execve(2)) cannot be looked at until it is, and what it asks for meanwhile has to be answered first: it closes
+/// files, whose last times are told then, and asks whose the program is.
+fn runs(head: &Header) -> u32 {
+    match head.opcode {
+        op::LOOKUP
+        | op::READLINK
+        | op::SYMLINK
+        | op::MKNOD
+        | op::MKDIR
+        | op::UNLINK
+        | op::RMDIR
+        | op::RENAME
+        | op::RENAME2
+        | op::LINK
+        | op::OPEN
+        | op::CREATE
+        | op::TMPFILE
+        | op::READ
+        | op::WRITE
+        | op::READDIR
+        | op::READDIRPLUS
+        | op::FSYNC
+        | op::FSYNCDIR
+        | op::SETXATTR
+        | op::REMOVEXATTR
+        | op::FALLOCATE
+        | op::LSEEK
+        | op::COPY_FILE_RANGE => head.caller.pid,
+        _ => 0,
+    }
+}
+
 /// Answers requests until the mount is gone.
 fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>) -> io::Result<()> {
     files.thread()?;
@@ -184,7 +217,7 @@ fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>)
             linger.came();
             duty.begin();
             let (head, body) = Reader::request(request.get(..len).unwrap_or_default())?;
-            near.came(head.caller.pid, len);
+            near.came(runs(&head), len);
             let mut out = Reply::new(buffer);
             if let Answer::Reply = dispatch.answer(&head, body, &mut out) {
                 let answer = out.whole();
