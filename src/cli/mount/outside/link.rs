@@ -77,8 +77,8 @@ pub enum Wish {
     Freeze,
     /// Let it go on.
     Thaw,
-    /// Tell it of the disk's new size.
-    Resized(u64),
+    /// Tell it that the disk may have another size.
+    Resized,
     /// Unmount it. While it is in use it stays.
     Unmount,
     /// Take the mount away, whoever uses it.

@@ -219,8 +219,8 @@ impl Kind for Held {
         !self.kernels
     }
 
-    fn resized(&self, size: u64) -> Result<()> {
+    fn resized(&self, _: u64) -> Result<()> {
         // A file system that is served here keeps its size.
-        if self.kernels { self.outside.wish(Wish::Resized(size)) } else { Ok(()) }
+        if self.kernels { self.outside.wish(Wish::Resized) } else { Ok(()) }
     }
 }

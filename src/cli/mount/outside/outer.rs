@@ -90,7 +90,7 @@ impl Wishes {
                 self.spot.thaw();
                 Ok(())
             }
-            Wish::Resized(_) => self.spot.resized(),
+            Wish::Resized => self.spot.resized(),
             Wish::Unmount => end().and_then(|(dir, number)| unmount_ours(dir, number)),
             Wish::Detach => end().and_then(|(dir, _)| umount::detach(dir)),
         }
