@@ -1,6 +1,6 @@
 //! Copying a flat disk into a new one: only what is not zero is written.
 //!
-//! Several threads each read a piece and write it, so that reads and compression overlap with writes.
+//! Several threads read pieces, so that reads and compression overlap with writes.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::block::{BlockDevice, BlockExtent, BlockStatus, is_zero};
 use crate::chain::{Chain, Layer};
 use crate::copy::queue;
-use crate::copy::queue::{PIECE, Turn};
+use crate::copy::queue::PIECE;
 use crate::copy::room;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::raw;
@@ -153,7 +153,7 @@ pub fn copy_into(source: &dyn BlockDevice, target: &Chain, how: &Copying<'_>) ->
     let copy = Copy {
         source,
         target,
-        compress: how.compress.then_some(cluster),
+        compress: how.compress,
         writes_zeroes: !head.starts_zeroed(),
         gap: u64::from(target.block_size()).clamp(BLOCK, MIN_GAP),
         done: AtomicU64::new(0),
@@ -162,15 +162,16 @@ pub fn copy_into(source: &dyn BlockDevice, target: &Chain, how: &Copying<'_>) ->
     // Compression takes long: small pieces keep all threads at it.
     let mut pieces = Pieces::new(if how.compress { cluster } else { PIECE.max(cluster) });
     let next = || pieces.take(source);
-    queue::run(queue::threads(), next, |piece, turn, buf| copy.piece(&piece, turn, buf))
+    let read = |piece, buf: &mut Vec<u8>| copy.read(piece, buf);
+    queue::run(queue::threads(), next, read, |(piece, found), buf| copy.write(&piece, found, buf))
 }
 
 /// One copy under way.
 struct Copy<'a> {
     source: &'a dyn BlockDevice,
     target: &'a Chain,
-    /// The cluster size, where clusters are compressed.
-    compress: Option<u64>,
+    /// Every piece is a cluster, and compressed.
+    compress: bool,
     /// What reads as zeroes is written: the target may hold anything.
     writes_zeroes: bool,
     /// Shorter runs of zeroes are written.
@@ -179,8 +180,17 @@ struct Copy<'a> {
     progress: &'a (dyn Fn(u64) + Sync),
 }
 
+/// What a piece has to write.
+enum Found {
+    /// The parts of its bytes that hold anything; the rest is zero.
+    Runs(Vec<Range<usize>>),
+    /// All its bytes as one cluster; compressed, where that makes it smaller.
+    Cluster(Option<Vec<u8>>),
+}
+
 impl Copy<'_> {
-    fn piece(&self, piece: &Piece, turn: &Turn<'_, Error>, buf: &mut Vec<u8>) -> Result<()> {
+    /// Reads a piece, and finds out what of it has to be written.
+    fn read(&self, piece: Piece, buf: &mut Vec<u8>) -> Result<(Piece, Found)> {
         let Range { start, end } = piece.range;
         let len = (end - start) as usize;
         buf.resize(buf.len().max(len), 0);
@@ -188,19 +198,32 @@ impl Copy<'_> {
         if !bytes.is_empty() {
             self.source.read_at(start, &mut [IoSliceMut::new(bytes)])?;
         }
-        if self.compress.is_some() {
-            self.compressed(start, bytes, turn)?;
-        } else {
-            let runs = data_runs(bytes, self.gap as usize);
-            turn.wait()?;
-            let mut zero_from = start - piece.skipped;
-            for run in runs {
-                let at = start + run.start as u64;
-                self.zeroes(zero_from, at)?;
-                zero_from = start + run.end as u64;
-                self.target.write_at(at, &[IoSlice::new(bytes.get(run).unwrap_or_default())])?;
+        let found = match self.compress {
+            false => Found::Runs(data_runs(bytes, self.gap as usize)),
+            true if is_zero(bytes) => Found::Runs(vec![]),
+            true => Found::Cluster(self.target.pack(start, bytes)?),
+        };
+        Ok((piece, found))
+    }
+
+    fn write(&self, piece: &Piece, found: Found, buf: &[u8]) -> Result<()> {
+        let Range { start, end } = piece.range;
+        let mut zero_from = start - piece.skipped;
+        match found {
+            Found::Cluster(packed) => {
+                self.zeroes(zero_from, start)?;
+                let bytes = buf.get(..(end - start) as usize).unwrap_or_default();
+                self.target.write_packed(start, bytes, packed.as_deref())?;
             }
-            self.zeroes(zero_from, end)?;
+            Found::Runs(runs) => {
+                for run in runs {
+                    let at = start + run.start as u64;
+                    self.zeroes(zero_from, at)?;
+                    zero_from = start + run.end as u64;
+                    self.target.write_at(at, &[IoSlice::new(buf.get(run).unwrap_or_default())])?;
+                }
+                self.zeroes(zero_from, end)?;
+            }
         }
         let len = end - start + piece.skipped;
         (self.progress)(self.done.fetch_add(len, Ordering::Relaxed) + len);
@@ -212,19 +235,6 @@ impl Copy<'_> {
             return Ok(());
         }
         self.target.write_zeroes(from, to - from, true)
-    }
-
-    fn compressed(&self, start: u64, bytes: &[u8], turn: &Turn<'_, Error>) -> Result<()> {
-        let cluster = self.compress.unwrap_or(PIECE);
-        let offsets = (start..).step_by(cluster as usize);
-        for (offset, part) in offsets.zip(bytes.chunks(cluster as usize)) {
-            if !is_zero(part) {
-                let packed = self.target.pack(offset, part)?;
-                turn.wait()?;
-                self.target.write_packed(offset, part, packed.as_deref())?;
-            }
-        }
-        Ok(())
     }
 }
 

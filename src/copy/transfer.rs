@@ -1,6 +1,6 @@
 //! Writing what one disk holds into another, by several threads.
 //!
-//! Each thread reads a part, and writes it when its turn comes: the target grows in the order of the
+//! Parts are read side by side and written one after the other: the target grows in the order of the
 //! disk. What is read from, and which parts of it, is the caller's to say.
 
 use std::io::IoSlice;
@@ -8,7 +8,6 @@ use std::io::IoSlice;
 use crate::block::BlockDevice;
 use crate::chain::Chain;
 use crate::copy::queue;
-use crate::copy::queue::Stopped;
 use crate::error::Error;
 
 /// The most stretches in one part.
@@ -72,14 +71,14 @@ impl Part {
 ///
 /// # Errors
 /// The first in the order of the parts; what comes before it is written, and nothing after it.
-pub fn transfer<E: From<Stopped> + Send>(
+pub fn transfer<E: Send>(
     target: &Chain,
     threads: usize,
     next: impl FnMut() -> Result<Option<Part>, E> + Send,
     read: impl Fn(u64, &mut [u8]) -> Result<(), E> + Sync,
     failed: impl Fn(Error) -> E + Sync,
 ) -> Result<(), E> {
-    queue::run(threads, next, |part: Part, turn, buf| {
+    let read = |part: Part, buf: &mut Vec<u8>| {
         buf.resize(buf.len().max(part.data as usize), 0);
         let mut rest = &mut buf[..];
         for data in part.stretches.iter().filter(|s| !s.zero) {
@@ -87,9 +86,11 @@ pub fn transfer<E: From<Stopped> + Send>(
             read(data.at, here)?;
             rest = behind;
         }
-        turn.wait()?;
-        let mut rest = &buf[..];
-        for &Stretch { at, len, zero } in &part.stretches {
+        Ok(part)
+    };
+    queue::run(threads, next, read, |part, buf| {
+        let mut rest = buf;
+        for Stretch { at, len, zero } in part.stretches {
             if zero {
                 target.write_zeroes(at, len, true).map_err(&failed)?;
                 continue;

@@ -56,12 +56,6 @@ impl Fail {
     }
 }
 
-impl From<vdisk::copy::queue::Stopped> for Fail {
-    fn from(_: vdisk::copy::queue::Stopped) -> Fail {
-        Fail::silent(1)
-    }
-}
-
 /// Writes an error or a warning.
 pub fn report(text: impl std::fmt::Display) {
     eprintln!("qemu-img: {text}");

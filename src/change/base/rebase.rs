@@ -177,7 +177,7 @@ pub fn flatten(path: &Path, progress: &mut Progress<'_>) -> Result<()> {
         };
         return told(progress, extent.start, size).map(|()| Some(extent));
     };
-    queue::run(queue::threads(), next, |piece: Range<u64>, _, _| {
+    queue::unordered(queue::threads(), next, |piece: Range<u64>, _| {
         disk.copy_up(piece.start, piece.end - piece.start)
     })?;
     disk.flush()?;
@@ -222,7 +222,7 @@ fn copy_differences(disk: &Chain, new: &Chain, progress: &mut Progress<'_>) -> R
         let Some(at) = steps.next() else { return Ok(None) };
         told(progress, at, size).map(|()| Some(at))
     };
-    queue::run(queue::threads(), next, |at: u64, _, buf| {
+    queue::unordered(queue::threads(), next, |at: u64, buf| {
         copy_difference(disk, new, at..size.min(at + CHUNK), buf)
     })
 }

@@ -155,7 +155,7 @@ fn up_range(
         }
         Ok(None)
     };
-    queue::run(threads, next, |taken, _, _| match taken {
+    queue::unordered(threads, next, |taken, _| match taken {
         Taken::Zeroes(at, len) => chain.copy_up_zeroes(at, len),
         Taken::Data(at, len) => {
             if source.share {

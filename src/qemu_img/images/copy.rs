@@ -7,7 +7,6 @@ use std::sync::Mutex;
 use vdisk::block::{BlockDevice, is_zero};
 use vdisk::chain::{Chain, Layer};
 use vdisk::copy::queue;
-use vdisk::copy::queue::Turn;
 
 use crate::qemu_img::fail::{Fail, Outcome, reason, report};
 use crate::qemu_img::images::status;
@@ -101,7 +100,8 @@ pub fn copy(parts: &[Part], copying: &Copying<'_>) -> Outcome<()> {
     // What cannot be read is told in its order.
     let alone = data < ALONE || copying.salvage;
     let threads = if alone { 1 } else { queue::threads() };
-    queue::run(threads, run.steps(), |step, turn, buf| run.step(&step, turn, buf))?;
+    let read = |step, buf: &mut Vec<u8>| run.prepare(step, buf);
+    queue::run(threads, run.steps(), read, |(step, found), buf| run.write(&step, found, buf))?;
     target.flush().map_err(|e| Fail::new(reason(&e)))
 }
 
@@ -126,6 +126,15 @@ struct Step {
     at: u64,
     len: u64,
     what: What,
+}
+
+/// What a step has to write.
+enum Found {
+    Zeroes,
+    /// The parts of its bytes that hold anything; the rest is zero.
+    Runs(Vec<Range<usize>>),
+    /// All its bytes as one cluster; compressed, where that makes it smaller.
+    Cluster(Option<Vec<u8>>),
 }
 
 impl Run<'_> {
@@ -202,34 +211,37 @@ impl Run<'_> {
         queue::PIECE.max(cluster).max(self.copying.sparse.next_power_of_two())
     }
 
-    /// Reads side by side with other steps, and writes when its turn comes.
-    fn step(&self, step: &Step, turn: &Turn<'_, Fail>, buf: &mut Vec<u8>) -> Outcome<()> {
-        let &Step { at, len, what } = step;
-        match what {
-            What::Backing => return Ok(()),
-            What::Zero => {
-                turn.wait()?;
-                return self.zeroes(at, len);
-            }
-            What::Data => {}
+    /// Reads a step, and finds out what is to be written.
+    fn prepare(&self, step: Step, buf: &mut Vec<u8>) -> Outcome<(Step, Found)> {
+        let Step { at, len, what } = step;
+        if what != What::Data {
+            return Ok((step, Found::Zeroes));
         }
         buf.resize(buf.len().max(len as usize), 0);
         let bytes = &mut buf[..len as usize];
         self.read(at, bytes)?;
-        if !self.copying.compress {
-            let runs = data_runs(at, bytes, self.copying.sparse);
-            turn.wait()?;
-            return self.plain(at, bytes, runs);
+        let found = if !self.copying.compress {
+            Found::Runs(data_runs(at, bytes, self.copying.sparse))
+        } else if self.copying.sparse > 0 && is_zero(bytes) {
+            Found::Zeroes
+        } else {
+            let packed = self.copying.target.pack(at, bytes);
+            Found::Cluster(packed.map_err(|e| write_failed(at, &e))?)
+        };
+        Ok((step, found))
+    }
+
+    fn write(&self, step: &Step, found: Found, buf: &[u8]) -> Outcome<()> {
+        let &Step { at, len, .. } = step;
+        match found {
+            Found::Zeroes => self.zeroes(at, len),
+            Found::Runs(runs) => self.plain(at, &buf[..len as usize], runs),
+            Found::Cluster(packed) => {
+                let written =
+                    self.copying.target.write_packed(at, &buf[..len as usize], packed.as_deref());
+                written.map_err(|e| write_failed(at, &e))
+            }
         }
-        if self.copying.sparse > 0 && is_zero(bytes) {
-            turn.wait()?;
-            return self.zeroes(at, len);
-        }
-        // Before its turn: that is what takes long.
-        let (target, failed) = (self.copying.target, |e| write_failed(at, &e));
-        let packed = target.pack(at, bytes).map_err(failed)?;
-        turn.wait()?;
-        target.write_packed(at, bytes, packed.as_deref()).map_err(failed)
     }
 
     /// What stands at `at`, and how far.
