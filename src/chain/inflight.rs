@@ -6,8 +6,15 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 /// The ranges being changed. Two that overlap wait for each other; others do not meet.
 #[derive(Default)]
 pub(crate) struct InFlight {
-    ranges: Mutex<Vec<Range<u64>>>,
+    state: Mutex<State>,
     changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    ranges: Vec<Range<u64>>,
+    /// Threads that wait for a range: to wake nobody is a system call, too.
+    waiting: usize,
 }
 
 /// The right to change the mapping of a range, given back when dropped.
@@ -20,26 +27,31 @@ impl InFlight {
     /// Waits until nobody else changes any of `range`, and takes it. A thread holds one entry at a
     /// time, so waiting always ends.
     pub fn enter(&self, range: Range<u64>) -> Entry<'_> {
-        let mut ranges = self.lock();
-        while ranges.iter().any(|r| r.start < range.end && range.start < r.end) {
-            ranges = self.changed.wait(ranges).unwrap_or_else(|e| e.into_inner());
+        let mut state = self.lock();
+        while state.ranges.iter().any(|r| r.start < range.end && range.start < r.end) {
+            state.waiting += 1;
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+            state.waiting -= 1;
         }
-        ranges.push(range.clone());
+        state.ranges.push(range.clone());
         Entry { owner: self, range }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
-        self.ranges.lock().unwrap_or_else(|e| e.into_inner())
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
 impl Drop for Entry<'_> {
     fn drop(&mut self) {
-        let mut ranges = self.owner.lock();
-        if let Some(at) = ranges.iter().position(|r| *r == self.range) {
-            ranges.swap_remove(at);
+        let mut state = self.owner.lock();
+        if let Some(at) = state.ranges.iter().position(|r| *r == self.range) {
+            state.ranges.swap_remove(at);
         }
-        drop(ranges);
-        self.owner.changed.notify_all();
+        let waiting = state.waiting > 0;
+        drop(state);
+        if waiting {
+            self.owner.changed.notify_all();
+        }
     }
 }
