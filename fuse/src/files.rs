@@ -8,6 +8,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
 
 use crate::attr::{Attr, DirEntry, SetAttr, StatFs};
@@ -181,6 +182,9 @@ pub struct Copy {
     pub len: u64,
 }
 
+/// Looks at a file of the host.
+pub type TakeFile<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<()> + 'a;
+
 /// A writable tree of files, for many threads at once. Object-safe.
 ///
 /// Nodes are numbers that the tree gives out; [`ROOT`] is the root's. An error's
@@ -280,6 +284,16 @@ pub trait Files: Send + Sync {
     /// Reads into `buf`, which may be larger than asked for by the program; short only at the
     /// end of the file.
     fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
+
+    /// Shows `take` the file of the host that has the bytes of an open file now, at the same places, where one
+    /// has: much that is read goes from there to the kernel without a copy here.
+    ///
+    /// # Errors
+    /// What `take` returned, or why it is not known. What is read then is asked for by [`read`](Files::read).
+    fn lend(&self, handle: u64, take: &mut TakeFile<'_>) -> io::Result<()> {
+        let _ = (handle, take);
+        Ok(())
+    }
 
     /// Writes all, or says how much.
     fn write(&self, handle: u64, write: &Write<'_>) -> io::Result<usize>;

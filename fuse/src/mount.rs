@@ -102,6 +102,10 @@ fn read_further_ahead(root: &OwnedFd) {
     let _ = std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024");
 }
 
+/// The most that the kernel asks for at once, in bytes: half of what it reads ahead, so that one request is
+/// answered while what the one before it brought is read, and so little that it fits into a pipe.
+const MAX_READ: usize = 512 << 10;
+
 /// Whether the kernel lets this process mount by itself.
 pub(crate) fn privileged() -> bool {
     fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
@@ -123,6 +127,7 @@ pub fn detached_on(device: &Device, options: &MountOptions) -> io::Result<OwnedF
         ("rootmode", "40000".to_owned()),
         ("user_id", geteuid().to_string()),
         ("group_id", getegid().to_string()),
+        ("max_read", MAX_READ.to_string()),
     ];
     for (key, value) in settings {
         fsconfig_set_string(&fs, key, value.as_str())?;

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -211,6 +211,59 @@ fn the_superusers_overlay_reads_ahead_as_far_as_one_request_reaches() {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     let ahead = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
     assert_eq!(fs::read_to_string(ahead).unwrap().trim(), "1024");
+    laid.umount();
+}
+
+#[test]
+fn large_files_of_a_lower_layer_are_read_as_they_are_by_many_at_once() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    let laid = Laid::new();
+    let fill = |len: usize| (0..len).map(|n| (n / 7 + n % 251) as u8).collect::<Vec<u8>>();
+    // Around the sizes of a page, of what goes by a copy, of a request and of what is read ahead.
+    let sizes = [4096, 64 << 10, 128 << 10, 512 << 10, 1 << 20, 3 << 20];
+    let sizes = sizes.iter().flat_map(|size| [size - 1, *size, size + 1, size + 4097]);
+    let sizes: Vec<usize> = sizes.collect();
+    for size in &sizes {
+        fs::write(laid.path("lower").join(size.to_string()), fill(*size)).unwrap();
+    }
+    // Nothing of the first part, and a hole in the middle.
+    let sparse = File::create(laid.path("lower/sparse")).unwrap();
+    sparse.set_len(2 << 20).unwrap();
+    sparse.write_all_at(&fill(300_000), 1 << 20).unwrap();
+    laid.mount();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (laid, sizes) = (&laid, &sizes);
+            scope.spawn(move || {
+                for size in sizes.iter().skip(thread).step_by(2) {
+                    let at = laid.path("at").join(size.to_string());
+                    assert!(fs::read(at).unwrap() == fill(*size), "{size} bytes");
+                }
+            });
+        }
+    });
+    assert!(
+        fs::read(laid.path("at/sparse")).unwrap() == fs::read(laid.path("lower/sparse")).unwrap()
+    );
+    // Without what the kernel keeps, from odd places on.
+    fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+    let size = 3 << 20;
+    let (file, all) = (File::open(laid.path("at").join(size.to_string())).unwrap(), fill(size));
+    for (from, len) in [(1, 1 << 20), (700_001, 600_000), (size - 100_001, 200_000)] {
+        let mut bytes = vec![0; len];
+        let mut read = 0;
+        while let n @ 1.. = file.read_at(&mut bytes[read..], (from + read) as u64).unwrap() {
+            read += n;
+        }
+        assert!(bytes[..read] == all[from..(from + len).min(size)], "{len} bytes at {from}");
+    }
+    drop(file);
+    // One that ends before what the kernel knows of it has bytes to its end.
+    File::options().write(true).open(laid.path("lower/sparse")).unwrap().set_len(100_000).unwrap();
+    fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+    assert!(fs::read(laid.path("at/sparse")).unwrap().iter().all(|byte| *byte == 0));
     laid.umount();
 }
 

@@ -1,11 +1,15 @@
 //! One request in, one call of [`Files`], one reply out. Knows no device and no thread.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
+use rustix::fs::fstat;
+
 use crate::attr::{SetAttr, SetTime};
 use crate::files::{Access, Copy, Entry, Files, Keeping, Name, NewName, Opened, SetXattr, Write};
+use crate::kernel::pipe::{self, Pipe};
 use crate::kernel::wire::{
     Header, OUT_HEADER, Reader, Reply, decode_device, fattr, fopen, op, time,
 };
@@ -17,6 +21,8 @@ pub(crate) const MAX_REQUEST: usize = 1 << 20;
 pub(crate) enum Answer {
     /// The reply is in the buffer.
     Reply,
+    /// The reply is in the pipe, with so many bytes of a file.
+    Piped(usize),
     /// The kernel waits for none.
     Nothing,
 }
@@ -33,7 +39,18 @@ fn error(number: i32) -> io::Error {
 
 impl Dispatch<'_> {
     /// Answers one request; an error is what the program is told.
-    pub(crate) fn answer(&self, head: &Header, body: Reader<'_>, out: &mut Reply) -> Answer {
+    pub(crate) fn answer(
+        &self,
+        head: &Header,
+        body: Reader<'_>,
+        out: &mut Reply,
+        pipe: &mut Pipe,
+    ) -> Answer {
+        if head.opcode == op::READ
+            && let Some(len) = self.read_piped(head, body, pipe)
+        {
+            return Answer::Piped(len);
+        }
         let work = || match head.opcode {
             op::LOOKUP..=op::READLINK => self.inode(head, body, out),
             op::SYMLINK..=op::LINK | op::RENAME2 => self.names(head, body, out),
@@ -237,6 +254,24 @@ impl Dispatch<'_> {
             out.bytes(&value);
         }
         Ok(())
+    }
+
+    /// Has the pipe take what is read, where that is much and stands in a file of the host; says how much.
+    fn read_piped(&self, head: &Header, mut body: Reader<'_>, pipe: &mut Pipe) -> Option<usize> {
+        let (handle, offset) = (body.u64().ok()?, body.u64().ok()?);
+        let size = usize::try_from(body.u32().ok()?).ok().filter(|size| *size >= pipe::LEAST)?;
+        let mut piped = None;
+        let mut take = |file: BorrowedFd<'_>| {
+            let behind = fstat(file)?.st_size.cast_unsigned().saturating_sub(offset);
+            let len = usize::try_from(behind).unwrap_or(usize::MAX).min(size);
+            if piped.is_none() && pipe.fill(head.unique, file, offset, len) {
+                piped = Some(len);
+            }
+            Ok(())
+        };
+        // Why there is none, whoever reads is told.
+        let _ = catch_unwind(AssertUnwindSafe(|| self.files.lend(handle, &mut take)));
+        piped
     }
 
     fn contents(&self, head: &Header, mut body: Reader<'_>, out: &mut Reply) -> io::Result<()> {

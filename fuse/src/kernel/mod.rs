@@ -5,6 +5,7 @@ pub(crate) mod device;
 mod dispatch;
 mod linger;
 mod near;
+mod pipe;
 pub(crate) mod session;
 mod wire;
 

@@ -15,6 +15,7 @@ use crate::kernel::device::Device;
 use crate::kernel::dispatch::{Answer, Dispatch, MAX_REQUEST, REPLY_ROOM};
 use crate::kernel::linger::{Linger, Lookout};
 use crate::kernel::near::{self, Near};
+use crate::kernel::pipe::Pipe;
 use crate::kernel::wire::{self, Header, Reader, Reply, init, op};
 
 /// Requests that the kernel may have under way without a waiting caller (readahead, writeback).
@@ -202,7 +203,7 @@ fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>)
     files.thread()?;
     let dispatch = Dispatch { files, keeping };
     let (mut request, mut buffer) = (Vec::new(), Vec::new());
-    let mut linger = Linger::default();
+    let (mut linger, mut pipe) = (Linger::default(), Pipe::default());
     let Some(place) = post.crew.place(post.number) else { return Ok(()) };
     let mut near = Near::new(place, post.near);
     while let Some(duty) = post.crew.enter(post.number) {
@@ -219,12 +220,18 @@ fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>)
             let (head, body) = Reader::request(request.get(..len).unwrap_or_default())?;
             near.came(runs(&head), len);
             let mut out = Reply::new(buffer);
-            if let Answer::Reply = dispatch.answer(&head, body, &mut out) {
-                let answer = out.whole();
-                near.hand_over(head.caller.pid, answer.len(), || {
-                    // Whoever asked may be gone; then what he was given is the kernel's to give back.
-                    let _ = writev(device.as_fd(), &[IoSlice::new(answer)]);
-                });
+            match dispatch.answer(&head, body, &mut out, &mut pipe) {
+                Answer::Reply => {
+                    let answer = out.whole();
+                    near.hand_over(head.caller.pid, answer.len(), || {
+                        // Whoever asked may be gone; then what he was given is the kernel's to give back.
+                        let _ = writev(device.as_fd(), &[IoSlice::new(answer)]);
+                    });
+                }
+                Answer::Piped(len) => {
+                    near.hand_over(head.caller.pid, len, || pipe.send(device.as_fd(), len));
+                }
+                Answer::Nothing => {}
             }
             buffer = out.into_buffer();
             if !duty.done() {

@@ -319,7 +319,7 @@ impl Reply {
 }
 
 /// `struct fuse_out_header` of a reply of `len` bytes, itself among them.
-fn header(unique: u64, error: i32, len: usize) -> [u8; OUT_HEADER] {
+pub(crate) fn header(unique: u64, error: i32, len: usize) -> [u8; OUT_HEADER] {
     let mut header = [0; OUT_HEADER];
     let words = [
         u32::try_from(len).unwrap_or(u32::MAX),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::node::Node;
 use super::{Overlay, create};
 use crate::attr::{Attr, DirEntry, SetAttr, StatFs};
-use crate::files::{Caller, Copy, Entry, Files, Name, NewName, Opened, SetXattr, Write};
+use crate::files::{Caller, Copy, Entry, Files, Name, NewName, Opened, SetXattr, TakeFile, Write};
 use crate::kernel::Kernel;
 
 impl Files for Overlay {
@@ -122,6 +122,10 @@ impl Files for Overlay {
 
     fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         self.read_open(handle, offset, buf)
+    }
+
+    fn lend(&self, handle: u64, take: &mut TakeFile<'_>) -> io::Result<()> {
+        self.lend_open(handle, take)
     }
 
     fn write(&self, handle: u64, write: &Write<'_>) -> io::Result<usize> {

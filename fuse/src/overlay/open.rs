@@ -12,7 +12,7 @@ use rustix::fs::{FallocateFlags, OFlags, StatVfsMountFlags, fstatvfs};
 
 use super::Overlay;
 use super::node::{Node, State};
-use crate::files::{Access, Caller, Copy, Opened, Write};
+use crate::files::{Access, Caller, Copy, Opened, TakeFile, Write};
 use crate::host::{Spot, read_full, seek};
 use crate::layer::LayerFile;
 
@@ -259,6 +259,13 @@ impl Overlay {
         match self.current(self.open.get(handle)?.as_ref())? {
             Real::Upper(file) => read_full(&file, offset, buf),
             Real::Lower(file) => file.read_at(offset, buf),
+        }
+    }
+
+    pub(crate) fn lend_open(&self, handle: u64, take: &mut TakeFile<'_>) -> io::Result<()> {
+        match self.current(self.open.get(handle)?.as_ref())? {
+            Real::Upper(file) => take(file.as_fd()),
+            Real::Lower(file) => file.fd().map_or(Ok(()), take),
         }
     }
 
