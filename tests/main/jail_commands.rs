@@ -76,21 +76,23 @@ const CHANGING: [&str; 37] = [
 const PRUNING: [&str; 2] = ["image rm some --store images", "image prune --store images --yes"];
 
 /// Commands that other tests try, and which.
-const ELSEWHERE: [(&str, &str); 10] = [
+const ELSEWHERE: [(&str, &str); 12] = [
     ("boot", "the_process_that_runs_a_guest_is_jailed_and_the_guest_goes_on"),
     ("commit", "commands_that_change_disks_at_rest_are_jailed_when_they_do"),
     ("import", "an_import_is_jailed_when_it_reads"),
+    ("measure", "the_process_that_reads_what_is_measured_is_jailed"),
     ("mount", "the_server_of_a_mount_by_the_kernels_driver_is_jailed_and_the_mount_goes_on"),
     ("pull", "commands_that_speak_with_registries_are_jailed_when_they_do"),
     ("push", "commands_that_speak_with_registries_are_jailed_when_they_do"),
     ("qemu-img", "commands_of_the_drop_in_are_jailed_and_say_nothing_of_it"),
+    ("roll", "the_process_that_changes_disks_for_a_roll_is_jailed"),
     ("run", "the_server_of_a_containers_root_is_jailed_and_the_container_goes_on"),
     ("serve-nbd", "a_server_of_nbd_is_jailed_and_serves_on"),
     ("serve-vhost-user", "a_server_of_vhost_user_is_jailed"),
 ];
 
 /// Commands that work in no jail, and why. They refuse to where one is required.
-const WITHOUT: [(&str, &str); 17] = [
+const WITHOUT: [(&str, &str); 15] = [
     ("attach none", "passes bytes between a terminal and an instance"),
     ("completions bash", "reads nothing"),
     ("exec none -- true", "starts a program in a container, and reads no disk"),
@@ -98,11 +100,9 @@ const WITHOUT: [(&str, &str); 17] = [
     ("inspect none", "reads what vdisk has written down of an instance"),
     ("kill none", "asks an instance"),
     ("logs none", "prints what vdisk has kept"),
-    ("measure disks/clone.qcow2", "starts `run` and `boot`, which are in theirs"),
     ("pause none", "asks an instance"),
     ("ps", "reads what vdisk has written down of instances"),
     ("resume none", "asks an instance"),
-    ("roll --back none", "starts instances, and programs that ask how they are"),
     ("start none", "starts `run` or `boot`, which are in theirs"),
     ("stats", "reads numbers of the kernel's"),
     ("stop none", "asks an instance"),
@@ -141,8 +141,13 @@ fn every_command_is_tried_in_its_jail_or_has_a_reason_to_have_none() {
     let unknown = |name: &&String| !commands.contains(name);
     let stale: Vec<_> = with.iter().chain(&without).filter(unknown).collect();
     assert!(stale.is_empty(), "no commands: {stale:?}");
-    let tests =
-        [include_str!("jail.rs"), include_str!("jail_commands.rs"), include_str!("jail_mounts.rs")];
+    let tests = [
+        include_str!("fleet.rs"),
+        include_str!("jail.rs"),
+        include_str!("jail_commands.rs"),
+        include_str!("jail_mounts.rs"),
+        include_str!("measure.rs"),
+    ];
     for (name, test) in ELSEWHERE {
         let heading = format!("#[test]\nfn {test}()");
         assert!(tests.iter().any(|file| file.contains(&heading)), "{name}: {test}");

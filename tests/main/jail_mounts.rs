@@ -372,7 +372,7 @@ fn contained(work: &Work, who: Who, options: &str, seconds: &str) -> Running {
 }
 
 /// What an attacker is after, in another directory than the disk's.
-fn prey_elsewhere() -> (Work, Prey) {
+pub fn prey_elsewhere() -> (Work, Prey) {
     let work = Work::new();
     for name in ["secret", "base"] {
         work.put(name, "a key");
