@@ -1,6 +1,7 @@
 //! System calls made in place of another process, as code that took it over would make them. By ptrace(2):
 //! the process knows nothing of it, and needs nothing for it.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -36,6 +37,8 @@ pub struct Puppet {
     before: user_regs_struct,
     /// The address of an instruction that makes a call.
     instruction: u64,
+    /// What it was signalled meanwhile.
+    owed: Cell<Option<Signal>>,
 }
 
 impl Puppet {
@@ -53,7 +56,7 @@ impl Puppet {
         let memory = File::options().read(true).write(true).open(format!("/proc/{process}/mem"));
         let (memory, before) = (memory.unwrap(), ptrace::getregs(thread).unwrap());
         let instruction = instruction(process, &memory);
-        Puppet { thread, memory, before, instruction }
+        Puppet { thread, memory, before, instruction, owed: Cell::default() }
     }
 
     /// Makes a call there; what it returned.
@@ -64,9 +67,15 @@ impl Puppet {
         regs.orig_rax = u64::MAX;
         self.fill(&mut regs, number, words);
         ptrace::setregs(self.thread, regs).unwrap();
-        ptrace::step(self.thread, None).unwrap();
-        let stopped = wait(self.thread);
-        assert!(matches!(stopped, WaitStatus::Stopped(_, Signal::SIGTRAP)), "{stopped:?}");
+        loop {
+            ptrace::step(self.thread, None).unwrap();
+            match wait(self.thread) {
+                WaitStatus::Stopped(_, Signal::SIGTRAP) => break,
+                // It has not made the call yet: one that it has started has ended, say.
+                WaitStatus::Stopped(_, signal) => self.owed.set(Some(signal)),
+                other => panic!("{other:?}"),
+            }
+        }
         ptrace::getregs(self.thread).unwrap().rax as i64
     }
 
@@ -104,7 +113,7 @@ impl Drop for Puppet {
         }
         regs.orig_rax = u64::MAX;
         let _ = ptrace::setregs(self.thread, regs);
-        let _ = ptrace::detach(self.thread, None);
+        let _ = ptrace::detach(self.thread, self.owed.get());
     }
 }
 

@@ -1,13 +1,16 @@
-//! What two processes beside each other say: a length (4 bytes, little-endian) and as many bytes of JSON at a time.
+//! What two processes beside each other say: a length (4 bytes, little-endian) and as many bytes of JSON at a time,
+//! or one byte with a file.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use vdisk_fuse::mount::receive;
 
 /// The longest word, in bytes.
 const LONGEST: usize = 64 << 10;
@@ -60,6 +63,20 @@ impl Link {
         self.hear()
     }
 
+    /// Hands a file over.
+    pub fn hand(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        let files = [file.as_raw_fd()];
+        let with = [ControlMessage::ScmRights(&files)];
+        let byte = [IoSlice::new(&[0])];
+        sendmsg::<()>(self.number(), &byte, &with, MsgFlags::MSG_NOSIGNAL, None)?;
+        Ok(())
+    }
+
+    /// Waits for a file that is handed over.
+    pub fn handed(&self) -> io::Result<OwnedFd> {
+        receive(&self.0)
+    }
+
     /// Answers what the other end asks, until that is closed.
     pub fn answer<Q: DeserializeOwned, A: Serialize>(&self, mut answer: impl FnMut(Q) -> A) {
         while let Ok(Some(question)) = self.hear() {
@@ -102,6 +119,8 @@ impl From<Link> for OwnedFd {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     type Word = (u32, u32);
@@ -129,5 +148,23 @@ mod tests {
         drop(theirs);
         assert!(ours.hear::<Word>().unwrap().is_none());
         assert!(ours.hear_within::<Word>(Duration::from_millis(1)).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_file_is_handed_over_behind_what_was_said() {
+        let (ours, theirs) = Link::pair().unwrap();
+        let (mut end, other) = UnixStream::pair().unwrap();
+        theirs.say(&(1, 2)).unwrap();
+        theirs.hand(other.as_fd()).unwrap();
+        theirs.say(&(3, 4)).unwrap();
+        drop(other);
+        assert_eq!(ours.hear::<Word>().unwrap(), Some((1, 2)));
+        let handed = Link::from(ours.handed().unwrap());
+        assert_eq!(ours.hear::<Word>().unwrap(), Some((3, 4)));
+        handed.say(&(5, 6)).unwrap();
+        drop(handed);
+        let mut said = Vec::new();
+        end.read_to_end(&mut said).unwrap();
+        assert!(said.ends_with(b"[5,6]"));
     }
 }

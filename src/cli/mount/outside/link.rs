@@ -54,10 +54,10 @@ pub struct Disk {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Served;
 
-/// What the server of a disk is told when that is served: how it went on.
+/// What the server is told: of a disk, how it went on when that is served; of a tree of files, whether it is mounted.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Stood {
-    /// The kernel's file system is mounted, on the device of this number.
+    /// It is mounted, on or as the device of this number. The connection for files comes behind this.
     On(String),
     /// It is not.
     Failed(Failure),
