@@ -75,6 +75,33 @@ const CHANGING: [&str; 37] = [
 /// The same, where clones are looked for wherever they were made.
 const PRUNING: [&str; 2] = ["image rm some --store images", "image prune --store images --yes"];
 
+/// The drop-in's commands, one after the other.
+const DROP_IN: [&str; 22] = [
+    "info disks/plain.qcow2",
+    "map disks/plain.qcow2",
+    "check disks/plain.qcow2",
+    "measure -O qcow2 disks/plain.qcow2",
+    "compare disks/plain.qcow2 disks/delta.qcow2",
+    "convert -O qcow2 disks/delta.qcow2 out/flat.qcow2",
+    "convert -O raw --image-opts driver=qcow2,file.filename=disks/delta.qcow2 out/flat.raw",
+    "dd if=disks/delta.qcow2 of=out/dd.raw",
+    "create -q -f qcow2 -b ../disks/plain.qcow2 -F qcow2 out/more.qcow2",
+    // Which word is a file, only who reads the options knows.
+    "create -qf qcow2 out/clustered.qcow2 8M",
+    "create -q -f qcow2 -o data_file=sockets/a.data out/apart.qcow2 8M",
+    "convert -UO qcow2 -odata_file=sockets/b.data disks/delta.qcow2 out/copied.qcow2",
+    "convert -nO qcow2 disks/plain.qcow2 out/flat.qcow2",
+    "dd -nO qcow2 if=disks/plain.qcow2 of=out/flat.qcow2",
+    "snapshot -c one disks/delta.qcow2",
+    "amend -f qcow2 -o lazy_refcounts=on disks/delta.qcow2",
+    "bitmap --add disks/delta.qcow2 marks",
+    "bench -q -c 16 -d 4 -s 4096 disks/plain.qcow2",
+    "bench -w -c 16 -d 2 --flush-interval 4 disks/delta.qcow2",
+    "resize disks/delta.qcow2 16M",
+    "commit -q out/more.qcow2",
+    "rebase -u -b out/flat.qcow2 -F qcow2 disks/delta.qcow2",
+];
+
 /// Commands that other tests try, and which.
 const ELSEWHERE: [(&str, &str); 12] = [
     ("boot", "the_process_that_runs_a_guest_is_jailed_and_the_guest_goes_on"),
@@ -291,29 +318,12 @@ fn commands_of_the_drop_in_are_jailed_and_say_nothing_of_it() {
     let (work, prey) = scene();
     work.vdisk("qemu-img create -q -f qcow2 disks/plain.qcow2 8M").succeeds();
     work.vdisk("qemu-img create -q -f qcow2 -b plain.qcow2 -F qcow2 disks/delta.qcow2").succeeds();
-    for words in [
-        "info disks/plain.qcow2",
-        "map disks/plain.qcow2",
-        "check disks/plain.qcow2",
-        "measure -O qcow2 disks/plain.qcow2",
-        "compare disks/plain.qcow2 disks/delta.qcow2",
-        "convert -O qcow2 disks/delta.qcow2 out/flat.qcow2",
-        "convert -O raw --image-opts driver=qcow2,file.filename=disks/delta.qcow2 out/flat.raw",
-        "dd if=disks/delta.qcow2 of=out/dd.raw",
-        "create -q -f qcow2 -b ../disks/plain.qcow2 -F qcow2 out/more.qcow2",
-        // Which word is a file, only who reads the options knows.
-        "create -qf qcow2 out/clustered.qcow2 8M",
-        "create -q -f qcow2 -o data_file=sockets/a.data out/apart.qcow2 8M",
-        "convert -UO qcow2 -odata_file=sockets/b.data disks/delta.qcow2 out/copied.qcow2",
-        "convert -nO qcow2 disks/plain.qcow2 out/flat.qcow2",
-        "dd -nO qcow2 if=disks/plain.qcow2 of=out/flat.qcow2",
-        "snapshot -c one disks/delta.qcow2",
-        "amend -f qcow2 -o lazy_refcounts=on disks/delta.qcow2",
-        "bitmap --add disks/delta.qcow2 marks",
-        "resize disks/delta.qcow2 16M",
-        "commit -q out/more.qcow2",
-        "rebase -u -b out/flat.qcow2 -F qcow2 disks/delta.qcow2",
-    ] {
+    let help = work.vdisk("qemu-img --help").succeeds().out();
+    let known = help.lines().find_map(|line| line.strip_prefix("Commands: ")).unwrap();
+    let known: BTreeSet<_> = known.split(' ').collect();
+    let tried: BTreeSet<_> = DROP_IN.iter().map(|words| words.split(' ').next().unwrap()).collect();
+    assert_eq!(tried, known);
+    for words in DROP_IN {
         let words: Vec<_> = ["qemu-img"].into_iter().chain(words.split(' ')).collect();
         let through = through_at_the_end(&work, &prey, &words);
         assert!(matches!(through[..], [("read a file", 0..)]), "{words:?}: {through:?}");
