@@ -348,6 +348,30 @@ fn an_import_is_jailed_when_it_reads() {
 }
 
 #[test]
+fn a_kernel_is_looked_for_in_a_jail() {
+    if !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    fs::create_dir_all(work.path("root/boot")).unwrap();
+    work.put("root/boot/vmlinuz-1", kernel(1));
+    work.run("mke2fs", ["-q", "-t", "ext4", "-d", "root", "disks/files.raw", "32M"]).succeeds();
+    work.run("mke2fs", ["-q", "-t", "ext4", "disks/none.raw", "32M"]).succeeds();
+    for disk in ["disks/files.raw", "disks/none.raw"] {
+        let words = ["boot", disk, "--show", "--append", "root=/dev/vda", "--jail", "require"];
+        let ending = Ending::of_copy(VDISK, &words, work.dir());
+        assert_bounded(ending.process());
+        let through = let_through(&prey, |number, words| ending.call(number, words));
+        assert!(through.is_empty(), "{through:?}");
+        let status = ending.status;
+        assert_eq!(status, 0, "{}", ending.err());
+    }
+    let shown = work.vdisk("boot disks/files.raw --show --append root=/dev/vda").succeeds().out();
+    assert!(shown.contains("kernel: /boot/vmlinuz-1"), "{shown}");
+    work.vdisk("boot disks/none.raw --show").fails(&["disks/none.raw: no kernel was found"]);
+}
+
+#[test]
 fn a_command_says_what_it_wants_of_a_jail() {
     let (work, _) = scene();
     let done = work.vdisk("read disks/clone.qcow2 0 1 --jail off").succeeds();

@@ -151,6 +151,7 @@ pub fn threads(process: u32) -> Vec<(String, i32)> {
 /// A command that is stopped when it is about to end, its work done.
 pub struct Ending {
     child: Child,
+    process: Pid,
     puppet: Option<Puppet>,
     /// The exit status that it would end with.
     pub status: u64,
@@ -159,6 +160,21 @@ pub struct Ending {
 impl Ending {
     /// Runs a program to its last call. A call of the number `lacking` is one that its kernel does not have.
     pub fn of(program: &str, words: &[&str], dir: &Path, lacking: Option<i64>) -> Ending {
+        Ending::seize(program, words, dir, lacking, false)
+    }
+
+    /// The same of the first copy that a program makes of itself; the program stands still meanwhile.
+    pub fn of_copy(program: &str, words: &[&str], dir: &Path) -> Ending {
+        Ending::seize(program, words, dir, None, true)
+    }
+
+    fn seize(
+        program: &str,
+        words: &[&str],
+        dir: &Path,
+        lacking: Option<i64>,
+        mut of_copy: bool,
+    ) -> Ending {
         // The shell waits until it is watched.
         let mut child = Command::new("/bin/sh")
             .args(["-c", "read go; exec \"$@\"", "sh", program])
@@ -169,10 +185,11 @@ impl Ending {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let thread = Pid::from_raw(i32::try_from(child.id()).unwrap());
-        let options = Options::PTRACE_O_TRACESYSGOOD
+        let mut thread = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        let mut options = Options::PTRACE_O_TRACESYSGOOD
             | Options::PTRACE_O_TRACEEXEC
             | Options::PTRACE_O_EXITKILL;
+        options.set(Options::PTRACE_O_TRACEFORK, of_copy);
         ptrace::seize(thread, options).unwrap();
         ptrace::interrupt(thread).unwrap();
         let mut go = child.stdin.take();
@@ -185,7 +202,7 @@ impl Ending {
             let signal = match status {
                 WaitStatus::PtraceSyscall(_) => {
                     let regs = ptrace::getregs(thread).unwrap();
-                    if begun && regs.orig_rax == libc::SYS_exit_group as u64 {
+                    if begun && !of_copy && regs.orig_rax == libc::SYS_exit_group as u64 {
                         break regs;
                     }
                     if lacking.is_some_and(|number| regs.orig_rax == number as u64) {
@@ -193,6 +210,14 @@ impl Ending {
                         let none = user_regs_struct { orig_rax: u64::MAX, ..regs };
                         ptrace::setregs(thread, none).unwrap();
                     }
+                    None
+                }
+                WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_FORK) if begun && of_copy => {
+                    thread =
+                        Pid::from_raw(i32::try_from(ptrace::getevent(thread).unwrap()).unwrap());
+                    of_copy = false;
+                    // It stands still from the beginning.
+                    wait(thread);
                     None
                 }
                 WaitStatus::PtraceEvent(_, _, event) => {
@@ -210,8 +235,8 @@ impl Ending {
         ptrace::syscall(thread, None).unwrap();
         let left = wait(thread);
         assert!(matches!(left, WaitStatus::PtraceSyscall(_)), "{left:?}");
-        let puppet = Puppet::of(child.id(), thread);
-        Ending { child, puppet: Some(puppet), status: regs.rdi }
+        let puppet = Puppet::of(thread.as_raw().unsigned_abs(), thread);
+        Ending { child, process: thread, puppet: Some(puppet), status: regs.rdi }
     }
 
     /// What it has said on standard error.
@@ -223,7 +248,7 @@ impl Ending {
     }
 
     fn end(&mut self) {
-        // Its last call is not made again: there is nothing to go on to.
+        // Its last call is not made again: there is nothing to go on to. A copy ends with what it is of.
         let _ = self.child.kill();
         drop(self.puppet.take());
         let _ = self.child.wait();
@@ -231,7 +256,7 @@ impl Ending {
 
     /// The process.
     pub fn process(&self) -> u32 {
-        self.child.id()
+        self.process.as_raw().unsigned_abs()
     }
 
     /// Makes a call there; what it returned.
