@@ -18,6 +18,8 @@ mod require;
 mod inside;
 #[path = "../../fuzz/src/mutation.rs"]
 mod mutation;
+#[path = "../../fuzz/src/overlay.rs"]
+mod overlay;
 #[path = "../../fuzz/src/peers.rs"]
 mod peers;
 #[path = "../../fuzz/src/shapes.rs"]
@@ -38,6 +40,7 @@ mod faults;
 mod filesystem;
 mod fuzz;
 mod fuzz_inside;
+mod fuzz_overlay;
 mod fuzz_peers;
 mod hostile;
 mod internal;
