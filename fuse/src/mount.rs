@@ -59,7 +59,10 @@ impl Default for MountOptions {
 
 /// Mounts at `directory`, and returns the connection, by which it is to be served at once: until
 /// then, all who look wait.
-pub(crate) fn open(directory: &Path, options: &MountOptions) -> io::Result<Device> {
+///
+/// # Errors
+/// Where it cannot be mounted there.
+pub fn open(directory: &Path, options: &MountOptions) -> io::Result<Device> {
     if options.place.is_here() && !privileged() {
         return through_fusermount(directory, options);
     }

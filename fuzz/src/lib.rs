@@ -11,8 +11,8 @@
 //! ```
 //!
 //! The corpus is one of qcow2 images; `foreign` takes what is in `testdata/formats`, unpacked, with
-//! `-max_len=4400000`, `archive` small archives. `devices`, `filesystem`, `fat`, `partitions`, `nbd_client_says`,
-//! `nbd_server_says` and `vhost_says` need none; the last three take `ASAN_OPTIONS=detect_leaks=0`, as their servers' threads may
+//! `-max_len=4400000`, `archive` small archives. `devices`, `filesystem`, `fat`, `partitions`, `overlay`,
+//! `nbd_client_says`, `nbd_server_says` and `vhost_says` need none; the last three take `ASAN_OPTIONS=detect_leaks=0`, as their servers' threads may
 //! be about to end when leaks are looked for. A limit of 256 MiB is the product's; what lies above it is the
 //! sanitizer's.
 //!
@@ -25,6 +25,7 @@
 pub mod dice;
 pub mod inside;
 pub mod mutation;
+pub mod overlay;
 pub mod peers;
 pub mod shapes;
 pub mod targets;

@@ -42,7 +42,7 @@ fn leave_early() {
 }
 
 /// A path of this process's own.
-fn path(name: &str) -> PathBuf {
+pub fn path(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("vdisk-fuzz-{}-{name}", std::process::id()))
 }
 

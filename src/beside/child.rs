@@ -21,16 +21,26 @@ impl Child {
     pub(crate) fn start(keep: &[RawFd], work: impl FnOnce() -> u8) -> io::Result<Child> {
         let original = getpid();
         let ready = || {
-            set_pdeathsig(Signal::SIGKILL)?;
-            // It may have ended before.
-            if getppid() != original {
-                return Err(io::ErrorKind::BrokenPipe.into());
-            }
+            end_with(original)?;
             // What tells others of the original's end must not be open here.
             close_others(keep)
         };
         prepared(ready, work).map(Child)
     }
+
+    /// The same with all that this process has open, for work on that.
+    #[cfg(feature = "cli")]
+    pub(crate) fn start_with_all(work: impl FnOnce() -> u8) -> io::Result<Child> {
+        let original = getpid();
+        prepared(|| end_with(original), work).map(Child)
+    }
+}
+
+/// Has this process, a copy of that one, end when that does.
+fn end_with(original: Pid) -> io::Result<()> {
+    set_pdeathsig(Signal::SIGKILL)?;
+    // It may have ended before.
+    if getppid() == original { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
 }
 
 impl Drop for Child {

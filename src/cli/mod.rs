@@ -8,6 +8,7 @@ mod files;
 mod fleet;
 mod help;
 mod image;
+mod inside;
 mod instance;
 mod measure;
 mod mount;
@@ -89,7 +90,11 @@ enum Verb {
     Exec(exec::ExecArgs),
     Ps(list::PsArgs),
     Roll(Box<roll::Args>),
+    #[command(name = fleet::disk::VERB, hide = true)]
+    RollDisk(fleet::disk::Args),
     Measure(Box<measure::Args>),
+    #[command(name = measure::disk::VERB, hide = true)]
+    MeasureDisk(measure::disk::Args),
     Start(steer::StartArgs),
     Stop(steer::StopArgs),
     Kill(steer::KillArgs),
@@ -155,6 +160,8 @@ impl Verb {
                 | Verb::Kernel(_)
                 | Verb::Ls(_)
                 | Verb::Map(_)
+                | Verb::Measure(_)
+                | Verb::MeasureDisk(_)
                 | Verb::Mount(_)
                 | Verb::MountDaemon(_)
                 | Verb::OverlayDaemon(_)
@@ -164,6 +171,8 @@ impl Verb {
                 | Verb::Rebase(_)
                 | Verb::Resize(_)
                 | Verb::Rm(_)
+                | Verb::Roll(_)
+                | Verb::RollDisk(_)
                 | Verb::Run(_)
                 | Verb::Serve(_)
                 | Verb::Snapshot(_)
@@ -210,7 +219,9 @@ impl Verb {
             Verb::Exec(args) => exec::exec(args),
             Verb::Ps(args) => list::ps(args),
             Verb::Roll(args) => roll::run(args),
+            Verb::RollDisk(args) => fleet::disk::run(args),
             Verb::Measure(args) => measure::run(args),
+            Verb::MeasureDisk(args) => measure::disk::run(args),
             Verb::Start(args) => steer::start(args),
             Verb::Stop(args) => steer::stop(args),
             Verb::Kill(args) => steer::kill(args),

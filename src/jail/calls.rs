@@ -38,6 +38,8 @@ pub enum Work {
     Client,
     /// The same, and asks servers to which another process connects it.
     Connected,
+    /// It looks for files in a disk that is open, and hands over what it has found.
+    Search,
 }
 
 /// What is let through.
@@ -61,6 +63,7 @@ impl Work {
             Work::Overlay => FILES | CapabilitySet::MKNOD | CapabilitySet::SYS_NICE,
             Work::Machine | Work::Server | Work::Command | Work::Client | Work::Connected => FILES,
             Work::Broker => NAMES_OF_FILES,
+            Work::Search => CapabilitySet::empty(),
         }
     }
 
@@ -75,6 +78,7 @@ impl Work {
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
             Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
             Work::Broker => (&[BROKER, BENEATH], &[]),
+            Work::Search => (&[BASIC, SOCKETS, MEMORY], &[PLAIN]),
             Work::Connected => (&[BASIC, NAMES, BENEATH, SOCKETS], &[PLAIN, TERMINAL]),
             Work::Client => (&[BASIC, NAMES, BENEATH, SOCKETS, CONNECT], &[PLAIN, TERMINAL]),
         };
@@ -160,6 +164,9 @@ const KINDS: &[i64] = &[SYS_mknod, SYS_mknodat, SYS_symlink, SYS_symlinkat];
 
 /// What tells a file from all others, to be known again.
 const HANDLES: &[i64] = &[SYS_name_to_handle_at];
+
+/// A file of this process's memory.
+const MEMORY: &[i64] = &[SYS_memfd_create];
 
 /// Connections that others make to sockets which are open.
 #[rustfmt::skip]

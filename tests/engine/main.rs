@@ -18,6 +18,10 @@ mod require;
 mod inside;
 #[path = "../../fuzz/src/mutation.rs"]
 mod mutation;
+#[path = "../../fuzz/src/overlay.rs"]
+mod overlay;
+#[path = "../../fuzz/src/peers.rs"]
+mod peers;
 #[path = "../../fuzz/src/shapes.rs"]
 mod shapes;
 #[path = "../../fuzz/src/targets.rs"]
@@ -36,6 +40,8 @@ mod faults;
 mod filesystem;
 mod fuzz;
 mod fuzz_inside;
+mod fuzz_overlay;
+mod fuzz_peers;
 mod hostile;
 mod internal;
 mod labels;

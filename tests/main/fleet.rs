@@ -12,6 +12,8 @@ use crate::boot::{can_boot, words as guest};
 use crate::container::{able, eventually, work};
 use crate::dice::Dice;
 use crate::host::{Done, PATIENCE, Running, Work};
+use crate::jail::{assert_jailed, inside};
+use crate::jail_mounts::prey_elsewhere;
 use crate::require::{Need, have};
 use crate::someone::{Ids, Who, give, run, start};
 
@@ -329,6 +331,34 @@ fn a_roll_stops_at_the_first_that_is_not_healthy() {
     assert_eq!(fleet.finds(1, "/root/mine"), "mine-1\n");
     roll("--to two", look, "20").succeeds();
     versions(["two", "two", "two"]);
+}
+
+/// The process that stops, starts and asks reads no disk: another does, and code that takes that over does no harm.
+#[test]
+fn the_process_that_changes_disks_for_a_roll_is_jailed() {
+    if !have(Need::Landlock) {
+        return;
+    }
+    for who in [Who::Root, LENT] {
+        let Some(fleet) = Fleet::new(who, "jailed") else { return };
+        let (_elsewhere, prey) = prey_elsewhere();
+        fleet.run(1);
+        fleet.write(0);
+        let check = "touch asked && until [ -e go ]; do sleep 0.05; done";
+        for (way, version) in [("--to two", "two\n"), ("--back", "one\n")] {
+            let words = fleet.words(&format!("roll STORE {way} NAME-0 --yes --jail require"));
+            let health = ["--health-timeout", "600", "--health", check].map(str::to_owned);
+            let roll = start(&fleet.work, who, words.into_iter().chain(health));
+            eventually("it is asked how it is", || fleet.work.path("asked").exists());
+            assert_jailed(inside(roll.pid(), "roll-disk"), &["vdisk"], &prey);
+            fleet.work.put("go", "");
+            roll.wait().succeeds();
+            fleet.is_up(0);
+            assert_eq!(fleet.finds(0, "/etc/version"), version);
+            ["asked", "go"].iter().for_each(|name| fs::remove_file(fleet.work.path(name)).unwrap());
+        }
+        assert_eq!(fleet.finds(0, "/root/mine"), "mine-0\n");
+    }
 }
 
 #[test]

@@ -117,6 +117,22 @@ pub fn assert_jailed_as(process: u32, kinds: &[&str], prey: &Prey, suffered: &[&
     assert!(!prey.program.exists());
 }
 
+/// The process that works on disks for a command that is in no jail, once it is started.
+pub fn inside(command: u32, verb: &str) -> u32 {
+    let is_it = |process: &u32| {
+        let read = |file| fs::read_to_string(format!("/proc/{process}/{file}")).unwrap_or_default();
+        read("status").contains(&format!("\nPPid:\t{command}\n"))
+            && read("cmdline").split('\0').any(|word| word == verb)
+    };
+    let find = || {
+        let entries = fs::read_dir("/proc").unwrap().flatten();
+        let mut numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        numbers.find(is_it)
+    };
+    soon("a process that works on disks", || find().is_some());
+    find().unwrap()
+}
+
 /// Requires what the kernel says of every thread: it gains no rights, and its calls are filtered.
 pub fn assert_bounded(process: u32) {
     for (name, thread) in threads(process) {

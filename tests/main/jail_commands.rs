@@ -75,22 +75,51 @@ const CHANGING: [&str; 37] = [
 /// The same, where clones are looked for wherever they were made.
 const PRUNING: [&str; 2] = ["image rm some --store images", "image prune --store images --yes"];
 
+/// The drop-in's commands, one after the other.
+const DROP_IN: [&str; 22] = [
+    "info disks/plain.qcow2",
+    "map disks/plain.qcow2",
+    "check disks/plain.qcow2",
+    "measure -O qcow2 disks/plain.qcow2",
+    "compare disks/plain.qcow2 disks/delta.qcow2",
+    "convert -O qcow2 disks/delta.qcow2 out/flat.qcow2",
+    "convert -O raw --image-opts driver=qcow2,file.filename=disks/delta.qcow2 out/flat.raw",
+    "dd if=disks/delta.qcow2 of=out/dd.raw",
+    "create -q -f qcow2 -b ../disks/plain.qcow2 -F qcow2 out/more.qcow2",
+    // Which word is a file, only who reads the options knows.
+    "create -qf qcow2 out/clustered.qcow2 8M",
+    "create -q -f qcow2 -o data_file=sockets/a.data out/apart.qcow2 8M",
+    "convert -UO qcow2 -odata_file=sockets/b.data disks/delta.qcow2 out/copied.qcow2",
+    "convert -nO qcow2 disks/plain.qcow2 out/flat.qcow2",
+    "dd -nO qcow2 if=disks/plain.qcow2 of=out/flat.qcow2",
+    "snapshot -c one disks/delta.qcow2",
+    "amend -f qcow2 -o lazy_refcounts=on disks/delta.qcow2",
+    "bitmap --add disks/delta.qcow2 marks",
+    "bench -q -c 16 -d 4 -s 4096 disks/plain.qcow2",
+    "bench -w -c 16 -d 2 --flush-interval 4 disks/delta.qcow2",
+    "resize disks/delta.qcow2 16M",
+    "commit -q out/more.qcow2",
+    "rebase -u -b out/flat.qcow2 -F qcow2 disks/delta.qcow2",
+];
+
 /// Commands that other tests try, and which.
-const ELSEWHERE: [(&str, &str); 10] = [
+const ELSEWHERE: [(&str, &str); 12] = [
     ("boot", "the_process_that_runs_a_guest_is_jailed_and_the_guest_goes_on"),
     ("commit", "commands_that_change_disks_at_rest_are_jailed_when_they_do"),
     ("import", "an_import_is_jailed_when_it_reads"),
+    ("measure", "the_process_that_reads_what_is_measured_is_jailed"),
     ("mount", "the_server_of_a_mount_by_the_kernels_driver_is_jailed_and_the_mount_goes_on"),
     ("pull", "commands_that_speak_with_registries_are_jailed_when_they_do"),
     ("push", "commands_that_speak_with_registries_are_jailed_when_they_do"),
     ("qemu-img", "commands_of_the_drop_in_are_jailed_and_say_nothing_of_it"),
+    ("roll", "the_process_that_changes_disks_for_a_roll_is_jailed"),
     ("run", "the_server_of_a_containers_root_is_jailed_and_the_container_goes_on"),
     ("serve-nbd", "a_server_of_nbd_is_jailed_and_serves_on"),
     ("serve-vhost-user", "a_server_of_vhost_user_is_jailed"),
 ];
 
 /// Commands that work in no jail, and why. They refuse to where one is required.
-const WITHOUT: [(&str, &str); 17] = [
+const WITHOUT: [(&str, &str); 15] = [
     ("attach none", "passes bytes between a terminal and an instance"),
     ("completions bash", "reads nothing"),
     ("exec none -- true", "starts a program in a container, and reads no disk"),
@@ -98,11 +127,9 @@ const WITHOUT: [(&str, &str); 17] = [
     ("inspect none", "reads what vdisk has written down of an instance"),
     ("kill none", "asks an instance"),
     ("logs none", "prints what vdisk has kept"),
-    ("measure disks/clone.qcow2", "starts `run` and `boot`, which are in theirs"),
     ("pause none", "asks an instance"),
     ("ps", "reads what vdisk has written down of instances"),
     ("resume none", "asks an instance"),
-    ("roll --back none", "starts instances, and programs that ask how they are"),
     ("start none", "starts `run` or `boot`, which are in theirs"),
     ("stats", "reads numbers of the kernel's"),
     ("stop none", "asks an instance"),
@@ -141,8 +168,13 @@ fn every_command_is_tried_in_its_jail_or_has_a_reason_to_have_none() {
     let unknown = |name: &&String| !commands.contains(name);
     let stale: Vec<_> = with.iter().chain(&without).filter(unknown).collect();
     assert!(stale.is_empty(), "no commands: {stale:?}");
-    let tests =
-        [include_str!("jail.rs"), include_str!("jail_commands.rs"), include_str!("jail_mounts.rs")];
+    let tests = [
+        include_str!("fleet.rs"),
+        include_str!("jail.rs"),
+        include_str!("jail_commands.rs"),
+        include_str!("jail_mounts.rs"),
+        include_str!("measure.rs"),
+    ];
     for (name, test) in ELSEWHERE {
         let heading = format!("#[test]\nfn {test}()");
         assert!(tests.iter().any(|file| file.contains(&heading)), "{name}: {test}");
@@ -286,29 +318,12 @@ fn commands_of_the_drop_in_are_jailed_and_say_nothing_of_it() {
     let (work, prey) = scene();
     work.vdisk("qemu-img create -q -f qcow2 disks/plain.qcow2 8M").succeeds();
     work.vdisk("qemu-img create -q -f qcow2 -b plain.qcow2 -F qcow2 disks/delta.qcow2").succeeds();
-    for words in [
-        "info disks/plain.qcow2",
-        "map disks/plain.qcow2",
-        "check disks/plain.qcow2",
-        "measure -O qcow2 disks/plain.qcow2",
-        "compare disks/plain.qcow2 disks/delta.qcow2",
-        "convert -O qcow2 disks/delta.qcow2 out/flat.qcow2",
-        "convert -O raw --image-opts driver=qcow2,file.filename=disks/delta.qcow2 out/flat.raw",
-        "dd if=disks/delta.qcow2 of=out/dd.raw",
-        "create -q -f qcow2 -b ../disks/plain.qcow2 -F qcow2 out/more.qcow2",
-        // Which word is a file, only who reads the options knows.
-        "create -qf qcow2 out/clustered.qcow2 8M",
-        "create -q -f qcow2 -o data_file=sockets/a.data out/apart.qcow2 8M",
-        "convert -UO qcow2 -odata_file=sockets/b.data disks/delta.qcow2 out/copied.qcow2",
-        "convert -nO qcow2 disks/plain.qcow2 out/flat.qcow2",
-        "dd -nO qcow2 if=disks/plain.qcow2 of=out/flat.qcow2",
-        "snapshot -c one disks/delta.qcow2",
-        "amend -f qcow2 -o lazy_refcounts=on disks/delta.qcow2",
-        "bitmap --add disks/delta.qcow2 marks",
-        "resize disks/delta.qcow2 16M",
-        "commit -q out/more.qcow2",
-        "rebase -u -b out/flat.qcow2 -F qcow2 disks/delta.qcow2",
-    ] {
+    let help = work.vdisk("qemu-img --help").succeeds().out();
+    let known = help.lines().find_map(|line| line.strip_prefix("Commands: ")).unwrap();
+    let known: BTreeSet<_> = known.split(' ').collect();
+    let tried: BTreeSet<_> = DROP_IN.iter().map(|words| words.split(' ').next().unwrap()).collect();
+    assert_eq!(tried, known);
+    for words in DROP_IN {
         let words: Vec<_> = ["qemu-img"].into_iter().chain(words.split(' ')).collect();
         let through = through_at_the_end(&work, &prey, &words);
         assert!(matches!(through[..], [("read a file", 0..)]), "{words:?}: {through:?}");
@@ -330,6 +345,30 @@ fn an_import_is_jailed_when_it_reads() {
     assert!(through.is_empty(), "{through:?}");
     drop(ending);
     work.vdisk("clone some clone.qcow2 --store store").succeeds();
+}
+
+#[test]
+fn a_kernel_is_looked_for_in_a_jail() {
+    if !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    fs::create_dir_all(work.path("root/boot")).unwrap();
+    work.put("root/boot/vmlinuz-1", kernel(1));
+    work.run("mke2fs", ["-q", "-t", "ext4", "-d", "root", "disks/files.raw", "32M"]).succeeds();
+    work.run("mke2fs", ["-q", "-t", "ext4", "disks/none.raw", "32M"]).succeeds();
+    for disk in ["disks/files.raw", "disks/none.raw"] {
+        let words = ["boot", disk, "--show", "--append", "root=/dev/vda", "--jail", "require"];
+        let ending = Ending::of_copy(VDISK, &words, work.dir());
+        assert_bounded(ending.process());
+        let through = let_through(&prey, |number, words| ending.call(number, words));
+        assert!(through.is_empty(), "{through:?}");
+        let status = ending.status;
+        assert_eq!(status, 0, "{}", ending.err());
+    }
+    let shown = work.vdisk("boot disks/files.raw --show --append root=/dev/vda").succeeds().out();
+    assert!(shown.contains("kernel: /boot/vmlinuz-1"), "{shown}");
+    work.vdisk("boot disks/none.raw --show").fails(&["disks/none.raw: no kernel was found"]);
 }
 
 #[test]

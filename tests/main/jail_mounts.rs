@@ -14,9 +14,11 @@ use nix::unistd::Pid;
 
 use crate::container::{able, eventually, keeper_and_server, running, work};
 use crate::host::{Running, VDISK, Work};
-use crate::jail::{Prey, SIZE, assert_jailed, assert_jailed_as, scene};
+use crate::jail::{
+    Prey, SIZE, assert_bounded, assert_jailed, assert_jailed_as, let_through, scene,
+};
 use crate::mount::{is_left_alone, is_mounted, server, soon};
-use crate::puppet::threads;
+use crate::puppet::{Ending, threads};
 use crate::require::{Need, have, skipped};
 use crate::someone::{Ids, USER, Who, give, sh, start, start_program};
 
@@ -190,6 +192,55 @@ fn the_server_of_a_superusers_mount_in_user_space_is_jailed_and_knows_its_users(
     keeps_what_an_administrator_may_keep(&work);
     work.vdisk("umount at").succeeds();
     is_left_alone(&at);
+}
+
+/// A disk whose file system cannot be read ends its server, which is in its jail by then: what it has read of the
+/// superblock and of the journal, it has read within.
+#[test]
+fn superblock_and_journal_are_read_in_the_jail() {
+    if !have(Need::Fuse) || !have(Need::Root) || !have(Need::Landlock) {
+        return;
+    }
+    let (work, prey) = scene();
+    for dir in ["at", "upper", "work"] {
+        fs::create_dir(work.path(dir)).unwrap();
+    }
+    let words = ["-q", "-t", "ext4", "-O", "^metadata_csum", "disks/files.raw", "16M"];
+    work.run("mke2fs", words).succeeds();
+    let whole = work.bytes("disks/files.raw");
+    // Its magic number.
+    let mut bytes = whole.clone();
+    bytes[1024 + 0x38..][..2].fill(0);
+    work.put("disks/superblock.raw", bytes);
+    // A journal that is to be replayed, and has lost its own.
+    let mut bytes = whole;
+    bytes[1024 + 0x60] |= 4;
+    let journal = bytes.windows(4).position(|word| word == [0xc0, 0x3b, 0x39, 0x98]).unwrap();
+    bytes[journal..][..4].fill(0);
+    work.put("disks/journal.raw", bytes);
+    let path = |name: &str| work.path(name).to_str().unwrap().to_owned();
+    let (superblock, journal, at) =
+        (path("disks/superblock.raw"), path("disks/journal.raw"), path("at"));
+    let (upper, aside) = (path("upper"), path("work"));
+    let laid = ["overlay-daemon", "--lower", &superblock, "--upper", &upper, "--work", &aside, &at];
+    // An overlay gives files their modes by name.
+    let by_name: &[&str] = &["lend its rights to all"];
+    for (words, suffered, why) in [
+        (&["mount-daemon", "--user-space", &superblock, &at][..], &[][..], "no file system"),
+        (&["mount-daemon", "--user-space", &journal, &at], &[], "journal's superblock is damaged"),
+        (&laid, by_name, "no file system"),
+    ] {
+        let words = [words, &["--jail", "require"]].concat();
+        let ending = Ending::of(VDISK, &words, work.dir(), None);
+        assert_bounded(ending.process());
+        let mut through = let_through(&prey, |number, words| ending.call(number, words));
+        through.retain(|(what, _)| !suffered.contains(what));
+        assert!(through.is_empty(), "{words:?}: {through:?}");
+        assert_eq!(ending.status, 1);
+        let err = ending.err();
+        assert!(err.contains(why), "{words:?}: {err}");
+        assert!(!is_mounted(&work.path("at")));
+    }
 }
 
 #[test]
@@ -372,7 +423,7 @@ fn contained(work: &Work, who: Who, options: &str, seconds: &str) -> Running {
 }
 
 /// What an attacker is after, in another directory than the disk's.
-fn prey_elsewhere() -> (Work, Prey) {
+pub fn prey_elsewhere() -> (Work, Prey) {
     let work = Work::new();
     for name in ["secret", "base"] {
         work.put(name, "a key");

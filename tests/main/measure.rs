@@ -4,11 +4,15 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::boot::{can_boot, guest};
-use crate::container::{able, work};
+use crate::container::{able, eventually, running, work};
 use crate::host::{Done, VDISK, Work};
+use crate::jail::{Prey, assert_jailed, inside, scene};
+use crate::require::{Need, have};
+use crate::someone::{Who, start};
 
 /// A disk in which a command is what the small guest calls its test, and a store that keeps that guest as
 /// a kernel.
@@ -67,6 +71,23 @@ fn a_command_is_measured_in_both_worlds_and_the_disk_stays_as_it_is() {
     for word in ["virtual machine", "processor time", "exit status", "written"] {
         assert!(text.contains(word), "{text}");
     }
+}
+
+#[test]
+fn the_process_that_reads_what_is_measured_is_jailed() {
+    if !able() || !have(Need::Landlock) {
+        return;
+    }
+    let (work, (_elsewhere, prey)) = (work(), scene());
+    let prey = Prey { base: work.path("base.raw"), ..prey };
+    let words = ["measure", "--jail", "require", "web.qcow2", "--", "sleep", "7721"];
+    let measure = start(&work, Who::Root, words);
+    eventually("the container runs", || !running(&["sleep", "7721"]).is_empty());
+    // Its own jail is closed, and it has made a clone.
+    assert_jailed(inside(measure.pid(), "measure-disk"), &["vdisk"], &prey);
+    measure.signal(Signal::SIGINT);
+    measure.wait().ends(1).says(&["interrupted"]);
+    assert!(running(&["sleep", "7721"]).is_empty());
 }
 
 #[test]

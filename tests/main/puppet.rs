@@ -1,6 +1,7 @@
 //! System calls made in place of another process, as code that took it over would make them. By ptrace(2):
 //! the process knows nothing of it, and needs nothing for it.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -36,6 +37,8 @@ pub struct Puppet {
     before: user_regs_struct,
     /// The address of an instruction that makes a call.
     instruction: u64,
+    /// What it was signalled meanwhile.
+    owed: Cell<Option<Signal>>,
 }
 
 impl Puppet {
@@ -53,7 +56,7 @@ impl Puppet {
         let memory = File::options().read(true).write(true).open(format!("/proc/{process}/mem"));
         let (memory, before) = (memory.unwrap(), ptrace::getregs(thread).unwrap());
         let instruction = instruction(process, &memory);
-        Puppet { thread, memory, before, instruction }
+        Puppet { thread, memory, before, instruction, owed: Cell::default() }
     }
 
     /// Makes a call there; what it returned.
@@ -64,9 +67,15 @@ impl Puppet {
         regs.orig_rax = u64::MAX;
         self.fill(&mut regs, number, words);
         ptrace::setregs(self.thread, regs).unwrap();
-        ptrace::step(self.thread, None).unwrap();
-        let stopped = wait(self.thread);
-        assert!(matches!(stopped, WaitStatus::Stopped(_, Signal::SIGTRAP)), "{stopped:?}");
+        loop {
+            ptrace::step(self.thread, None).unwrap();
+            match wait(self.thread) {
+                WaitStatus::Stopped(_, Signal::SIGTRAP) => break,
+                // It has not made the call yet: one that it has started has ended, say.
+                WaitStatus::Stopped(_, signal) => self.owed.set(Some(signal)),
+                other => panic!("{other:?}"),
+            }
+        }
         ptrace::getregs(self.thread).unwrap().rax as i64
     }
 
@@ -104,7 +113,7 @@ impl Drop for Puppet {
         }
         regs.orig_rax = u64::MAX;
         let _ = ptrace::setregs(self.thread, regs);
-        let _ = ptrace::detach(self.thread, None);
+        let _ = ptrace::detach(self.thread, self.owed.get());
     }
 }
 
@@ -142,6 +151,7 @@ pub fn threads(process: u32) -> Vec<(String, i32)> {
 /// A command that is stopped when it is about to end, its work done.
 pub struct Ending {
     child: Child,
+    process: Pid,
     puppet: Option<Puppet>,
     /// The exit status that it would end with.
     pub status: u64,
@@ -150,6 +160,21 @@ pub struct Ending {
 impl Ending {
     /// Runs a program to its last call. A call of the number `lacking` is one that its kernel does not have.
     pub fn of(program: &str, words: &[&str], dir: &Path, lacking: Option<i64>) -> Ending {
+        Ending::seize(program, words, dir, lacking, false)
+    }
+
+    /// The same of the first copy that a program makes of itself; the program stands still meanwhile.
+    pub fn of_copy(program: &str, words: &[&str], dir: &Path) -> Ending {
+        Ending::seize(program, words, dir, None, true)
+    }
+
+    fn seize(
+        program: &str,
+        words: &[&str],
+        dir: &Path,
+        lacking: Option<i64>,
+        mut of_copy: bool,
+    ) -> Ending {
         // The shell waits until it is watched.
         let mut child = Command::new("/bin/sh")
             .args(["-c", "read go; exec \"$@\"", "sh", program])
@@ -160,10 +185,11 @@ impl Ending {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let thread = Pid::from_raw(i32::try_from(child.id()).unwrap());
-        let options = Options::PTRACE_O_TRACESYSGOOD
+        let mut thread = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        let mut options = Options::PTRACE_O_TRACESYSGOOD
             | Options::PTRACE_O_TRACEEXEC
             | Options::PTRACE_O_EXITKILL;
+        options.set(Options::PTRACE_O_TRACEFORK, of_copy);
         ptrace::seize(thread, options).unwrap();
         ptrace::interrupt(thread).unwrap();
         let mut go = child.stdin.take();
@@ -176,7 +202,7 @@ impl Ending {
             let signal = match status {
                 WaitStatus::PtraceSyscall(_) => {
                     let regs = ptrace::getregs(thread).unwrap();
-                    if begun && regs.orig_rax == libc::SYS_exit_group as u64 {
+                    if begun && !of_copy && regs.orig_rax == libc::SYS_exit_group as u64 {
                         break regs;
                     }
                     if lacking.is_some_and(|number| regs.orig_rax == number as u64) {
@@ -184,6 +210,14 @@ impl Ending {
                         let none = user_regs_struct { orig_rax: u64::MAX, ..regs };
                         ptrace::setregs(thread, none).unwrap();
                     }
+                    None
+                }
+                WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_FORK) if begun && of_copy => {
+                    thread =
+                        Pid::from_raw(i32::try_from(ptrace::getevent(thread).unwrap()).unwrap());
+                    of_copy = false;
+                    // It stands still from the beginning.
+                    wait(thread);
                     None
                 }
                 WaitStatus::PtraceEvent(_, _, event) => {
@@ -201,8 +235,8 @@ impl Ending {
         ptrace::syscall(thread, None).unwrap();
         let left = wait(thread);
         assert!(matches!(left, WaitStatus::PtraceSyscall(_)), "{left:?}");
-        let puppet = Puppet::of(child.id(), thread);
-        Ending { child, puppet: Some(puppet), status: regs.rdi }
+        let puppet = Puppet::of(thread.as_raw().unsigned_abs(), thread);
+        Ending { child, process: thread, puppet: Some(puppet), status: regs.rdi }
     }
 
     /// What it has said on standard error.
@@ -214,7 +248,7 @@ impl Ending {
     }
 
     fn end(&mut self) {
-        // Its last call is not made again: there is nothing to go on to.
+        // Its last call is not made again: there is nothing to go on to. A copy ends with what it is of.
         let _ = self.child.kill();
         drop(self.puppet.take());
         let _ = self.child.wait();
@@ -222,7 +256,7 @@ impl Ending {
 
     /// The process.
     pub fn process(&self) -> u32 {
-        self.child.id()
+        self.process.as_raw().unsigned_abs()
     }
 
     /// Makes a call there; what it returned.

@@ -75,11 +75,12 @@ impl Overlay {
         let mut shown = Vec::with_capacity(names.len());
         let (mut covered, mut whiteouts) = (Vec::new(), Vec::new());
         for mut entry in names {
-            if hidden.as_ref().is_some_and(|hidden| hidden.contains(&entry.name)) {
-                continue;
-            }
+            // Before what is hidden: one that hides a whiteout's name takes nothing from it.
             if let Some(name) = hidden_by(&entry.name) {
                 whiteouts.push(name.to_owned());
+                continue;
+            }
+            if hidden.as_ref().is_some_and(|hidden| hidden.contains(&entry.name)) {
                 continue;
             }
             if matches!(entry.kind, 0 | libc::S_IFCHR) || (marked && entry.kind == libc::S_IFREG) {

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vdisk::block::BlockDevice;
+use vdisk::kernel::Found;
 use vdisk::kernel::kept::{Keep, Kept, words as words_of};
-use vdisk::kernel::{self, Found};
 use vdisk::vm::Source;
 use vdisk::{Error, ErrorKind, Result};
 
+use super::search;
 use crate::cli::instance::words::hostname_of;
 
 /// What stands first on every guest's command line: later words win.
@@ -65,13 +66,13 @@ impl Wanted<'_> {
         if let Some(kernel) = self.kernel {
             return self.named(kernel);
         }
-        match kernel::find(disk, self.rooted()) {
+        match search::find(disk, self.rooted(), path) {
             Ok(found) => self.found(found, path),
             Err(error) if error.kind() == ErrorKind::NotFound => match self.only_kept()? {
                 Some(kept) => self.kept(&kept),
-                None => Err(error.at_path(path)),
+                None => Err(error),
             },
-            Err(error) => Err(error.at_path(path)),
+            Err(error) => Err(error),
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod keep;
 mod kernel;
 mod network;
+mod search;
 mod show;
 mod status;
 

@@ -1,9 +1,9 @@
 //! What a roll does to each instance, for people and for programs.
 
 use serde_json::{Value, json};
-use vdisk::change::plan::{Plan, Undoable};
 use vdisk::{Error, ErrorKind, Result};
 
+use super::disk::Planned;
 use super::target::Target;
 use super::work::Intent;
 use crate::cli::snapshot::{PlanArgs, time};
@@ -74,10 +74,7 @@ impl Row {
 
     fn value(&self, dry_run: bool) -> Value {
         let plan = self.intent.plan.as_ref();
-        let until = plan.and_then(|plan| match plan.undo {
-            Undoable::Until(end) => Some(end),
-            _ => None,
-        });
+        let until = plan.and_then(|plan| plan.until);
         let error = match &self.outcome {
             Outcome::Failed(error) => Some(error.to_string()),
             _ => None,
@@ -99,12 +96,12 @@ impl Row {
 }
 
 /// What becomes of what it has written.
-fn fate(plan: &Plan) -> String {
+fn fate(plan: &Planned) -> String {
     let bytes = size::human(plan.dropped);
-    match plan.undo {
+    match plan.until {
         _ if plan.dropped == 0 => "nothing is dropped".to_owned(),
-        Undoable::Until(end) => format!("{bytes} are kept aside until {}", time(end)),
-        _ => format!("{bytes} are dropped"),
+        Some(end) => format!("{bytes} are kept aside until {}", time(end)),
+        None => format!("{bytes} are dropped"),
     }
 }
 
@@ -132,17 +129,15 @@ pub fn loss(rows: &[Row], back: bool, kept: bool) -> Option<String> {
     let losing: Vec<&Row> = rows.iter().filter(loses).collect();
     let first = losing.first()?;
     let plans = || losing.iter().filter_map(|row| row.intent.plan.as_ref());
-    let bytes = size::human(plans().map(|plan| plan.dropped).sum());
+    let bytes = plans().fold(0, |sum: u64, plan| sum.saturating_add(plan.dropped));
+    let bytes = size::human(bytes);
     let whom = match losing.len() {
         1 => first.name.clone(),
         count => format!("{count} instances"),
     };
     let since = if back { "since the roll" } else { "in its clone" };
     let since = if losing.len() > 1 && !back { "in their clones" } else { since };
-    let until = plans().find_map(|plan| match plan.undo {
-        Undoable::Until(end) => Some(end),
-        _ => None,
-    });
+    let until = plans().find_map(|plan| plan.until);
     let aside = match until {
         Some(end) => {
             format!(" (kept aside until {}: `vdisk roll --back` brings it back)", time(end))

@@ -1,29 +1,23 @@
 //! What is done to one instance: stopped, its disk changed, started, asked how it is.
 //!
 //! Each step leaves what says itself how far it is: the record that it is to be started again, the disk on
-//! what it stands. So the same work done again does what is left of it.
+//! what it stands. So the same work done again does what is left of it. This process reads no disk: [`disk`] has one
+//! in a jail do that.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use vdisk::block::BlockDevice;
-use vdisk::change::plan::{Keeping, Plan};
-use vdisk::change::roll::{self, Wishes};
-use vdisk::filesystem::ext4::mounted::growable;
+use vdisk::change::plan::Keeping;
 use vdisk::instance::{Before, Order, Phase, Record, ask, place};
-use vdisk::open::peek;
 use vdisk::{Error, ErrorKind, Result};
 
 use super::again::Words;
+use super::disk::{self, Disk, Planned, Wanted};
 use super::health::Health;
 use super::target::Target;
-use crate::cli::disk::resize;
 use crate::cli::image::Which;
 use crate::cli::instance::start;
-use crate::cli::open::disk::{self, Use};
-use crate::cli::open::turn;
 use crate::cli::terminal::output;
 
 /// How often it is begun anew.
@@ -44,7 +38,7 @@ pub enum Goal {
         /// Whether it is an image.
         image: bool,
         /// What is run in it.
-        config: Option<Vec<u8>>,
+        config: Option<String>,
     },
     /// On what they stood on before.
     Back,
@@ -54,7 +48,9 @@ impl Goal {
     /// On what the user calls so.
     pub fn to(word: &Path, which: &Which) -> Result<Goal> {
         let base = which.base(word)?;
-        let (image, config) = (base != word, which.config(word)?);
+        let image = base != word;
+        let name = word.to_str().filter(|_| image);
+        let config = name.map(|name| disk::config(name, which)).transpose()?.flatten();
         Ok(Goal::To { word: output::path(word), base, image, config })
     }
 
@@ -79,7 +75,7 @@ pub struct Work {
 /// What is about to be done to one.
 pub struct Intent {
     /// To its disk, where that is not there yet.
-    pub plan: Option<Plan>,
+    pub plan: Option<Planned>,
     /// Whether it is started.
     pub starts: bool,
 }
@@ -95,7 +91,7 @@ impl Work {
             );
             return Err(Error::invalid(text));
         }
-        let plan = turn::again(|| self.disk(target)).map_err(named)?.map(|change| change.plan());
+        let plan = self.disk(target).and_then(|disk| disk.plan(&self.wanted())).map_err(named)?;
         let starts = match &target.record {
             Some(record) => record.again || (record.lives() && plan.is_some()),
             None => false,
@@ -122,7 +118,8 @@ impl Work {
     fn attempt(&self, target: &Target) -> Result<()> {
         // It may be another by now than it was when this was planned.
         let record = target.record.as_ref().map(|record| place::find(&record.id)).transpose()?;
-        let changes = turn::again(|| self.changes(target))?;
+        let disk = self.disk(target)?;
+        let changes = disk.changes()?;
         let mut record = match record {
             // Who stopped it before may be gone, and it is still on its way.
             Some(record) if record.lives() && (changes || record.again) => {
@@ -132,13 +129,15 @@ impl Work {
         };
         if changes {
             if let Some(record) = record.as_mut().filter(|_| target.clone) {
-                *record = self.note_before(record)?;
+                *record = self.note_before(record, &disk)?;
             }
-            turn::again(|| self.disk(target)?.map_or(Ok(()), |change| change.execute()))?;
+            disk.change(&self.wanted())?;
         }
-        self.grow(target)?;
+        if matches!(self.goal, Goal::To { .. }) {
+            disk.grow(&target.name)?;
+        }
         let Some(record) = record else { return Ok(()) };
-        let record = if record.lives() { record } else { settle(&record, target)? };
+        let record = if record.lives() { record } else { settle(&record, target, &disk)? };
         let record = match record.again && !record.lives() {
             true => started(&record)?,
             false => record,
@@ -163,30 +162,27 @@ impl Work {
         }
     }
 
-    /// Whether something is to be done to its disk. What, is planned when nobody uses it any more.
-    fn changes(&self, target: &Target) -> Result<bool> {
+    /// Its disk, in the hands of a process in a jail.
+    fn disk(&self, target: &Target) -> Result<Disk> {
         match &self.goal {
-            Goal::To { base, .. } => roll::has_base(&target.disk, base).map(|there| !there),
-            Goal::Back => roll::has_rolled(&target.disk),
+            Goal::To { base, .. } => Disk::of(target, Some(base)),
+            Goal::Back => Disk::of(target, None),
         }
     }
 
-    /// What is to be done to its disk; nothing where that is done.
-    fn disk(&self, target: &Target) -> Result<Option<Change>> {
-        let keep = self.keep.as_deref();
-        match &self.goal {
-            Goal::To { base, config, .. } => {
-                let wishes = Wishes { keep, keeping: self.keeping, config: config.clone() };
-                Ok(roll::plan_roll(&target.disk, base, &wishes)?.map(Change::Roll))
-            }
-            Goal::Back => Ok(roll::plan_back(&target.disk, keep)?.map(Change::Back)),
-        }
+    /// What is to become of what disks hold.
+    fn wanted(&self) -> Wanted {
+        let config = match &self.goal {
+            Goal::To { config, .. } => config.clone(),
+            Goal::Back => None,
+        };
+        Wanted { keep: self.keep.clone(), keeping: self.keeping.0, config }
     }
 
     /// Writes down which image it runs from now on, and what it stands on still.
-    fn note_before(&self, record: &Record) -> Result<Record> {
+    fn note_before(&self, record: &Record, disk: &Disk) -> Result<Record> {
         let Goal::To { word, .. } = &self.goal else { return Ok(record.clone()) };
-        let base = roll::stands_on(Path::new(&record.disk))?.map(output::path).unwrap_or_default();
+        let base = disk.stands_on()?.unwrap_or_default();
         place::note(record, |record| {
             let image = record.image.clone().unwrap_or_default();
             // One that was interrupted has written it down.
@@ -195,52 +191,6 @@ impl Work {
             }
             set_image(record, word);
         })
-    }
-
-    /// A disk that was made larger than its image is so again.
-    fn grow(&self, target: &Target) -> Result<()> {
-        if !matches!(self.goal, Goal::To { .. }) {
-            return Ok(());
-        }
-        let Some(before) = roll::size_before(&target.disk)? else { return Ok(()) };
-        // One that runs has it by now, and is not to be opened.
-        if peek(&target.disk)?.is_none_or(|seen| seen.size >= before) {
-            return Ok(());
-        }
-        let disk = disk::open(&target.disk, &Use::reading())?;
-        let device: Arc<dyn BlockDevice> = disk.clone();
-        if let Err(why) = growable(&device) {
-            let (name, now) = (&target.name, disk.size());
-            eprintln!(
-                "vdisk: warning: {name}: its disk had {before} bytes and has {now} now: {why}"
-            );
-            return Ok(());
-        }
-        drop((device, disk));
-        let disk = disk::open(&target.disk, &Use::writing())?;
-        resize::files(disk, before).map_err(|e| e.at_path(&target.disk))
-    }
-}
-
-/// A change of a disk.
-enum Change {
-    Roll(roll::Roll),
-    Back(Plan),
-}
-
-impl Change {
-    fn plan(self) -> Plan {
-        match self {
-            Change::Roll(roll) => roll.plan,
-            Change::Back(plan) => plan,
-        }
-    }
-
-    fn execute(&self) -> Result<()> {
-        match self {
-            Change::Roll(roll) => roll.execute(),
-            Change::Back(plan) => plan.execute(&mut |_, _| true),
-        }
     }
 }
 
@@ -268,12 +218,11 @@ fn started(record: &Record) -> Result<Record> {
 }
 
 /// The record of an instance that has ended says what its disk stands on.
-fn settle(record: &Record, target: &Target) -> Result<Record> {
+fn settle(record: &Record, target: &Target, disk: &Disk) -> Result<Record> {
     let Some(before) = record.before.clone().filter(|_| target.clone) else {
         return Ok(record.clone());
     };
-    let base = roll::stands_on(&target.disk)?;
-    if base.as_deref() != Some(Path::new(&before.base)) {
+    if disk.stands_on()?.as_ref() != Some(&before.base) {
         return Ok(record.clone());
     }
     place::note(record, |record| {

@@ -4,7 +4,7 @@ mod config;
 pub mod export;
 pub mod registry;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -33,6 +33,12 @@ impl Which {
     /// Its directory, which may not be there yet.
     pub fn dir(&self) -> Result<PathBuf> {
         self.store.clone().map_or_else(Store::default_dir, Ok)
+    }
+
+    /// The words that say the same to another process of this program.
+    pub fn words(&self) -> Vec<OsString> {
+        let word = |dir: &PathBuf| ["--store".into(), dir.into()];
+        self.store.iter().flat_map(word).collect()
     }
 
     fn open(&self) -> Result<Store> {
@@ -88,7 +94,7 @@ impl Which {
 #[derive(ClapArgs)]
 pub struct ImportArgs {
     /// Where it comes from.
-    source: std::ffi::OsString,
+    source: OsString,
     /// The image's name, with or without a tag.
     name: String,
     /// The size of its disk: what its files and all that is written to its clones have room in.

@@ -1,5 +1,6 @@
 //! `vdisk measure`: the same disk as a container and as a virtual machine, side by side.
 
+pub mod disk;
 pub mod marks;
 mod report;
 mod scratch;
@@ -11,11 +12,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args as ClapArgs;
-use vdisk::oci::config::RunConfig;
 use vdisk::{Error, ErrorKind, Result};
 
 use crate::cli::image::Which;
-use crate::cli::instance::named::Named;
 use crate::cli::open::options::{Moment, Opening};
 use crate::cli::open::turn;
 use crate::cli::terminal::{size, stop};
@@ -64,11 +63,9 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<u8> {
-    let named = Named::find(&args.disk, &args.store, None)?;
-    let (file, options) = args.opening.file_at(named.there(), &args.moment)?;
-    let scratch = Scratch::new(&file, &options)?;
+    let scratch = Scratch::new(args)?;
     let setting = Setting {
-        command: command(args, &named.config(&args.opening)?),
+        command: command(args, &scratch)?,
         timeout: args.timeout,
         cpus: args.cpus,
         memory: args.memory,
@@ -92,11 +89,12 @@ pub fn run(args: &Args) -> Result<u8> {
 }
 
 /// What both run: they have no other way to be told than by its words.
-fn command(args: &Args, config: &RunConfig) -> Vec<OsString> {
-    if !args.command.is_empty() {
-        return args.command.clone();
-    }
-    let said = config.entrypoint.iter().chain(&config.cmd).map(OsString::from);
-    let said: Vec<OsString> = said.collect();
-    if said.is_empty() { vec!["/bin/true".into()] } else { said }
+fn command(args: &Args, scratch: &Scratch) -> Result<Vec<OsString>> {
+    // A disk that cannot be read is said before anything is run.
+    let said: Vec<OsString> = scratch.command()?.into_iter().map(OsString::from).collect();
+    Ok(match (args.command.is_empty(), said.is_empty()) {
+        (false, _) => args.command.clone(),
+        (true, false) => said,
+        (true, true) => vec!["/bin/true".into()],
+    })
 }

@@ -13,16 +13,13 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
-use vdisk::block::BlockDevice;
-use vdisk::change::snapshot::data_bytes;
-use vdisk::image::Mapping;
 use vdisk::{Error, Result};
 
 use super::marks::{ENDED, STARTED};
 use super::scratch::Scratch;
 use super::used::{Memory, of_ended};
 use crate::cli::instance::start::last_words;
-use crate::cli::open::disk::{self, Use};
+use crate::cli::open::jail;
 
 /// Between two looks whether it has ended.
 const LOOK: Duration = Duration::from_millis(2);
@@ -86,7 +83,8 @@ impl Setting {
         asked: &dyn Fn() -> bool,
     ) -> Result<Measured> {
         let name = if kind == Kind::Container { "container" } else { "machine" };
-        let clone = scratch.clone(&format!("{name}.qcow2"))?;
+        let clone_name = format!("{name}.qcow2");
+        let clone = scratch.clone(&clone_name)?;
         let marks = Marks::hear(scratch.path(&format!("{name}.marks")))?;
         let mut command = self.words(kind, &clone, &marks.path);
         let failed = |e| Error::io("cannot start it", e);
@@ -111,7 +109,7 @@ impl Setting {
         };
         // An initrd that was made by an earlier version does not say that the command starts.
         let begun_there = started.is_some() || kind == Kind::Machine;
-        let mut measured = Measured {
+        let measured = Measured {
             ran: in_time && begun_there && finished.is_some() && ended.code().is_some(),
             exit_status: ended.code(),
             start: between(Some(begun), started),
@@ -126,8 +124,8 @@ impl Setting {
             let why = if in_time { why(&said) } else { self.too_long(started.is_some(), &said) };
             return Ok(Measured { why: Some(why), ..Measured::default() });
         }
-        (measured.written, measured.shared) = bytes(&clone)?;
-        Ok(measured)
+        let used = scratch.used(&clone_name)?;
+        Ok(Measured { written: Some(used.written), shared: Some(used.shared), ..measured })
     }
 
     /// The command line that runs it.
@@ -138,7 +136,7 @@ impl Setting {
             command.env("VDISK_STORE", store);
         }
         command.arg(if kind == Kind::Container { "run" } else { "boot" });
-        command.arg("--marks").arg(marks).arg("--follow");
+        command.args(jail::words()).arg("--marks").arg(marks).arg("--follow");
         let limits = [("--cpus", self.cpus.map(u64::from)), ("--memory", self.memory)];
         for (option, limit) in limits {
             limit.iter().for_each(|limit| {
@@ -200,23 +198,6 @@ fn line(said: &[u8]) -> Option<String> {
 
 fn why(said: &[u8]) -> String {
     line(said).unwrap_or_else(|| "it ended, and said nothing".to_owned())
-}
-
-/// The bytes that a clone holds, and those of the layers below that it shows.
-fn bytes(clone: &Path) -> Result<(Option<u64>, Option<u64>)> {
-    let chain = disk::open(clone, &Use { follow: true, ..Use::reading() })?;
-    let written = data_bytes(&*chain.head().image)?;
-    let (mut at, mut shared) = (0, 0);
-    while at < chain.size() {
-        let extent = chain.map(at, chain.size() - at, true)?;
-        if extent.depth > 0
-            && matches!(extent.mapping, Mapping::Data { .. } | Mapping::Compressed { .. })
-        {
-            shared += extent.len;
-        }
-        at += extent.len;
-    }
-    Ok((Some(written), Some(shared)))
 }
 
 /// What the process that runs it says, and when.

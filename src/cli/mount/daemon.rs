@@ -24,7 +24,7 @@ use crate::cli::mount::outside::link::Opened;
 use crate::cli::mount::outside::{self, Held, Outside};
 use crate::cli::mount::snapshots::Shown;
 use crate::cli::mount::umount;
-use crate::cli::mount::user_space::UserSpace;
+use crate::cli::mount::user_space::{self, Found, UserSpace};
 use crate::cli::open::disk::{self, Use};
 use crate::cli::open::jail::{self, Around};
 use crate::cli::terminal::stop;
@@ -72,8 +72,10 @@ impl Helpers {
     fn start(args: &Args) -> Result<Helpers> {
         let changes = !args.read_only && !args.ephemeral && args.snapshot.is_none();
         let named = |e: Error| e.at_path(&args.disk);
-        let (outside, connection) = if args.raw || args.user_space {
+        let (outside, connection) = if args.raw {
             (Outside::start(&args.dir)?, None)
+        } else if args.user_space {
+            (Outside::start_to_mount_files(&args.dir, user_space::mount_options(args))?, None)
         } else {
             let name = args.disk.to_string_lossy().into_owned();
             let options = AttachOptions { inert: true, name, ..AttachOptions::default() };
@@ -94,7 +96,8 @@ fn jailed(args: &Args, chain: &Arc<Chain>, helpers: Helpers) -> Result<(Mount, B
     jail.disk(chain, !chain.read_only() && !args.ephemeral)?;
     match connection {
         Some(connection) => by_kernel(args, chain, (outside, connection), jail),
-        None => by_itself(args, chain, &outside, jail),
+        None if args.user_space => in_user_space(args, chain, &outside, jail),
+        None => as_file(args, chain, &outside, jail),
     }
 }
 
@@ -128,24 +131,40 @@ fn by_kernel(
     }
 }
 
-/// Mounts what is served by this process alone.
-fn by_itself(
+/// Serves the files in the disk, which are read in the jail alone, and mounted outside.
+fn in_user_space(
     args: &Args,
     chain: &Arc<Chain>,
     outside: &Outside,
     mut jail: Around,
 ) -> Result<(Mount, Bound)> {
-    let device: Arc<dyn BlockDevice> = chain.clone();
-    let waiting = if args.raw {
-        let shown = Shown::new(chain, &args.disk, args.opening.options()?)?;
-        Waiting::Raw(Raw::mount(device, Arc::new(shown), args)?)
-    } else {
-        // In which groups who makes a request is.
-        jail.reach(Path::new("/proc"), Reach::Read);
-        Waiting::UserSpace(UserSpace::mount(device, args).map_err(|e| e.at_path(&args.disk))?)
-    };
+    // In which groups who makes a request is.
+    jail.reach(Path::new("/proc"), Reach::Read);
+    let held = Arc::new(Held::in_user_space(doing(args), outside.clone()));
+    let bound = bind(chain, args, held.clone())?;
+    jail.close()?;
+    let found = Found::open(chain.clone(), args).map_err(|e| e.at_path(&args.disk))?;
+    held.serve(found.file_system());
+    let (number, connection) = outside.mount_files(found.file_system().read_only())?;
+    let served = bound.also(&place::mount(&number)).and_then(|()| found.serve(connection));
+    let served = served.inspect_err(|_| outside.detach())?;
+    Ok((Mount::UserSpace(served), bound))
+}
+
+/// Mounts the disk as a file: of what is in it nothing is read.
+fn as_file(
+    args: &Args,
+    chain: &Arc<Chain>,
+    outside: &Outside,
+    jail: Around,
+) -> Result<(Mount, Bound)> {
+    let shown = Arc::new(Shown::new(chain, &args.disk, args.opening.options()?)?);
+    let raw = Raw::mount(chain.clone(), shown.clone(), args)?;
     let closed = number_at(&args.dir).and_then(|number| {
-        let bound = bind(chain, args, waiting.kind(args, outside))?;
+        // What cannot be read leaves the names that there were.
+        let whole = Whole::new(doing(args), "who uses its file", || {});
+        let kind = Arc::new(whole.showing(move || drop(shown.refresh())));
+        let bound = bind(chain, args, kind)?;
         bound.also(&place::mount(&number))?;
         outside.mounted_here(&number)?;
         jail.close()?;
@@ -158,8 +177,8 @@ fn by_itself(
             return Err(error);
         }
     };
-    let mount = waiting.serve().inspect_err(|_| outside.detach())?;
-    Ok((mount, bound))
+    let raw = raw.serve().inspect_err(|_| outside.detach())?;
+    Ok((Mount::Raw(raw), bound))
 }
 
 /// The number of the device that is mounted at a directory.
@@ -178,40 +197,6 @@ fn bind(chain: &Arc<Chain>, args: &Args, kind: Arc<dyn Kind>) -> Result<Bound> {
     match holding::bind(chain, &args.disk, kind)? {
         None => control::Server::bind(&place::mounting(), Arc::new(Bystander)),
         Some(bound) => Ok(bound),
-    }
-}
-
-/// What is mounted, and not served yet.
-enum Waiting {
-    UserSpace(UserSpace<vdisk_fuse::Waiting>),
-    Raw(Raw<vdisk_fuse::Waiting>),
-}
-
-impl Waiting {
-    /// What it will have to do when its disk changes.
-    fn kind(&self, args: &Args, outside: &Outside) -> Arc<dyn Kind> {
-        let doing = doing(args);
-        match self {
-            // What cannot be read leaves the names that there were.
-            Waiting::Raw(raw) => {
-                let whole = Whole::new(doing, "who uses its file", || {});
-                let shown = raw.shown.clone();
-                Arc::new(whole.showing(move || drop(shown.refresh())))
-            }
-            Waiting::UserSpace(files) => {
-                let held = Held::in_user_space(doing, outside.clone());
-                held.serve(files.file_system());
-                Arc::new(held)
-            }
-        }
-    }
-
-    /// Serves it from now on.
-    fn serve(self) -> Result<Mount> {
-        match self {
-            Waiting::UserSpace(files) => files.serve().map(Mount::UserSpace),
-            Waiting::Raw(raw) => raw.serve().map(Mount::Raw),
-        }
     }
 }
 

@@ -67,13 +67,24 @@ pub fn is_closed() -> bool {
 /// Closes a jail for this command, and says once where it is not whole. A command that is said again, since
 /// another was at work on its disk, is in it already.
 pub fn close(jail: Jail) -> Result<()> {
+    close_untold(jail)?.iter().for_each(|missing| tell(missing));
+    Ok(())
+}
+
+/// The same for a process that works for another, which says what of the jail is missing.
+pub fn close_untold(jail: Jail) -> Result<Option<String>> {
     if CLOSED.set(()).is_err() {
-        return Ok(());
+        return Ok(None);
     }
-    if let Some(missing) = jail.close(wanted().of_jail())?.missing {
+    Ok(jail.close(wanted().of_jail())?.missing)
+}
+
+/// Says once what of a jail is missing.
+pub fn tell(missing: &str) {
+    static TOLD: OnceLock<()> = OnceLock::new();
+    if TOLD.set(()).is_ok() {
         eprintln!("vdisk: warning: the jail around this command is not whole: {missing}");
     }
-    Ok(())
 }
 
 /// Refuses to work without a jail where the user wants one, and says why there is none.

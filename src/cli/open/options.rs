@@ -49,6 +49,11 @@ impl Moment {
     pub fn name(&self) -> Option<&str> {
         self.snapshot.as_deref()
     }
+
+    /// The words that say the same to another process of this program.
+    pub fn words(&self) -> Vec<OsString> {
+        self.snapshot.iter().map(|name| format!("--snapshot={name}").into()).collect()
+    }
 }
 
 impl Opening {

@@ -116,6 +116,11 @@ impl Rest {
         jail::close(self.jail)
     }
 
+    /// The same; what of it is missing is for the caller to say.
+    pub fn close_untold(self) -> Result<Option<String>> {
+        jail::close_untold(self.jail)
+    }
+
     /// The same for other work.
     pub fn with_work(self, work: Work) -> Rest {
         Rest { jail: self.jail.with_work(work), ..self }

@@ -3,6 +3,7 @@
 //! Files are waited for where they are locked. What is left to do here is to say a command again
 //! that found another at work, or its plan outdated, before it did anything.
 
+use std::ffi::OsString;
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,6 +26,12 @@ pub fn seconds(text: &str) -> std::result::Result<Duration, String> {
 pub fn queue(stays: bool, wait: Duration) {
     let _ = WAIT.set(wait);
     set_manners(Manners { passing: !stays, wait });
+}
+
+/// The words that say the same to another process of this program.
+pub fn words() -> Vec<OsString> {
+    let word = |wait: &Duration| format!("--wait={}", wait.as_secs_f64()).into();
+    WAIT.get().map(word).into_iter().collect()
 }
 
 /// Runs a part of a command, again as [`take`] does, for as long as this process waits in line.

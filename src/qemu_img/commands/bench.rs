@@ -77,7 +77,8 @@ pub fn run(args: &[String]) -> Outcome {
     }
     let using = if plan.write { Use::writing() } else { given.reading() };
     let source = given.source(name)?;
-    Opens::new().changed(&source).close();
+    let opens = Opens::new();
+    if plan.write { opens.changed(&source) } else { opens.read(&source) }.close();
     let chain = open::chain(&source, using)?;
     println!(
         "Sending {} {} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})",

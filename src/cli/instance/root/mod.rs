@@ -22,6 +22,7 @@ use vdisk_fuse::apart::Apart;
 use vdisk_fuse::kernel::Device;
 use vdisk_fuse::mount::{MountOptions, open_on};
 
+use crate::cli::inside;
 use crate::cli::mount::outside::Spot;
 use crate::cli::mount::outside::link::{Asker, Link, Links, Opened, Said, Served};
 use crate::cli::mount::outside::outer::{Stand, Wishes, answer_for_callers};
@@ -165,15 +166,13 @@ fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
 fn said(said: Option<Said>) -> Error {
     match said {
         Some(Said::Failed(failure)) => {
-            let error = Error::from(failure);
+            let error = inside::told(failure);
             let kind = match error.kind() {
                 // It has waited for its turn already.
                 ErrorKind::Busy => ErrorKind::InUse,
                 kind => kind,
             };
-            // It goes to the user's terminal, and comes from who reads what others wrote.
-            let plain = |c: char| if c.is_control() { '?' } else { c };
-            Error::new(kind, error.to_string().chars().map(plain).collect::<String>())
+            Error::new(kind, error.message())
         }
         _ => lost(),
     }

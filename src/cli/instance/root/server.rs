@@ -141,11 +141,13 @@ impl Serving<'_> {
         let lowers = std::slice::from_ref(&lower);
         let wanted = Wanted::new(upper, lowers, work, Path::new("/")).of_disk(of_disk);
         let in_namespace = self.ids != Ids::Host;
-        let (overlay, jail) = turn::again(|| overlay::lay(wanted.clone(), in_namespace))?;
-        // What UPPER's file system cannot keep is refused when somebody wants it.
-        let notes = self.ids == Ids::One && overlay.note_owners().is_ok();
+        let (ready, jail) = turn::again(|| overlay::prepare(wanted.clone(), in_namespace))?;
         leave_user()?;
         jail::close(jail)?;
+        let overlay = ready.lay()?;
+        drop(ready);
+        // What UPPER's file system cannot keep is refused when somebody wants it.
+        let notes = self.ids == Ids::One && overlay.note_owners().is_ok();
         let give = notes.then(|| {
             let overlay = overlay.clone();
             Box::new(move |Gift { inode, user, group }| overlay.give_inode(inode, user, group))

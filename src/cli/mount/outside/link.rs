@@ -1,19 +1,14 @@
-//! What the jailed process that serves a disk's files and the one outside say to each other: a length (4 bytes,
-//! little-endian) and as many bytes of JSON at a time. Neither believes more than that.
+//! What the jailed process that serves a disk's files and the one outside say to each other, over
+//! [links](crate::cli::inside::link). Neither believes more than that.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::io;
+use std::os::fd::RawFd;
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vdisk::control::Failure;
 use vdisk::{Error, Result};
 
-/// The longest word, in bytes.
-const LONGEST: usize = 64 << 10;
+pub use crate::cli::inside::link::{Asker, Link};
 
 /// What the server says of what it serves, once each in this order, or that it failed.
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,10 +54,10 @@ pub struct Disk {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Served;
 
-/// What the server of a disk is told when that is served: how it went on.
+/// What the server is told: of a disk, how it went on when that is served; of a tree of files, whether it is mounted.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Stood {
-    /// The kernel's file system is mounted, on the device of this number.
+    /// It is mounted, on or as the device of this number. The connection for files comes behind this.
     On(String),
     /// It is not.
     Failed(Failure),
@@ -92,82 +87,6 @@ pub struct Capable {
     pub capability: u32,
 }
 
-/// One way between the two.
-#[derive(Debug)]
-pub struct Link(UnixStream);
-
-impl Link {
-    /// Both ends of one.
-    pub fn pair() -> io::Result<(Link, Link)> {
-        UnixStream::pair().map(|(ours, theirs)| (Link(ours), Link(theirs)))
-    }
-
-    /// Its descriptor's number.
-    pub fn number(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-
-    /// Says one thing.
-    pub fn say(&self, what: &impl Serialize) -> io::Result<()> {
-        let bytes = serde_json::to_vec(what)?;
-        let length = u32::try_from(bytes.len()).ok().filter(|len| *len as usize <= LONGEST);
-        let length = length.ok_or(ErrorKind::InvalidInput)?;
-        let framed = [&length.to_le_bytes(), &bytes[..]].concat();
-        (&self.0).write_all(&framed)
-    }
-
-    /// Waits for one thing; nothing where the other end is closed.
-    pub fn hear<T: DeserializeOwned>(&self) -> io::Result<Option<T>> {
-        let mut length = [0; 4];
-        match (&self.0).read_exact(&mut length) {
-            Err(e) if matches!(e.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
-                return Ok(None);
-            }
-            heard => heard?,
-        }
-        let length = u32::from_le_bytes(length) as usize;
-        if length > LONGEST {
-            return Err(ErrorKind::InvalidData.into());
-        }
-        let mut bytes = vec![0; length];
-        (&self.0).read_exact(&mut bytes)?;
-        Ok(Some(serde_json::from_slice(&bytes)?))
-    }
-
-    /// The same, for at most so long.
-    pub fn hear_within<T: DeserializeOwned>(&self, limit: Duration) -> io::Result<Option<T>> {
-        self.0.set_read_timeout(Some(limit))?;
-        self.hear()
-    }
-
-    /// Answers what the other end asks, until that is closed.
-    pub fn answer<Q: DeserializeOwned, A: Serialize>(&self, mut answer: impl FnMut(Q) -> A) {
-        while let Ok(Some(question)) = self.hear() {
-            if self.say(&answer(question)).is_err() {
-                return;
-            }
-        }
-    }
-}
-
-/// The end that asks: one question at a time.
-#[derive(Debug)]
-pub struct Asker(Mutex<Link>);
-
-impl Asker {
-    /// By this link.
-    pub fn by(link: Link) -> Asker {
-        Asker(Mutex::new(link))
-    }
-
-    /// Asks, and waits for the answer.
-    pub fn ask<A: DeserializeOwned>(&self, question: &impl Serialize) -> io::Result<A> {
-        let link = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        link.say(question)?;
-        link.hear()?.ok_or_else(|| ErrorKind::BrokenPipe.into())
-    }
-}
-
 /// All ways between the two, as one of them has them.
 pub struct Links {
     /// On which the server says what there is to be mounted, and hears of it.
@@ -192,36 +111,5 @@ impl Links {
     /// The numbers of their descriptors.
     pub fn numbers(&self) -> [RawFd; 3] {
         [&self.mount, &self.wishes, &self.callers].map(Link::number)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_asked_is_answered_until_the_end() {
-        let (ours, theirs) = Link::pair().unwrap();
-        let answers = std::thread::spawn(move || {
-            theirs.answer(|asked: Capable| asked.process.checked_add(asked.capability));
-        });
-        let asker = Asker::by(ours);
-        let asked = Capable { process: 7, capability: 2 };
-        assert_eq!(asker.ask::<Option<u32>>(&asked).unwrap(), Some(9));
-        drop(asker);
-        answers.join().unwrap();
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_an_error_and_no_end() {
-        let (ours, theirs) = Link::pair().unwrap();
-        (&theirs.0).write_all(&u32::MAX.to_le_bytes()).unwrap();
-        assert!(ours.hear::<Said>().is_err());
-        let (ours, theirs) = Link::pair().unwrap();
-        theirs.say(&Served).unwrap();
-        assert!(ours.hear::<Said>().is_err());
-        drop(theirs);
-        assert!(ours.hear::<Said>().unwrap().is_none());
-        assert!(ours.hear_within::<Said>(Duration::from_millis(1)).unwrap().is_none());
     }
 }

@@ -26,6 +26,7 @@ use vdisk::mount::AttachOptions;
 use vdisk::{Error, Result};
 use vdisk_fuse::files::ask_of_callers;
 use vdisk_fuse::kernel::Device;
+use vdisk_fuse::mount::MountOptions;
 
 use link::{Asker, Capable, Disk, Link, Links, Opened, Said, Served, Stood, Wish};
 pub use spot::Spot;
@@ -64,14 +65,21 @@ impl Outside {
         let connection = Device::open().map_err(failed)?;
         let served = Device::from(connection.as_fd().try_clone_to_owned().map_err(failed)?);
         let stand = outer::Stand { connection, options, at: dir.to_path_buf() };
-        Ok((Outside::start_with(dir, Some(stand))?, served))
+        Ok((Outside::start_with(dir, Some(outer::Mounting::Disk(stand)))?, served))
     }
 
-    fn start_with(dir: &Path, stand: Option<outer::Stand>) -> Result<Outside> {
+    /// The same, for a tree of files that this process serves, and [`mount_files`](Outside::mount_files).
+    pub fn start_to_mount_files(dir: &Path, options: MountOptions) -> Result<Outside> {
+        Outside::start_with(dir, Some(outer::Mounting::Files(options)))
+    }
+
+    fn start_with(dir: &Path, mounting: Option<outer::Mounting>) -> Result<Outside> {
         let (theirs, ours) = Links::pairs()?;
         let mut keep = theirs.numbers().to_vec();
-        keep.extend(stand.as_ref().map(|stand| stand.connection.as_fd().as_raw_fd()));
-        let started = beside::start(c"vdisk-outside", &keep, || outer::run(theirs, dir, stand));
+        if let Some(outer::Mounting::Disk(stand)) = &mounting {
+            keep.push(stand.connection.as_fd().as_raw_fd());
+        }
+        let started = beside::start(c"vdisk-outside", &keep, || outer::run(theirs, dir, mounting));
         started.map_err(|e| Error::io("cannot start the process that mounts and unmounts", e))?;
         Ok(Outside::by(ours))
     }
@@ -93,7 +101,19 @@ impl Outside {
         self.hear::<Served>().map(drop)
     }
 
-    /// Waits until the disk that is served is mounted: the number of its loop device.
+    /// Says that a tree of files is open, and waits until it is mounted: the number of its device, and the
+    /// connection to the kernel on which it is to be served then, at once.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn mount_files(&self, read_only: bool) -> Result<(String, Device)> {
+        self.say(&Said::Opened(Opened::Files { read_only, owners: false }))?;
+        let number = self.stood()?;
+        let connection = self.0.mount.handed().map_err(gone)?;
+        Ok((number, connection.into()))
+    }
+
+    /// Waits until what is served is mounted: the number of its device.
     ///
     /// # Errors
     /// Why it is not.

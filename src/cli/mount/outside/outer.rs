@@ -1,6 +1,7 @@
 //! The outer process's side: it mounts what the server shows, and does what the server wishes. It is in no jail,
 //! and reads no disk.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -12,10 +13,19 @@ use vdisk::{Error, ErrorKind, Result};
 use vdisk_fuse::apart::Apart;
 use vdisk_fuse::files::has_capability;
 use vdisk_fuse::kernel::Device;
+use vdisk_fuse::mount::MountOptions;
 
 use super::link::{Capable, Disk, Link, Links, Opened, Said, Served, Stood, Wish};
 use super::spot::Spot;
 use crate::cli::mount::umount;
+
+/// What is mounted for the server of `vdisk mount`.
+pub enum Mounting {
+    /// A disk, by the kernel's own driver.
+    Disk(Stand),
+    /// A tree of files.
+    Files(MountOptions),
+}
 
 /// What is to be mounted by the kernel's own driver, and how.
 pub struct Stand {
@@ -111,28 +121,26 @@ pub fn answer_for_callers(link: &Link) {
 }
 
 /// Is the process beside the server of `vdisk mount`: does what it is told, until that is gone.
-pub fn run(links: Links, dir: &Path, stand: Option<Stand>) {
+pub fn run(links: Links, dir: &Path, mounting: Option<Mounting>) {
     let Links { mount: link, wishes, callers } = links;
     // To unmount may wait for the server, which may ask meanwhile.
     let answers = thread::Builder::new().spawn(move || answer_for_callers(&callers));
     if answers.is_err() {
         return;
     }
-    let (spot, number) = match (link.hear(), stand) {
-        (Ok(Some(Said::Opened(Opened::Disk(disk)))), Some(stand)) => {
-            match show(stand, &link, disk) {
-                Some(shown) => shown,
-                None => return,
-            }
+    let shown = match (link.hear(), mounting) {
+        (Ok(Some(Said::Opened(Opened::Disk(disk)))), Some(Mounting::Disk(stand))) => {
+            show(stand, &link, disk)
+        }
+        (Ok(Some(Said::Opened(Opened::Files { read_only, .. }))), Some(Mounting::Files(how))) => {
+            show_files(dir, &MountOptions { read_only, ..how }, &link)
         }
         (Ok(Some(Said::Mounted(number))), None) => {
-            match Spot::of_device(&Apart::here(), dir, &number) {
-                Ok(spot) => (spot, number),
-                Err(_) => return,
-            }
+            Spot::of_device(&Apart::here(), dir, &number).ok().map(|spot| (spot, number))
         }
-        _ => return,
+        _ => None,
     };
+    let Some((spot, number)) = shown else { return };
     Wishes { spot, end: Some((dir.to_path_buf(), number)) }.serve(&wishes);
 }
 
@@ -146,15 +154,51 @@ fn show(stand: Stand, server: &Link, disk: Disk) -> Option<(Spot, String)> {
         let spot = free.and_then(|()| Spot::on_loop(&Apart::here(), &dir, &number));
         spot.map(|spot| (spot, number)).inspect_err(|_| drop(umount::detach(&dir)))
     });
-    let said = match &shown {
-        Ok((_, number)) => Stood::On(number.clone()),
-        Err(error) => Stood::Failed(Failure::from(error)),
-    };
-    let told = server.say(&said).is_ok();
+    let told = tell(server, shown.as_ref().map(|(_, number)| number));
     let shown = shown.ok()?;
     if !told {
         let _ = umount::detach(&dir);
         return None;
     }
     Some(shown)
+}
+
+/// Tells a server as which device it is mounted, or why not; whether it heard that.
+fn tell(server: &Link, stood: std::result::Result<&String, &Error>) -> bool {
+    let said = match stood {
+        Ok(number) => Stood::On(number.clone()),
+        Err(error) => Stood::Failed(Failure::from(error)),
+    };
+    server.say(&said).is_ok()
+}
+
+/// Mounts a tree of files at a directory and hands its server the connection; nothing where it is not mounted
+/// then.
+fn show_files(dir: &Path, how: &MountOptions, server: &Link) -> Option<(Spot, String)> {
+    let failed = |e| Error::io("cannot mount over FUSE", e).at_path(dir);
+    let connection = match vdisk_fuse::mount::open(dir, how).map_err(failed) {
+        Ok(connection) => connection,
+        Err(error) => {
+            tell(server, Err(&error));
+            return None;
+        }
+    };
+    let shown = mounted_at(dir);
+    let told = tell(server, shown.as_ref().map(|(_, number)| number))
+        && shown.is_ok()
+        && server.hand(connection.as_fd()).is_ok();
+    // From here on it is the server's alone, whose end is seen by it.
+    drop(connection);
+    if !told {
+        let _ = umount::detach(dir);
+    }
+    shown.ok().filter(|_| told)
+}
+
+/// What was mounted at a directory just now, and is served by nobody yet.
+fn mounted_at(dir: &Path) -> Result<(Spot, String)> {
+    let gone = || Error::new(ErrorKind::Io, "the mount is gone already").at_path(dir);
+    let number = table::at(dir).ok_or_else(gone)?.device;
+    control::make_way(&place::mount(&number))?;
+    Ok((Spot::of_device(&Apart::here(), dir, &number)?, number))
 }

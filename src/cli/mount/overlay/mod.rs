@@ -1,6 +1,8 @@
 //! `vdisk mount --overlay`, and the program `vdisk-overlay` that mount(8), fstab and podman run: an
 //! overlay of directories, or over the files in a disk, at a directory.
 
+mod ready;
+
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -9,27 +11,22 @@ use std::time::Duration;
 
 use vdisk::chain::Chain;
 use vdisk::control::{self, place};
-use vdisk::filesystem;
-use vdisk::jail::{Jail, Reach, Work};
-use vdisk::mount::layer::DiskLayer;
-use vdisk::mount::table;
-use vdisk::{Error, ErrorKind, Result};
-use vdisk_fuse::Waiting;
+use vdisk::jail::{Jail, Reach};
+use vdisk::{Error, Result};
+use vdisk_fuse::Server;
 use vdisk_fuse::files::Keeping;
-use vdisk_fuse::host::HostLayer;
-use vdisk_fuse::layer::Layer;
 use vdisk_fuse::mount::MountOptions;
-use vdisk_fuse::overlay::{Layers, Overlay};
-use vdisk_fuse::server::{OVERLAY_SUBTYPE, Serving};
+use vdisk_fuse::server::OVERLAY_SUBTYPE;
 
 use crate::cli::instance::holding::Bystander;
 use crate::cli::mount::apart::{directory, serve_apart};
+use crate::cli::mount::daemon as mount_daemon;
 use crate::cli::mount::outside::Outside;
-use crate::cli::mount::{daemon as mount_daemon, umount};
 use crate::cli::open::disk::{self, Use};
 use crate::cli::open::jail;
 use crate::cli::open::options::Opening;
 use crate::cli::terminal::stop;
+pub use ready::Ready;
 
 /// The name under which the program is a mount helper.
 pub const NAME: &str = OVERLAY_SUBTYPE;
@@ -77,13 +74,10 @@ impl OfDisk {
         words
     }
 
-    /// The files in the disk at `path`, for reading. `device` tells it from other layers.
-    fn layer(&self, path: &Path, device: u64) -> Result<(DiskLayer, Arc<Chain>)> {
+    /// The disk at `path`, for reading.
+    fn disk(&self, path: &Path) -> Result<Arc<Chain>> {
         let using = Use { snapshot: self.snapshot.as_deref(), ..Use::reading() };
-        let disk = disk::open(path, &self.opening.holding(using))?;
-        let fs = filesystem::open(disk.clone(), self.partition, true);
-        let fs = fs.map_err(|e| e.at_path(path))?;
-        Ok((DiskLayer::new(Arc::new(fs), device), disk))
+        disk::open(path, &self.opening.holding(using))
     }
 }
 
@@ -305,13 +299,14 @@ fn path(word: &[u8]) -> PathBuf {
     OsString::from_vec(plain(word)).into()
 }
 
-/// The overlay that is wanted, not mounted yet, and the jail in which it works. In a user namespace only
-/// `user.` attributes are its user's to set.
-pub fn lay(mut wanted: Wanted, user_namespace: bool) -> Result<(Arc<Overlay>, Jail)> {
+/// The overlay that is wanted, its disks open, and the jail in which it is laid and works. In a user namespace
+/// only `user.` attributes are its user's to set.
+pub fn prepare(mut wanted: Wanted, user_namespace: bool) -> Result<(Ready, Jail)> {
     wanted.options.extend(user_namespace.then(|| "userxattr".into()));
     wanted.settle_layers()?;
-    let (overlay, disks) = open(&wanted)?;
-    Ok((overlay, jail_of(&wanted, &disks)?))
+    let ready = Ready::open(wanted)?;
+    let jail = ready.jail()?;
+    Ok((ready, jail))
 }
 
 /// Mounts an overlay and returns when it can be used.
@@ -383,8 +378,6 @@ pub struct Args {
 pub fn serve(args: &Args) -> Result<u8> {
     mount_daemon::leave_caller();
     let ending = stop::hold_endings()?;
-    // Before this process knows anything.
-    let outside = Outside::start(&args.dir)?;
     let wanted = Wanted {
         lowers: args.lower.clone(),
         of_disk: args.of_disk.clone(),
@@ -394,23 +387,24 @@ pub fn serve(args: &Args) -> Result<u8> {
         options: args.option.clone(),
         source: args.source.clone(),
     };
-    let (overlay, disks) = open(&wanted)?;
-    let serving = Serving {
-        mount: mount_options(&wanted),
-        keeping: Keeping { ttl: FOREVER, writeback: false },
-        threads: THREADS,
-    };
-    let failed = |e| Error::io("cannot mount over FUSE", e).at_path(&wanted.dir);
-    let waiting = Waiting::files(overlay, &wanted.dir, &serving).map_err(failed)?;
-    let bound = match enclose(&wanted, &disks, &outside) {
-        Ok(bound) => bound,
-        Err(error) => {
-            let _ = umount::detach(&wanted.dir);
-            return Err(error);
-        }
-    };
-    drop(disks);
-    let server = waiting.serve().map_err(failed).inspect_err(|_| outside.detach())?;
+    let mounting = mount_options(&wanted);
+    let read_only = mounting.read_only;
+    // Before this process knows anything.
+    let outside = Outside::start_to_mount_files(&args.dir, mounting)?;
+    let ready = Ready::open(wanted)?;
+    let bound = control::Server::bind(&place::mounting(), Arc::new(Bystander))?;
+    let mut jail = ready.jail()?;
+    jail.reach(&place::directory()?, Reach::Sockets);
+    jail::close(jail)?;
+    let overlay = ready.lay()?;
+    drop(ready);
+    let (number, connection) = outside.mount_files(read_only)?;
+    let keeping = Keeping { ttl: FOREVER, writeback: false };
+    let failed = |e| Error::io("cannot serve over FUSE", e).at_path(&args.dir);
+    let served = bound
+        .also(&place::mount(&number))
+        .and_then(|()| Server::files_on(connection, overlay, keeping, THREADS).map_err(failed));
+    let server = served.inspect_err(|_| outside.detach())?;
     let end = outside.clone();
     let started = bound.serve().and_then(|control| {
         mount_daemon::when_asked(ending, move || end.unmount())?;
@@ -427,72 +421,6 @@ pub fn serve(args: &Args) -> Result<u8> {
     let ended = server.join().map_err(|e| Error::io("the FUSE server failed", e));
     control.end(&ended);
     ended.map(|()| 0)
-}
-
-/// Closes the jail around an overlay that is mounted.
-fn enclose(wanted: &Wanted, disks: &[Arc<Chain>], outside: &Outside) -> Result<control::Bound> {
-    let gone = || Error::new(ErrorKind::Io, "the mount is gone already").at_path(&wanted.dir);
-    let number = table::at(&wanted.dir).ok_or_else(gone)?.device;
-    let bound = control::Server::bind(&place::mount(&number), Arc::new(Bystander))?;
-    outside.mounted_here(&number)?;
-    let mut jail = jail_of(wanted, disks)?;
-    jail.reach(&place::directory()?, Reach::Sockets);
-    jail::close(jail)?;
-    Ok(bound)
-}
-
-/// A jail in which it reads its lower layers, and has all of its upper one.
-fn jail_of(wanted: &Wanted, disks: &[Arc<Chain>]) -> Result<Jail> {
-    let mut jail = Jail::new(Work::Overlay);
-    for lower in wanted.lowers.iter().filter(|lower| lower.is_dir()) {
-        jail.reach(lower, Reach::Lend);
-    }
-    for disk in disks {
-        jail::disk(&mut jail, disk, false)?;
-    }
-    for own in wanted.upper.iter().chain(&wanted.work) {
-        jail.reach(own, Reach::Tree);
-        jail.reach(own, Reach::Lend);
-    }
-    for device in ["/dev/fuse", "/dev/null"] {
-        jail.reach(Path::new(device), Reach::Write);
-    }
-    // In which groups who makes a request is.
-    jail.reach(Path::new("/proc"), Reach::Read);
-    Ok(jail)
-}
-
-/// The overlay, and the disks under it.
-fn open(wanted: &Wanted) -> Result<(Arc<Overlay>, Vec<Arc<Chain>>)> {
-    let mut disks = Vec::new();
-    let mut lowers: Vec<Arc<dyn Layer>> = Vec::new();
-    // No device of the host's has such a number.
-    for (number, lower) in (1 << 63..).zip(&wanted.lowers) {
-        if !lower.is_dir() {
-            let (layer, disk) = wanted.of_disk.layer(lower, number)?;
-            lowers.push(Arc::new(layer));
-            disks.push(disk);
-            continue;
-        }
-        let layer = HostLayer::open(lower)
-            .map_err(|e| Error::io("cannot use this lower directory", e).at_path(lower))?;
-        lowers.push(Arc::new(layer));
-    }
-    let user_xattrs = wanted.has("userxattr").then_some(true);
-    let layers =
-        Layers { lowers, upper: wanted.upper.clone().zip(wanted.work.clone()), user_xattrs };
-    // Half of what may be open is for files.
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let half = usize::try_from(limit.unwrap_or(u64::MAX) / 2).unwrap_or(usize::MAX);
-    let descriptors = half.min(8192);
-    let overlay = Overlay::new(layers, descriptors).map_err(|e| {
-        let upper = wanted.upper.as_deref().unwrap_or(Path::new("."));
-        Error::io("cannot lay this overlay", e).at_path(upper)
-    })?;
-    if wanted.has("volatile") || wanted.has("nofsync") {
-        overlay.set_volatile();
-    }
-    Ok((Arc::new(overlay), disks))
 }
 
 fn mount_options(wanted: &Wanted) -> MountOptions {
