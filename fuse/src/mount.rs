@@ -11,10 +11,11 @@ use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
 };
 use nix::unistd::{getegid, geteuid};
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+    open_tree, unmount,
 };
 
 use crate::apart::Apart;
@@ -143,6 +144,16 @@ pub fn detached_on(device: &Device, options: &MountOptions) -> io::Result<OwnedF
     ];
     let attributes = attributes.iter().filter(|(may, _)| !may).map(|(_, attribute)| *attribute);
     Ok(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes.collect())?)
+}
+
+/// A directory in a copy of the mount on which it stands, without what is mounted in it. The copy stands in no
+/// mount namespace, and nobody can ask for it to be unmounted.
+pub(crate) fn detached_copy(directory: &Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let copy = open_tree(CWD, directory, flags)?;
+    // Once the descriptor that made it is closed, the copy takes no part in what is mounted elsewhere.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(openat(&copy, ".", flags, Mode::empty())?)
 }
 
 /// Has `fusermount3`, which is set-user-id root, mount and hand the connection over.

@@ -466,6 +466,8 @@ fn jail_of(wanted: &Wanted, disks: &[Arc<Chain>]) -> Result<Jail> {
 fn open(wanted: &Wanted) -> Result<(Arc<Overlay>, Vec<Arc<Chain>>)> {
     let mut disks = Vec::new();
     let mut lowers: Vec<Arc<dyn Layer>> = Vec::new();
+    // Of the others what is mounted in them is shown, too.
+    let plain = table::without_mounts(&wanted.lowers);
     // No device of the host's has such a number.
     for (number, lower) in (1 << 63..).zip(&wanted.lowers) {
         if !lower.is_dir() {
@@ -474,8 +476,12 @@ fn open(wanted: &Wanted) -> Result<(Arc<Overlay>, Vec<Arc<Chain>>)> {
             disks.push(disk);
             continue;
         }
-        let layer = HostLayer::open(lower)
-            .map_err(|e| Error::io("cannot use this lower directory", e).at_path(lower))?;
+        let layer = match plain.contains(&lower.as_path()) {
+            true => HostLayer::open_detached(lower),
+            false => HostLayer::open(lower),
+        };
+        let layer =
+            layer.map_err(|e| Error::io("cannot use this lower directory", e).at_path(lower))?;
         lowers.push(Arc::new(layer));
     }
     let user_xattrs = wanted.has("userxattr").then_some(true);
