@@ -55,7 +55,8 @@ impl HostLayer {
         }
     }
 
-    fn of(root: OwnedFd) -> io::Result<HostLayer> {
+    /// The layer that an open directory is.
+    pub(crate) fn of(root: OwnedFd) -> io::Result<HostLayer> {
         let root = HostDir(root);
         let device = fstat(&root.0)?.st_dev;
         let read = openat(&root.0, ".", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());

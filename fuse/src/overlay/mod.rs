@@ -35,6 +35,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use crate::host::{HostDir, HostLayer};
 use crate::kernel::Kernel;
 use crate::layer::Layer;
+use crate::mount::detached_pair;
 use marks::Words;
 use node::recent::Recent;
 use node::table::Table;
@@ -224,8 +225,7 @@ impl Upper {
     /// Opens the upper layer, clears what a crash has left in its work directory, and finds out
     /// what its file system can do. Also returns whether its attributes are any user's.
     fn open(upper: &Path, work: &Path, user: Option<bool>) -> io::Result<(Upper, bool)> {
-        let layer = HostLayer::open(upper)?;
-        let base = HostLayer::open(work)?;
+        let (layer, base) = open_both(upper, work)?;
         if base.device() != layer.device() {
             return Err(invalid("the work directory is not on the upper directory's file system"));
         }
@@ -291,6 +291,21 @@ impl Upper {
     fn temporary(&self) -> OsString {
         format!("#{:x}", self.next.fetch_add(1, Ordering::Relaxed)).into()
     }
+}
+
+/// Opens the upper directory and the one to work in. They keep what they stand on from being unmounted until
+/// all is durable there, which is after the overlay itself has been unmounted. Of what is in memory only nothing
+/// is ever durable: that can be unmounted at once.
+fn open_both(upper: &Path, work: &Path) -> io::Result<(HostLayer, HostLayer)> {
+    const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+    let layer = HostLayer::open(upper)?;
+    let kind = rustix::fs::fstatfs(layer.directory().as_fd())?.f_type as u64;
+    if IN_MEMORY.contains(&kind)
+        && let Ok([layer, base]) = detached_pair(upper, work)
+    {
+        return Ok((HostLayer::of(layer)?, HostLayer::of(base)?));
+    }
+    Ok((layer, HostLayer::open(work)?))
 }
 
 /// How long an overlay that was unmounted may take until it is durable and gone.
