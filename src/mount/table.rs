@@ -63,7 +63,7 @@ pub fn drop_copies() {
 }
 
 /// Those of the directories, by their full paths, in which nothing is mounted.
-pub fn without_mounts<'a>(directories: &'a [PathBuf]) -> Vec<&'a Path> {
+pub fn without_mounts(directories: &[PathBuf]) -> Vec<&Path> {
     let Ok(mounts) = mountinfo::here() else { return Vec::new() };
     let holds = |directory: &Path| {
         mounts.iter().any(|mount| mount.point != directory && mount.point.starts_with(directory))
