@@ -1,6 +1,6 @@
 //! Serves an overlay until it is unmounted: `overlay LOWER[:LOWER...] UPPER WORK DIR`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use vdisk_fuse::files::Keeping;
 use vdisk_fuse::host::HostLayer;
 use vdisk_fuse::layer::Layer;
 use vdisk_fuse::mount::MountOptions;
-use vdisk_fuse::overlay::{Layers, Overlay};
+use vdisk_fuse::overlay::{Layers, Overlay, UpperDirs};
 use vdisk_fuse::server::Serving;
 
 fn main() -> std::io::Result<()> {
@@ -22,7 +22,7 @@ fn main() -> std::io::Result<()> {
     for path in lower.split(':') {
         lowers.push(Arc::new(HostLayer::open(Path::new(path))?));
     }
-    let upper = Some((PathBuf::from(upper), PathBuf::from(work)));
+    let upper = Some(UpperDirs::open(Path::new(upper), Path::new(work))?);
     let overlay = Overlay::new(Layers { lowers, upper, user_xattrs: None }, 1024)?;
     let serving = Serving {
         mount: MountOptions {

@@ -22,6 +22,7 @@ use rustix::io::Errno;
 
 use crate::attr::{Attr, DirEntry, SetTime, StatFs, Time};
 use crate::layer::{FileHandle, Layer, LayerDir, LayerFile};
+use crate::mount::detached_copy;
 use crate::sys;
 
 /// A directory of the host as a layer.
@@ -38,7 +39,25 @@ impl HostLayer {
     /// Where it is no directory, or cannot be opened.
     pub fn open(path: &Path) -> io::Result<HostLayer> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = HostDir(openat(rustix::fs::CWD, path, flags, Mode::empty())?);
+        HostLayer::of(openat(rustix::fs::CWD, path, flags, Mode::empty())?)
+    }
+
+    /// The same for reading, as the kernel's overlayfs has its lower layers: what it stands on can be
+    /// unmounted while the layer is in use, and what is mounted in it is not seen. Where this process may not
+    /// mount, it is as [`open`](HostLayer::open) has it.
+    ///
+    /// # Errors
+    /// As of `open`.
+    pub fn open_detached(path: &Path) -> io::Result<HostLayer> {
+        match detached_copy(path) {
+            Ok(root) => HostLayer::of(root),
+            Err(_) => HostLayer::open(path),
+        }
+    }
+
+    /// The layer that an open directory is.
+    pub(crate) fn of(root: OwnedFd) -> io::Result<HostLayer> {
+        let root = HostDir(root);
         let device = fstat(&root.0)?.st_dev;
         let read = openat(&root.0, ".", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         // File systems without one, and kernels that do not tell, count as all the same one.

@@ -4,17 +4,18 @@
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
 };
 use nix::unistd::{getegid, geteuid};
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, fstat, openat, stat, statx};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+    open_tree, unmount,
 };
 
 use crate::apart::Apart;
@@ -151,6 +152,41 @@ pub fn detached_on(device: &Device, options: &MountOptions) -> io::Result<OwnedF
     ];
     let attributes = attributes.iter().filter(|(may, _)| !may).map(|(_, attribute)| *attribute);
     Ok(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes.collect())?)
+}
+
+/// A directory in a copy of the mount on which it stands, without what is mounted in it. The copy stands in no
+/// mount namespace, and nobody can ask for it to be unmounted.
+pub(crate) fn detached_copy(directory: &Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let copy = open_tree(CWD, directory, flags)?;
+    // Once the descriptor that made it is closed, the copy takes no part in what is mounted elsewhere.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(openat(&copy, ".", flags, Mode::empty())?)
+}
+
+/// Two directories of one mount in one such copy, so that files can be renamed from one to the other.
+pub(crate) fn detached_pair(one: &Path, two: &Path) -> io::Result<[OwnedFd; 2]> {
+    let full = [one.canonicalize()?, two.canonicalize()?];
+    let [one, two] = &full;
+    let same = one.components().zip(two.components()).take_while(|(one, two)| one == two);
+    let above: PathBuf = same.map(|(part, _)| part).collect();
+    let copy =
+        open_tree(CWD, &above, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    let moved = || io::Error::from_raw_os_error(libc::EXDEV);
+    let mount_of = |path: &Path| -> io::Result<u64> {
+        Ok(statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID)?.stx_mnt_id)
+    };
+    let mount = mount_of(&above)?;
+    let in_copy = |path: &Path| -> io::Result<OwnedFd> {
+        let below = path.strip_prefix(&above).map_err(io::Error::other)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let directory = openat(&copy, Path::new(".").join(below), flags, Mode::empty())?;
+        let (there, here) = (fstat(&directory)?, stat(path)?);
+        // Where something else is mounted on the way, the copy holds what is under that.
+        let same = (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino);
+        if same && mount_of(path)? == mount { Ok(directory) } else { Err(moved()) }
+    };
+    Ok([in_copy(one)?, in_copy(two)?])
 }
 
 /// Has `fusermount3`, which is set-user-id root, mount and hand the connection over.

@@ -11,14 +11,14 @@ use std::sync::Arc;
 use vdisk_fuse::files::{Caller, Files, ROOT, SetXattr};
 use vdisk_fuse::host::HostLayer;
 use vdisk_fuse::layer::Layer;
-use vdisk_fuse::overlay::{Layers, Overlay};
+use vdisk_fuse::overlay::{Layers, Overlay, UpperDirs};
 
 fn overlay(dir: &Path) -> Overlay {
     for name in ["upper", "work"] {
         fs::create_dir(dir.join(name)).unwrap();
     }
     let lower: Arc<dyn Layer> = Arc::new(HostLayer::open(&dir.join("lower")).unwrap());
-    let upper = Some((dir.join("upper"), dir.join("work")));
+    let upper = Some(UpperDirs::open(&dir.join("upper"), &dir.join("work")).unwrap());
     Overlay::new(Layers { lowers: vec![lower], upper, user_xattrs: Some(true) }, 64).unwrap()
 }
 

@@ -18,9 +18,12 @@ use std::sync::Arc;
 use crate::block::BlockDevice;
 use crate::error::{Error, ErrorKind, Result};
 
-use ext4::mounted::{Mounted, Options};
+use ext4::mounted::{Mounted, Options, ROOT};
 use partition::Partition;
 use probe::{Content, FileSystem};
+
+const TYPE: u16 = 0o170_000;
+const DIRECTORY: u16 = 0o040_000;
 
 /// A file system and where in the disk it stands.
 #[derive(Debug, Clone, Copy)]
@@ -99,7 +102,12 @@ pub fn open(
         )));
     }
     let len = if len == 0 { device.size().saturating_sub(offset) } else { len };
-    Mounted::open(device, offset, len, Options { read_only, ..Options::default() })
+    let mounted = Mounted::open(device, offset, len, Options { read_only, ..Options::default() })?;
+    // Without it there is no file, and whoever came would not be told why.
+    if mounted.attributes(ROOT)?.mode & TYPE != DIRECTORY {
+        return Err(Error::corrupt("ext4: the root is no directory"));
+    }
+    Ok(mounted)
 }
 
 fn cannot_mount(what: &str, name: &str) -> Error {

@@ -1,6 +1,6 @@
 //! Which mounts are vdisk's, told from the kernel's table of mounts.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
 use vdisk_fuse::server;
@@ -60,6 +60,15 @@ pub fn drop_copies() {
             let _ = umount2(&mount.point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         }
     }
+}
+
+/// Those of the directories, by their full paths, in which nothing is mounted.
+pub fn without_mounts(directories: &[PathBuf]) -> Vec<&Path> {
+    let Ok(mounts) = mountinfo::here() else { return Vec::new() };
+    let holds = |directory: &Path| {
+        mounts.iter().any(|mount| mount.point != directory && mount.point.starts_with(directory))
+    };
+    directories.iter().map(PathBuf::as_path).filter(|directory| !holds(directory)).collect()
 }
 
 /// The topmost mount that stands exactly at `point`, in this process's namespace.

@@ -290,6 +290,21 @@ fn a_partition_is_mounted_and_read_in_user_space() {
 }
 
 #[test]
+fn a_file_system_whose_root_is_gone_is_refused_by_the_disks_name() {
+    if !can_mount() {
+        return;
+    }
+    let work = disk("-t ext4");
+    work.vdisk("convert --format raw disk.q plain.raw").succeeds();
+    work.run("debugfs", ["-w", "-R", "clri <2>", "plain.raw"]).succeeds();
+    fs::create_dir(work.path("up")).unwrap();
+    for command in ["mount --user-space plain.raw at", "mount --overlay up plain.raw at"] {
+        work.vdisk(command).fails(&["plain.raw", "inode 2 is no file"]);
+        assert!(fs::read_dir(work.path("at")).unwrap().next().is_none());
+    }
+}
+
+#[test]
 fn an_overlay_over_a_disk_leaves_the_disk_as_it_is() {
     if !can_mount() {
         return;

@@ -1,7 +1,7 @@
 //! Disks and overlays mounted by mount(8) and by lines of fstab, as other file systems are.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -117,6 +117,70 @@ fn lines(work: &Work) {
     assert_eq!(kind(&other), "fuse.vdisk-overlay");
     work.vdisk("umount at").succeeds();
     work.vdisk("umount other").succeeds();
+}
+
+#[test]
+fn umount_waits_for_who_serves_where_it_finds_the_helper() {
+    installed(unmounts);
+}
+
+/// Puts links to the program into /sbin, which only this thread sees.
+fn install_umount(work: &Work) {
+    let (old, new) = (work.path("old-sbin"), fs::canonicalize("/sbin").unwrap());
+    fs::create_dir(&old).unwrap();
+    let none = None::<&str>;
+    nix::mount::mount(Some(&new), &old, none, MsFlags::MS_BIND, none).unwrap();
+    nix::mount::mount(none, &new, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    for entry in fs::read_dir(&old).unwrap().flatten() {
+        symlink(entry.path(), new.join(entry.file_name())).unwrap();
+    }
+    // As links to the program, and noting that they are asked.
+    let ran = work.path("ran");
+    let script =
+        format!("#!/bin/bash\necho \"$0\" >>{}\nexec -a \"$0\" {VDISK} \"$@\"\n", ran.display());
+    for kind in ["vdisk", "vdisk-overlay"] {
+        let helper = new.join(format!("umount.fuse.{kind}"));
+        fs::write(&helper, &script).unwrap();
+        fs::set_permissions(&helper, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
+
+fn unmounts(work: &Work) {
+    install_umount(work);
+    let (at, memory) = (work.path("at"), work.path("memory"));
+    let at = at.to_str().unwrap();
+    fs::create_dir(&memory).unwrap();
+    let mount_overlay = || {
+        mount(work, &["-t", "tmpfs", "none", memory.to_str().unwrap()]);
+        for name in ["upper", "work"] {
+            fs::create_dir(memory.join(name)).unwrap();
+        }
+        let layers = format!(
+            "lowerdir={0}/lower,upperdir={0}/memory/upper,workdir={0}/memory/work",
+            work.dir().display()
+        );
+        mount(work, &["-t", "fuse.vdisk-overlay", "-o", &layers, "none", at]);
+        fs::write(work.path("at/new"), "new").unwrap();
+    };
+    for _ in 0..5 {
+        mount_overlay();
+        work.run("umount", ["at"]).succeeds();
+        // Nobody holds the upper layer any more.
+        work.run("umount", ["memory"]).succeeds();
+    }
+    mount_overlay();
+    let held = fs::File::open(work.path("at/new")).unwrap();
+    assert!(!Command::new("umount").arg(at).status().unwrap().success());
+    work.run("umount", ["-l", "at"]).succeeds();
+    assert!(work.bytes("ran").ends_with(b"/sbin/umount.fuse.vdisk-overlay\n"));
+    assert!(!work.path("at/new").exists());
+    drop(held);
+    let disk = work.path("disk.q");
+    mount(work, &["-t", "fuse.vdisk", "-o", "user_space", disk.to_str().unwrap(), at]);
+    fs::write(work.path("at/new"), "new").unwrap();
+    work.run("umount", ["at"]).succeeds();
+    work.run("qemu-img", ["check", "-q", "disk.q"]).succeeds();
+    assert!(work.bytes("ran").ends_with(b"/sbin/umount.fuse.vdisk\n"));
 }
 
 #[test]

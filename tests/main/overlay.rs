@@ -285,6 +285,72 @@ impl Drop for Memory {
     }
 }
 
+/// As under the kernel's overlayfs: who serves may be alive a moment longer than his mount.
+#[test]
+fn what_a_lower_directory_stands_on_can_be_unmounted_while_the_overlay_stands() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    with_own_mounts(|| {
+        let laid = Laid::new();
+        let (lower, other) = (laid.path("lower"), laid.path("other"));
+        fs::create_dir(&other).unwrap();
+        let _memory = (Memory::at(lower.clone(), "rw"), Memory::at(other.clone(), "rw"));
+        fs::create_dir_all(lower.join("dir")).unwrap();
+        fs::write(lower.join("dir/file"), "below").unwrap();
+        symlink("file", lower.join("dir/link")).unwrap();
+        // Of this one what is mounted in it is shown, and so it stays in use.
+        fs::create_dir(other.join("inner")).unwrap();
+        let _inner = Memory::at(other.join("inner"), "rw");
+        fs::write(other.join("inner/seen"), "seen").unwrap();
+        let command = format!("mount --overlay upper --lower {} --lower other at", lower.display());
+        laid.work.vdisk(&command).succeeds();
+        laid.work.run("umount", ["lower"]).succeeds();
+        assert_eq!(fs::read_dir(&lower).unwrap().count(), 0);
+        let at = laid.path("at");
+        assert_eq!(fs::read(at.join("dir/link")).unwrap(), b"below");
+        assert_eq!(fs::read(at.join("inner/seen")).unwrap(), b"seen");
+        fs::rename(at.join("dir"), at.join("renamed")).unwrap();
+        fs::write(at.join("renamed/file"), "above").unwrap();
+        laid.umount();
+        assert_eq!(fs::read(laid.path("upper/renamed/file")).unwrap(), b"above");
+    });
+}
+
+/// What is in memory only needs nobody to wait until it is durable; a disk does.
+#[test]
+fn an_upper_layer_in_memory_can_be_unmounted_while_the_overlay_stands() {
+    if !have(Need::Fuse) || !have(Need::Root) {
+        return;
+    }
+    with_own_mounts(|| {
+        let laid = Laid::new();
+        let (memory, at) = (laid.path("memory"), laid.path("at"));
+        for name in ["memory", "kept"] {
+            fs::create_dir(laid.path(name)).unwrap();
+        }
+        fs::create_dir(laid.path("lower/dir")).unwrap();
+        fs::write(laid.path("lower/dir/file"), "below").unwrap();
+        let _memory = (Memory::at(memory.clone(), "rw"), Memory::at(laid.path("kept"), "rw"));
+        fs::create_dir_all(memory.join("deep/upper")).unwrap();
+        fs::create_dir(memory.join("work")).unwrap();
+        laid.work.run("mount", ["--bind", "memory", "kept"]).succeeds();
+        let layers = Layers {
+            lowers: vec![laid.path("lower")],
+            upper: memory.join("deep/upper"),
+            work: memory.join("work"),
+        };
+        by_helper(laid.work.dir())(&layers, &at);
+        laid.work.run("umount", ["memory"]).succeeds();
+        fs::rename(at.join("dir"), at.join("renamed")).unwrap();
+        fs::write(at.join("renamed/file"), "above").unwrap();
+        laid.umount();
+        let left = laid.path("kept/deep/upper/renamed/file");
+        assert_eq!(fs::read(left).unwrap(), b"above");
+        assert!(fs::read_dir(laid.path("kept/work/work")).unwrap().next().is_none());
+    });
+}
+
 /// Where reading a lower file does not change its times, the kernel reads it by itself.
 #[test]
 fn an_overlay_that_cannot_be_changed_shows_its_layers_and_leaves_their_times() {

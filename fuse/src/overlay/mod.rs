@@ -25,7 +25,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -35,6 +35,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use crate::host::{HostDir, HostLayer};
 use crate::kernel::Kernel;
 use crate::layer::Layer;
+use crate::mount::detached_pair;
 use marks::Words;
 use node::recent::Recent;
 use node::table::Table;
@@ -48,12 +49,18 @@ pub const MAX_LOWERS: usize = 500;
 pub struct Layers {
     /// Uppermost first; at least one, at most [`MAX_LOWERS`].
     pub lowers: Vec<Arc<dyn Layer>>,
-    /// The directory that takes all changes, and one on the same file system to work in, which
-    /// belongs to this upper directory alone. `None` for an overlay that cannot be changed.
-    pub upper: Option<(PathBuf, PathBuf)>,
+    /// What takes all changes. `None` for an overlay that cannot be changed.
+    pub upper: Option<UpperDirs>,
     /// Whether the overlay's own attributes are `user.overlay.*`; `None` where that depends on
     /// whether this process may set `trusted.overlay.*`.
     pub user_xattrs: Option<bool>,
+}
+
+/// The directory that takes all changes, and one on the same file system to work in, which belongs to this upper
+/// directory alone. Nothing in them has been looked at.
+pub struct UpperDirs {
+    upper: HostLayer,
+    work: HostLayer,
 }
 
 /// One lower layer.
@@ -114,6 +121,26 @@ fn invalid(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text.to_owned())
 }
 
+impl UpperDirs {
+    /// Opens both. They keep what they stand on from being unmounted until all is durable there, which is after
+    /// the overlay itself has been unmounted. Of what is in memory only nothing is ever durable: that can be
+    /// unmounted at once.
+    ///
+    /// # Errors
+    /// Where one of them is no directory, or cannot be opened.
+    pub fn open(upper: &Path, work: &Path) -> io::Result<UpperDirs> {
+        const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+        let dirs = UpperDirs { upper: HostLayer::open(upper)?, work: HostLayer::open(work)? };
+        let kind = rustix::fs::fstatfs(dirs.upper.directory().as_fd())?.f_type as u64;
+        if IN_MEMORY.contains(&kind)
+            && let Ok([upper, work]) = detached_pair(upper, work)
+        {
+            return Ok(UpperDirs { upper: HostLayer::of(upper)?, work: HostLayer::of(work)? });
+        }
+        Ok(dirs)
+    }
+}
+
 impl Overlay {
     /// Puts layers together. `descriptors` says how many directories may be kept open.
     ///
@@ -124,8 +151,8 @@ impl Overlay {
         if layers.lowers.is_empty() || layers.lowers.len() > MAX_LOWERS {
             return Err(invalid("an overlay has 1 to 500 lower layers"));
         }
-        let upper = match &layers.upper {
-            Some((upper, work)) => Some(Upper::open(upper, work, layers.user_xattrs)?),
+        let upper = match layers.upper {
+            Some(dirs) => Some(Upper::open(dirs, layers.user_xattrs)?),
             None => None,
         };
         let user = layers.user_xattrs.unwrap_or_else(|| match &upper {
@@ -223,9 +250,8 @@ fn root(lowers: &[Lower], upper: Option<&Upper>) -> io::Result<Fresh> {
 impl Upper {
     /// Opens the upper layer, clears what a crash has left in its work directory, and finds out
     /// what its file system can do. Also returns whether its attributes are any user's.
-    fn open(upper: &Path, work: &Path, user: Option<bool>) -> io::Result<(Upper, bool)> {
-        let layer = HostLayer::open(upper)?;
-        let base = HostLayer::open(work)?;
+    fn open(dirs: UpperDirs, user: Option<bool>) -> io::Result<(Upper, bool)> {
+        let UpperDirs { upper: layer, work: base } = dirs;
         if base.device() != layer.device() {
             return Err(invalid("the work directory is not on the upper directory's file system"));
         }

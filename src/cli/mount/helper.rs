@@ -1,6 +1,6 @@
-//! What mount(8) and fstab run for a file system of the type `fuse.vdisk`: `vdisk DISK DIR -o OPTIONS`
-//! (by way of mount.fuse), or the program under the name `mount.fuse.vdisk`. Says the same as a
-//! command line of `vdisk mount`.
+//! What mount(8), fstab and umount(8) run for file systems of the types `fuse.vdisk` and, to unmount,
+//! `fuse.vdisk-overlay`: `vdisk DISK DIR -o OPTIONS` (by way of mount.fuse), or the program under the names
+//! `mount.fuse.vdisk` and `umount.fuse.…`. Says the same as a command line of `vdisk mount` or `vdisk umount`.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -12,11 +12,18 @@ use super::overlay;
 
 /// The name under which mount(8) finds it without mount.fuse.
 const NAME: &str = "mount.fuse.vdisk";
+/// The names under which umount(8) finds it. By itself umount(8) returns before the server has ended: what stood
+/// under the mount is still in use then, and not all of it durable.
+const UMOUNT: [&str; 2] = ["umount.fuse.vdisk", "umount.fuse.vdisk-overlay"];
 
 /// The words of `vdisk mount` that a mount helper's mean, where the program was called as one; the
 /// first is the program.
 pub fn means(called: &OsStr, words: &[OsString]) -> Option<Result<Vec<OsString>>> {
-    let by_name = Path::new(called).file_name().is_some_and(|name| name == NAME);
+    let called = Path::new(called).file_name().unwrap_or_default();
+    if UMOUNT.iter().any(|name| called == *name) {
+        return Some(unmounts(words));
+    }
+    let by_name = called == NAME;
     // No verb has a slash in it, and mount(8) knows no disk without one.
     let by_form = match words {
         [disk, _, option, _] => option == "-o" && disk.as_bytes().contains(&b'/'),
@@ -50,6 +57,33 @@ fn translate(words: &[OsString]) -> Result<Vec<OsString>> {
     let mut means = vec!["vdisk".into(), "mount".into()];
     for option in options {
         means.extend(meaning(&option)?);
+    }
+    means.push("--".into());
+    means.append(&mut plain);
+    Ok(means)
+}
+
+/// `umount.TYPE DIR [-n] [-l] [-f] [-v] [-r] [-t TYPE] [-N NAMESPACE]`.
+fn unmounts(words: &[OsString]) -> Result<Vec<OsString>> {
+    let mut means = vec!["vdisk".into(), "umount".into()];
+    let mut plain = Vec::new();
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        match word.as_bytes() {
+            b"-t" | b"-N" => drop(words.next()),
+            b"-l" => means.push("--lazy".into()),
+            b"-f" => means.push("--force".into()),
+            // It is not mounted read-only instead where that fails.
+            b"-n" | b"-v" | b"-r" => {}
+            bytes if bytes.starts_with(b"-") => {
+                let text = format!("this umount helper has no option {}", word.display());
+                return Err(Error::invalid(text));
+            }
+            _ => plain.push(word.clone()),
+        }
+    }
+    if plain.len() != 1 {
+        return Err(Error::invalid("usage: umount.fuse.vdisk DIR [-l]"));
     }
     means.push("--".into());
     means.append(&mut plain);
@@ -109,5 +143,11 @@ mod tests {
         let list = words(&["d", "/mnt", "-n", "-t", "fuse.vdisk", "-o", "ro"]);
         let said = means(OsStr::new("/sbin/mount.fuse.vdisk"), &list).unwrap().unwrap();
         assert_eq!(said, words(&["vdisk", "mount", "--read-only", "--", "d", "/mnt"]));
+        let umount = OsStr::new("/sbin/umount.fuse.vdisk-overlay");
+        let list = words(&["/mnt", "-n", "-l", "-f", "-t", "fuse.vdisk-overlay"]);
+        let said = means(umount, &list).unwrap().unwrap();
+        assert_eq!(said, words(&["vdisk", "umount", "--lazy", "--force", "--", "/mnt"]));
+        assert!(means(umount, &words(&["-n"])).unwrap().is_err());
+        assert!(means(umount, &words(&["/mnt", "-x"])).unwrap().is_err());
     }
 }

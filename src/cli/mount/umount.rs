@@ -25,6 +25,12 @@ const QUIET: Duration = Duration::from_secs(3);
 pub struct Args {
     /// The directory
     dir: PathBuf,
+    /// Take it out of sight at once, whoever uses it, and wait for nothing
+    #[arg(long)]
+    lazy: bool,
+    /// End its connection first: whoever waits for it gets an error; nothing more is written out
+    #[arg(long)]
+    force: bool,
 }
 
 /// Runs the command.
@@ -37,6 +43,9 @@ pub fn run(args: &Args) -> Result<u8> {
         let text = format!("what is mounted there ({}) is not a vdisk mount", mount.kind);
         return Err(Error::invalid(text).at_path(&args.dir));
     };
+    if args.lazy || args.force {
+        return take_away(&dir, args).map(|()| 0);
+    }
     let device = kind.device();
     // Asked before: what happens from then on is told.
     let server = control::ask_at(&place::mount(device), &Request::Wait)?;
@@ -119,10 +128,35 @@ fn mount_point(dir: &Path) -> Result<PathBuf> {
     }
 }
 
+/// Unmounts without waiting for who uses it, or for who serves it.
+fn take_away(dir: &Path, args: &Args) -> Result<()> {
+    let force = if args.force { MntFlags::MNT_FORCE } else { MntFlags::empty() };
+    match args.lazy {
+        true => detach_with(dir, force),
+        false => unmount_with(dir, force, &["-u"]),
+    }
+}
+
 /// Takes a mount away whose server is gone, whoever uses it.
 pub fn detach(dir: &Path) -> Result<()> {
-    match umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-        Err(nix::Error::EPERM) => fusermount(dir, &["-u", "-z"]),
+    detach_with(dir, MntFlags::empty())
+}
+
+fn detach_with(dir: &Path, flags: MntFlags) -> Result<()> {
+    unmount_with(dir, flags | MntFlags::MNT_DETACH, &["-u", "-z"])
+}
+
+/// Has the kernel unmount, or `fusermount3` where that is not this user's to ask for.
+fn unmount_with(dir: &Path, flags: MntFlags, words: &[&str]) -> Result<()> {
+    match umount2(dir, flags | MntFlags::UMOUNT_NOFOLLOW) {
+        Err(nix::Error::EPERM) => fusermount(dir, words),
+        Err(nix::Error::EBUSY) => {
+            let text = match busy::users(dir) {
+                users if users.is_empty() => "still in use".into(),
+                users => format!("still in use by {}", users.join(", ")),
+            };
+            Err(Error::new(ErrorKind::InUse, text).at_path(dir))
+        }
         result => result.map_err(|e| Error::io("cannot unmount", e.into()).at_path(dir)),
     }
 }

@@ -214,8 +214,8 @@ impl Files for DiskFiles {
         self.close_handle(handle);
     }
 
-    fn fsync(&self, _: u64, _: bool) -> io::Result<()> {
-        self.done(self.fs.sync())
+    fn fsync(&self, _: u64, data_only: bool) -> io::Result<()> {
+        self.done(if data_only { self.fs.sync_data() } else { self.fs.sync() })
     }
 
     fn fsyncdir(&self, _: u64, _: bool) -> io::Result<()> {

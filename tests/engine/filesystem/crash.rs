@@ -4,7 +4,9 @@
 use std::fs;
 use std::sync::Arc;
 
-use vdisk::internals::filesystem::ext4::mounted::{Mounted, Options};
+use vdisk::internals::filesystem::ext4::mounted::{
+    Allocation, Change, Mounted, New, Options, ROOT,
+};
 
 use super::disk::{Disk, Event, e2fsck, formatted, is_clean};
 use super::model::{View, same, tree, view};
@@ -118,11 +120,61 @@ fn is_one_of(moments: &[Moment], events: usize, seen: &View, what: &str) {
     }
 }
 
+/// As a database writes.
+#[test]
+fn bytes_over_bytes_are_durable_with_one_flush() {
+    for kind in super::KINDS {
+        let disk = Arc::new(Disk::new(formatted(kind, "16M")));
+        let fs = open(&disk);
+        let new = New { mode: 0x8000 | 0o644, ..New::default() };
+        let file = fs.create(ROOT, b"file", &new).unwrap();
+        fs.write(file, 0, &[1; 100_000]).unwrap();
+        fs.sync_data().unwrap();
+        fs.write(file, 0, &[2]).unwrap();
+        fs.sync().unwrap();
+        disk.record();
+        fs.write(file, 5000, &[3; 10_000]).unwrap();
+        let change = Change { modified: Some((5, 6)), ..Change::default() };
+        fs.set_attributes(file, &change).unwrap();
+        fs.sync_data().unwrap();
+        let flushes = |log: &[Event]| log.iter().filter(|e| matches!(e, Event::Flush)).count();
+        let log = disk.log();
+        assert!(matches!(log[..], [.., Event::Flush]), "{kind}: what was written is flushed");
+        assert!(log.len() <= 5 && flushes(&log) == 1, "{kind}: {} changes", log.len());
+        // The times are not forgotten: without a journal they lead to nothing that has to be there first.
+        let most = if kind.contains("^has_journal") || kind.contains("ext2") { 1 } else { 2 };
+        let before = log.len();
+        fs.sync().unwrap();
+        let log = disk.log();
+        assert!(log.len() > before + 1, "{kind}");
+        assert_eq!(flushes(&log[before..]), most, "{kind}");
+        // What leads to bytes is durable with them.
+        let before = log.len();
+        fs.write(file, 99_999, &[4; 2]).unwrap();
+        fs.sync_data().unwrap();
+        assert!(disk.log().len() > before + 2, "{kind}: the file is longer");
+        if kind.contains("ext4") {
+            fs.allocate(file, 200_000, 50_000, Allocation::Reserve, true).unwrap();
+            fs.sync().unwrap();
+            let before = disk.events();
+            fs.write(file, 200_000, &[5; 50_000]).unwrap();
+            fs.sync_data().unwrap();
+            assert!(flushes(&disk.log()[before..]) == 2, "{kind}: was not written before");
+        }
+        fs.close().unwrap();
+        is_clean(&disk.bytes(), kind);
+    }
+}
+
 #[test]
 fn a_power_cut_leaves_what_was_synced_and_a_file_system_that_mends_itself() {
     rounds(12, |dice| {
-        let kind = dice.pick(&["-t ext4 -b 1024", "-t ext4", "-t ext3 -b 1024"]);
-        let start = formatted(&format!("{kind} -J size=4 -N 1024"), "16M");
+        let kinds = ["-t ext4 -b 1024", "-t ext4", "-t ext3 -b 1024"];
+        let without = ["-t ext2 -b 1024", "-t ext4 -O ^has_journal"];
+        let journal = !dice.once_in(4);
+        let kind = if journal { dice.pick(&kinds) } else { dice.pick(&without) };
+        let options = if journal { "-J size=4" } else { "" };
+        let start = formatted(&format!("{kind} {options} -N 1024"), "16M");
         let disk = Arc::new(Disk::new(start.clone()));
         let fs = open(&disk);
         disk.record();
@@ -131,19 +183,35 @@ fn a_power_cut_leaves_what_was_synced_and_a_file_system_that_mends_itself() {
         for _ in 0..80 {
             pair.step(dice);
             let synced = dice.once_in(5);
-            if synced && dice.once_in(2) {
-                fs.sync().unwrap();
-            } else if synced {
-                fs.freeze().unwrap();
-                fs.thaw();
+            match dice.below(3) {
+                _ if !synced => {}
+                0 => fs.sync().unwrap(),
+                1 => fs.sync_data().unwrap(),
+                _ => {
+                    fs.freeze().unwrap();
+                    fs.thaw();
+                }
             }
+            moments.push(Moment { events: disk.events(), view: view(&pair.files), synced });
+            // What it takes most often is bytes over bytes.
+            let synced = synced && dice.once_in(2) && pair.overwrite(dice);
+            if !synced {
+                continue;
+            }
+            fs.sync_data().unwrap();
             moments.push(Moment { events: disk.events(), view: view(&pair.files), synced });
         }
         fs.close().unwrap();
         moments.push(Moment { events: disk.events(), view: view(&pair.files), synced: true });
         let log = disk.log();
         for _ in 0..20 {
-            let events = dice.below(log.len() as u64 + 1) as usize;
+            // Without a journal nothing is promised while something is written.
+            let synced: Vec<usize> =
+                moments.iter().filter(|m| m.synced).map(|m| m.events).collect();
+            let events = match journal {
+                true => dice.below(log.len() as u64 + 1) as usize,
+                false => dice.pick(&synced),
+            };
             let what = format!("{kind}, cut after {events} of {} changes", log.len());
             let bytes = cut(&start, &log, events, dice);
             let theirs = mended(&bytes, &what);

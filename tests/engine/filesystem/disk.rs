@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
 use vdisk::internals::block::{BlockDevice, BlockExtent, BlockStatus};
@@ -26,12 +26,19 @@ struct Inner {
     records: bool,
 }
 
-/// A disk in memory.
-pub struct Disk(Mutex<Inner>);
+type Hook = Box<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// A disk in memory, and what it does at a flush.
+pub struct Disk(Mutex<Inner>, OnceLock<Hook>);
 
 impl Disk {
     pub fn new(bytes: Vec<u8>) -> Disk {
-        Disk(Mutex::new(Inner { bytes, ..Inner::default() }))
+        Disk(Mutex::new(Inner { bytes, ..Inner::default() }), OnceLock::new())
+    }
+
+    /// Does this at each flush from now on.
+    pub fn at_flush(&self, hook: impl Fn() -> Result<()> + Send + Sync + 'static) {
+        assert!(self.1.set(Box::new(hook)).is_ok(), "one hook is enough");
     }
 
     /// Remembers the changes from now on.
@@ -116,7 +123,7 @@ impl BlockDevice for Disk {
 
     fn flush(&self) -> Result<()> {
         self.0.lock().unwrap().note(Event::Flush);
-        Ok(())
+        self.1.get().map_or(Ok(()), |hook| hook())
     }
 
     fn extents(&self, offset: u64, len: u64, _: usize) -> Result<Vec<BlockExtent>> {

@@ -8,8 +8,11 @@ mod hostile;
 mod model;
 mod random;
 
-use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
+use vdisk::Error;
 use vdisk::internals::filesystem::ext4::mounted::{Allocation, Mounted, New, Options, ROOT, Seek};
 
 use crate::dice::{Dice, rounds};
@@ -112,6 +115,53 @@ fn nobody_waits_for_what_can_be_written_before_a_file_system_is_at_rest() {
         fill("after");
         fs.close().unwrap();
         is_clean(&disk.bytes(), kind);
+    }
+}
+
+/// Waits until a thread of this process sleeps.
+fn until_asleep(thread: i32) {
+    let end = Instant::now() + Duration::from_secs(60);
+    let stat = format!("/proc/self/task/{thread}/stat");
+    let asleep = || {
+        let line = std::fs::read_to_string(&stat).unwrap();
+        line.rsplit(") ").next().is_some_and(|rest| rest.starts_with('S'))
+    };
+    while !asleep() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn who_waited_for_a_commit_that_failed_is_told() {
+    for sync in [Mounted::sync, Mounted::sync_data] {
+        let disk = Arc::new(Disk::new(formatted("-t ext4", "16M")));
+        let fs = open(&disk);
+        fs.sync().unwrap();
+        let new = New { mode: 0x8000 | 0o644, ..New::default() };
+        fs.create(ROOT, b"file", &new).unwrap();
+        let (entered, begun) = channel();
+        let (fail, failing) = channel::<()>();
+        // A host says once that something could not be written.
+        let once = Mutex::new(Some((entered, failing)));
+        disk.at_flush(move || {
+            let Some((entered, failing)) = once.lock().unwrap().take() else { return Ok(()) };
+            entered.send(()).unwrap();
+            assert!(failing.recv().is_err());
+            Err(Error::invalid("not written"))
+        });
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| fs.sync());
+            begun.recv().unwrap();
+            let ((tell, told), fs) = (channel(), &fs);
+            let second = scope.spawn(move || {
+                tell.send(rustix::thread::gettid().as_raw_pid()).unwrap();
+                sync(fs)
+            });
+            until_asleep(told.recv().unwrap());
+            drop(fail);
+            assert!(first.join().unwrap().is_err());
+            assert!(second.join().unwrap().is_err(), "what it asked for is not durable");
+        });
     }
 }
 

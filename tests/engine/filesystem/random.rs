@@ -256,6 +256,21 @@ impl Pair<'_> {
         bytes[start..end].copy_from_slice(&data);
     }
 
+    /// Writes over what a file holds; returns whether there was something.
+    pub fn overwrite(&mut self, dice: &mut Dice) -> bool {
+        let Some(file) = self.regular(dice) else { return false };
+        let long = self.files[file].bytes.len() as u64;
+        if long == 0 {
+            return false;
+        }
+        let offset = dice.below(long);
+        let len = dice.below((long - offset).min(9000)) as usize + 1;
+        let data = vec![dice.below(255) as u8 + 1; len];
+        assert_eq!(self.fs.write(self.inodes[file], offset, &data).unwrap(), len);
+        self.files[file].bytes[offset as usize..][..len].copy_from_slice(&data);
+        true
+    }
+
     fn truncate(&mut self, dice: &mut Dice) {
         let Some(file) = self.regular(dice) else { return };
         let size = match dice.below(4) {

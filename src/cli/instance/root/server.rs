@@ -145,7 +145,6 @@ impl Serving<'_> {
         leave_user()?;
         jail::close(jail)?;
         let overlay = ready.lay()?;
-        drop(ready);
         // What UPPER's file system cannot keep is refused when somebody wants it.
         let notes = self.ids == Ids::One && overlay.note_owners().is_ok();
         let give = notes.then(|| {

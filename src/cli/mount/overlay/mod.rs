@@ -397,7 +397,6 @@ pub fn serve(args: &Args) -> Result<u8> {
     jail.reach(&place::directory()?, Reach::Sockets);
     jail::close(jail)?;
     let overlay = ready.lay()?;
-    drop(ready);
     let (number, connection) = outside.mount_files(read_only)?;
     let keeping = Keeping { ttl: FOREVER, writeback: false };
     let failed = |e| Error::io("cannot serve over FUSE", e).at_path(&args.dir);

@@ -1,6 +1,7 @@
-//! An overlay between its opening and its mount: disks are opened outside the jail, and what layers hold is read
-//! within.
+//! An overlay between its opening and its mount: disks and directories are opened outside the jail, and what they
+//! hold is read within.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,36 +9,51 @@ use vdisk::chain::Chain;
 use vdisk::filesystem;
 use vdisk::jail::{Jail, Reach, Work};
 use vdisk::mount::layer::DiskLayer;
+use vdisk::mount::table;
 use vdisk::{Error, Result};
 use vdisk_fuse::host::HostLayer;
 use vdisk_fuse::layer::Layer;
-use vdisk_fuse::overlay::{Layers, Overlay};
+use vdisk_fuse::overlay::{Layers, Overlay, UpperDirs};
 
 use super::Wanted;
 use crate::cli::open::jail;
 
-/// An overlay whose disks are open, and nothing of its layers is read.
+/// An overlay whose disks and directories are open, and nothing of its layers is read.
 pub struct Ready {
     wanted: Wanted,
     below: Vec<Below>,
+    upper: Option<UpperDirs>,
 }
 
 /// A lower layer.
 enum Below {
-    Directory(PathBuf),
+    Directory(PathBuf, Arc<HostLayer>),
     /// The files in a disk.
     Disk(PathBuf, Arc<Chain>),
 }
 
 impl Ready {
-    /// Opens its disks.
+    /// Opens its disks and directories.
     pub fn open(wanted: Wanted) -> Result<Ready> {
-        let below = wanted.lowers.iter().map(|lower| match lower.is_dir() {
-            true => Ok(Below::Directory(lower.clone())),
-            false => Ok(Below::Disk(lower.clone(), wanted.of_disk.disk(lower)?)),
+        // Of the others what is mounted in them is shown, too.
+        let plain = table::without_mounts(&wanted.lowers);
+        let below = wanted.lowers.iter().map(|lower| {
+            if !lower.is_dir() {
+                return Ok(Below::Disk(lower.clone(), wanted.of_disk.disk(lower)?));
+            }
+            let layer = match plain.contains(&lower.as_path()) {
+                true => HostLayer::open_detached(lower),
+                false => HostLayer::open(lower),
+            };
+            let layer = layer
+                .map_err(|e| Error::io("cannot use this lower directory", e).at_path(lower))?;
+            Ok(Below::Directory(lower.clone(), Arc::new(layer)))
         });
         let below = below.collect::<Result<_>>()?;
-        Ok(Ready { wanted, below })
+        let upper = wanted.upper.as_deref().zip(wanted.work.as_deref());
+        let upper = upper.map(|(upper, work)| UpperDirs::open(upper, work));
+        let upper = upper.transpose().map_err(|e| unlaid(&wanted, e))?;
+        Ok(Ready { wanted, below, upper })
     }
 
     /// A jail in which it reads its lower layers, and has all of its upper one.
@@ -45,7 +61,7 @@ impl Ready {
         let mut jail = Jail::new(Work::Overlay);
         for below in &self.below {
             match below {
-                Below::Directory(lower) => jail.reach(lower, Reach::Lend),
+                Below::Directory(lower, _) => jail.reach(lower, Reach::Lend),
                 Below::Disk(_, disk) => jail::disk(&mut jail, disk, false)?,
             }
         }
@@ -62,22 +78,18 @@ impl Ready {
     }
 
     /// Lays it: what its layers hold is read.
-    pub fn lay(&self) -> Result<Arc<Overlay>> {
-        let Ready { wanted, below } = self;
+    pub fn lay(self) -> Result<Arc<Overlay>> {
+        let Ready { wanted, below, upper } = self;
         // No device of the host's has such a number.
-        let lowers = (1 << 63..).zip(below).map(|(number, below)| below.layer(wanted, number));
+        let lowers = (1 << 63..).zip(&below).map(|(number, below)| below.layer(&wanted, number));
         let lowers = lowers.collect::<Result<Vec<_>>>()?;
         let user_xattrs = wanted.has("userxattr").then_some(true);
-        let layers =
-            Layers { lowers, upper: wanted.upper.clone().zip(wanted.work.clone()), user_xattrs };
+        let layers = Layers { lowers, upper, user_xattrs };
         // Half of what may be open is for files.
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let half = usize::try_from(limit.unwrap_or(u64::MAX) / 2).unwrap_or(usize::MAX);
         let descriptors = half.min(8192);
-        let overlay = Overlay::new(layers, descriptors).map_err(|e| {
-            let upper = wanted.upper.as_deref().unwrap_or(Path::new("."));
-            Error::io("cannot lay this overlay", e).at_path(upper)
-        })?;
+        let overlay = Overlay::new(layers, descriptors).map_err(|e| unlaid(&wanted, e))?;
         if wanted.has("volatile") || wanted.has("nofsync") {
             overlay.set_volatile();
         }
@@ -85,15 +97,16 @@ impl Ready {
     }
 }
 
+fn unlaid(wanted: &Wanted, why: io::Error) -> Error {
+    let upper = wanted.upper.as_deref().unwrap_or(Path::new("."));
+    Error::io("cannot lay this overlay", why).at_path(upper)
+}
+
 impl Below {
     /// Its files, for reading. `device` tells those of a disk from other layers'.
     fn layer(&self, wanted: &Wanted, device: u64) -> Result<Arc<dyn Layer>> {
         match self {
-            Below::Directory(lower) => {
-                let layer = HostLayer::open(lower)
-                    .map_err(|e| Error::io("cannot use this lower directory", e).at_path(lower))?;
-                Ok(Arc::new(layer))
-            }
+            Below::Directory(_, layer) => Ok(layer.clone()),
             Below::Disk(path, disk) => {
                 let fs = filesystem::open(disk.clone(), wanted.of_disk.partition, true);
                 let fs = fs.map_err(|e| e.at_path(path))?;

@@ -257,6 +257,19 @@ impl Inode {
     }
 }
 
+/// Whether two states of an inode differ in nothing but when it was read and changed, and in the checksum.
+fn differ_in_times(old: &[u8], new: &[u8]) -> bool {
+    // What is not in use of the second half holds attributes.
+    let further = new.len() > 128 && le16(new, 0x80) >= 16;
+    let skipped = |at: usize| match at {
+        0x8..0x14 | 0x7c..0x7e => true,
+        0x82..0x90 => further,
+        _ => false,
+    };
+    old.len() == new.len()
+        && old.iter().zip(new).enumerate().all(|(at, (old, new))| old == new || skipped(at))
+}
+
 impl Tx<'_> {
     /// The inode of that number, whatever it is.
     pub fn inode(&mut self, number: u32) -> Result<Inode> {
@@ -315,7 +328,16 @@ impl Tx<'_> {
             self.seal_inode(inode);
         }
         let (block, at) = self.inode_place(inode.number)?;
-        put(self.edit(block)?, at, &inode.raw);
+        let bytes = self.read(block)?;
+        let old = bytes.get(at..at + inode.raw.len()).unwrap_or_default();
+        let only_times = differ_in_times(old, &inode.raw);
+        // Not to be copied.
+        drop(bytes);
+        let bytes = match only_times {
+            true => self.st.blocks.edit_times(&self.fs.part, block)?,
+            false => self.edit(block)?,
+        };
+        put(bytes, at, &inode.raw);
         Ok(())
     }
 

@@ -43,6 +43,8 @@ pub struct Batch {
     pub blocks: Vec<(u64, Block)>,
     /// Blocks of metadata that are none any more.
     pub gone: HashSet<u64>,
+    /// Whether more than the times of files has changed.
+    pub beyond_times: bool,
 }
 
 /// The blocks in memory.
@@ -56,6 +58,8 @@ pub struct Blocks {
     clean: usize,
     dirty: HashSet<u64, RandomState>,
     gone: HashSet<u64>,
+    /// Whether more than the times of files has changed since the last commit.
+    beyond_times: bool,
     /// What blocks were before the operation that is under way.
     before: Map<Option<Entry>>,
     gone_before: Vec<u64>,
@@ -88,6 +92,12 @@ impl Blocks {
 
     /// A block to change in place.
     pub fn edit(&mut self, part: &Part, number: u64) -> Result<&mut Vec<u8>> {
+        self.beyond_times = true;
+        self.edit_times(part, number)
+    }
+
+    /// The same where nothing but the times of a file are changed.
+    pub fn edit_times(&mut self, part: &Part, number: u64) -> Result<&mut Vec<u8>> {
         if !self.map.contains_key(&number) {
             self.read(part, number)?;
         }
@@ -108,6 +118,7 @@ impl Blocks {
         if number >= self.count {
             return Err(Error::corrupt(format!("ext4: block {number} is not in the file system")));
         }
+        self.beyond_times = true;
         let old = self.map.remove(&number);
         if old.as_ref().is_some_and(|entry| entry.state == State::Clean) {
             self.clean = self.clean.saturating_sub(self.size);
@@ -122,6 +133,7 @@ impl Blocks {
 
     /// Says that a block of metadata is none any more.
     pub fn forget(&mut self, number: u64) {
+        self.beyond_times = true;
         let old = self.map.remove(&number);
         if old.as_ref().is_some_and(|entry| entry.state == State::Clean) {
             self.clean = self.clean.saturating_sub(self.size);
@@ -170,6 +182,11 @@ impl Blocks {
         !self.dirty.is_empty() || !self.gone.is_empty()
     }
 
+    /// Whether more than the times of files was changed since the last commit, or tried to.
+    pub fn beyond_times(&self) -> bool {
+        self.beyond_times
+    }
+
     /// Everything changed since the last commit. It counts as logged from now on.
     pub fn take(&mut self) -> Batch {
         let mut blocks = Vec::with_capacity(self.dirty.len());
@@ -180,7 +197,8 @@ impl Blocks {
             }
         }
         blocks.sort_unstable_by_key(|(number, _)| *number);
-        Batch { blocks, gone: std::mem::take(&mut self.gone) }
+        let beyond_times = std::mem::take(&mut self.beyond_times);
+        Batch { blocks, gone: std::mem::take(&mut self.gone), beyond_times }
     }
 
     /// Blocks are at their places now.

@@ -117,8 +117,9 @@ impl Mounted {
         if self.read_only {
             return Ok(());
         }
-        self.writable()?;
+        // Whoever waited here may have waited for a commit that failed.
         let mut log = self.log();
+        self.writable()?;
         self.say_in_use(log.is_some())?;
         let batch = loop {
             let gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
@@ -141,8 +142,26 @@ impl Mounted {
         Ok(())
     }
 
+    /// Makes durable what files hold, and what it takes to read that: when they were changed may be lost.
+    pub fn sync_data(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        // What a commit under way holds is durable when it has ended, unless it failed; no other begins
+        // before it is known whether one is needed.
+        let log = self.log();
+        self.writable()?;
+        let beyond_times = self.state().blocks.beyond_times();
+        drop(log);
+        match beyond_times {
+            true => self.sync(),
+            false => self.fail(self.part.flush()),
+        }
+    }
+
     /// Everything changed, for a commit. Says on the disk first that the file system is in use.
     fn take(&self, state: &mut State, journal: bool) -> Result<Batch> {
+        let beyond_times = state.blocks.beyond_times();
         let mut tx = Tx { fs: self, st: state, now: (0, 0) };
         tx.seal(true, journal)?;
         if !state.in_use {
@@ -151,7 +170,7 @@ impl Mounted {
         }
         state.blocks.keep();
         state.freeing = std::mem::take(&mut state.freed);
-        Ok(state.blocks.take())
+        Ok(Batch { beyond_times, ..state.blocks.take() })
     }
 
     /// Says on the disk that the file system is in use where something was changed since it came to rest,
@@ -194,7 +213,10 @@ impl Mounted {
         match log {
             Some(log) => log.commit(&self.part, batch),
             None => {
-                self.part.flush()?;
+                // What the metadata lead to is there before them. Times lead to nothing.
+                if batch.beyond_times {
+                    self.part.flush()?;
+                }
                 write_in_place(&self.part, &batch.blocks)?;
                 self.part.flush()?;
                 self.state().blocks.settled(batch.blocks.iter().map(|(number, _)| *number));
@@ -217,6 +239,7 @@ impl Mounted {
         }
         self.come_near_rest()?;
         let mut log = self.log();
+        self.writable()?;
         let gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state();
         self.fail(self.come_to_rest(&mut state, log.as_mut()))?;
@@ -231,6 +254,7 @@ impl Mounted {
         for _ in 0..ROUNDS {
             self.sync()?;
             let mut log = self.log();
+            self.writable()?;
             if let Some(log) = log.as_mut().filter(|log| !log.is_empty()) {
                 self.fail(self.settle(log))?;
             }
@@ -289,6 +313,7 @@ impl Mounted {
         }
         self.come_near_rest()?;
         let mut log = self.log();
+        self.writable()?;
         let since = Instant::now();
         let gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state();
