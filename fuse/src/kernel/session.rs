@@ -223,13 +223,13 @@ fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>)
             match dispatch.answer(&head, body, &mut out, &mut pipe) {
                 Answer::Reply => {
                     let answer = out.whole();
-                    near.hand_over(head.caller.pid, answer.len(), || {
+                    near.hand_over(answer.len(), || {
                         // Whoever asked may be gone; then what he was given is the kernel's to give back.
                         let _ = writev(device.as_fd(), &[IoSlice::new(answer)]);
                     });
                 }
                 Answer::Piped(len) => {
-                    near.hand_over(head.caller.pid, len, || pipe.send(device.as_fd(), len));
+                    near.hand_over(len, || pipe.send(device.as_fd(), len));
                 }
                 Answer::Nothing => {}
             }
