@@ -200,7 +200,7 @@ fn a_file_that_lost_its_last_name_gets_no_other() {
 }
 
 #[test]
-fn the_superusers_overlay_reads_ahead_as_far_as_one_request_reaches() {
+fn the_superusers_overlay_reads_ahead_further_than_the_kernel_would() {
     if !have(Need::Fuse) || !have(Need::Root) {
         return;
     }
