@@ -4,6 +4,7 @@
 //! is held up, by a disk or a large copy, or where all that wait are busy for a while. Knows no
 //! request.
 
+use std::cell::OnceCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -111,15 +112,23 @@ impl Crew {
         while !self.ended.load(Ordering::Acquire) {
             self.pause();
             let (mut held_up, mut working, mut changed) = (0, 0, false);
+            let waits = OnceCell::new();
+            let waiting = || *waits.get_or_init(waiting);
             for (member, seen) in self.members.iter().zip(&mut seen) {
                 let now = member.at.load(Ordering::SeqCst);
                 let works = !now.is_multiple_of(2);
-                // One that lets a program go first is done, unless somebody waits for it.
-                let stuck = works && now == *seen && (!member.place.yields() || waiting());
-                if stuck {
-                    member.place.recall();
+                let place = &member.place;
+                let kept = now == *seen
+                    && match (works, place.follows()) {
+                        (true, _) if !place.hands_over() => true,
+                        (false, false) => false,
+                        // It may only let a program go first, which is well unless somebody waits for it.
+                        _ => waiting(),
+                    };
+                if kept {
+                    place.recall();
                 }
-                held_up += usize::from(stuck);
+                held_up += usize::from(kept && works);
                 working += usize::from(works && now != *seen);
                 changed |= now != *seen;
                 *seen = now;
@@ -160,7 +169,7 @@ impl Crew {
     /// Waits until somebody has begun to work since what was `seen`.
     fn doze(&self, seen: &[u64]) {
         // Whom nobody looks after must not wait for everybody.
-        self.members.iter().filter(|member| member.place.yields()).for_each(|m| m.place.recall());
+        self.members.iter().filter(|member| member.place.follows()).for_each(|m| m.place.rest());
         let mut gate = self.lock();
         self.dozing.store(true, Ordering::SeqCst);
         while self.dozing.load(Ordering::SeqCst)
@@ -244,6 +253,24 @@ mod tests {
             assert_eq!(all, [0, 1, 2]);
             crew.end();
         });
+    }
+
+    #[test]
+    fn who_lets_a_program_go_first_is_called_back_where_somebody_waits_and_rests_where_nobody_looks()
+     {
+        for waits in [false, true] {
+            let crew = Crew::new(1);
+            let place = crew.place(0).unwrap();
+            place.follow_here();
+            std::thread::scope(|scope| {
+                scope.spawn(|| crew.look_after(&|| waits));
+                while place.follows() {
+                    std::thread::sleep(TICK);
+                }
+                crew.end();
+            });
+            assert_eq!(place.is_recalled(), waits);
+        }
     }
 
     #[test]

@@ -4,11 +4,12 @@
 //!
 //! To be there is not enough: the scheduler puts who is woken on a processor that is idle, and that of
 //! whoever wakes him is not, unless all that runs there lets everybody else go first (`SCHED_IDLE`). So
-//! the thread does, for as long as it hands over an answer: the program goes on in its place, and once
-//! that waits again the thread finds the next request without having slept.
+//! the thread does, for as long as it follows a program: that goes on in its place once it has its answer,
+//! and when it waits again the thread finds the next request without having slept.
 //!
 //! Who lets everybody go first may be kept waiting by anybody. The [crew](super::crew) sees to it that no
-//! request waits for one that is, see [`Place::recall`]. Knows no request.
+//! request waits for one that is, see [`Place::recall`], and that nobody follows while it does not look, see
+//! [`Place::rest`]. Knows no request.
 
 use std::os::fd::BorrowedFd;
 use std::sync::OnceLock;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_setaffinity};
 
 use crate::sys;
@@ -39,28 +41,52 @@ const SHIEST: Duration = Duration::from_secs(1);
 pub(crate) struct Place {
     /// The thread, and where it may be; nothing where it never follows anybody.
     thread: OnceLock<(Pid, CpuSet)>,
-    /// Whether it is bound to the processor of a program.
+    /// Whether it is bound to the processor of a program, and lets everybody go first.
     follows: AtomicBool,
-    /// Whether it lets everybody go first at this moment.
-    yields: AtomicBool,
+    /// Whether it hands over an answer: then all that is left to do is to come back.
+    hands_over: AtomicBool,
     recalled: AtomicBool,
 }
 
 impl Place {
-    /// Whether it lets everybody go first at this moment.
-    pub(crate) fn yields(&self) -> bool {
-        self.yields.load(Ordering::SeqCst)
+    /// Whether it lets everybody go first, so that it may be kept waiting.
+    pub(crate) fn follows(&self) -> bool {
+        self.follows.load(Ordering::SeqCst)
     }
 
-    /// Lets the thread run where and as any other does. For a moment it may still be about to let
-    /// everybody go first: who finds that it has not moved calls again.
+    /// Whether it hands over an answer to a program that it follows.
+    pub(crate) fn hands_over(&self) -> bool {
+        self.hands_over.load(Ordering::SeqCst)
+    }
+
+    /// Lets a thread that is kept waiting run where and as any other does, and follow nobody for a while.
     pub(crate) fn recall(&self) {
-        let Some((thread, free)) = self.thread.get() else { return };
-        if self.follows.load(Ordering::SeqCst) {
+        if self.follows() {
             self.recalled.store(true, Ordering::SeqCst);
-            let _ = sys::yield_always(Some(*thread), false);
-            let _ = sched_setaffinity(Some(*thread), free);
         }
+        self.rest();
+    }
+
+    /// Lets the thread run where and as any other does. One that was just about to follow undoes that; until
+    /// it can, who finds that it has not moved calls again.
+    pub(crate) fn rest(&self) {
+        let Some((thread, free)) = self.thread.get() else { return };
+        self.follows.store(false, Ordering::SeqCst);
+        let _ = sys::yield_always(Some(*thread), false);
+        let _ = sched_setaffinity(Some(*thread), free);
+    }
+}
+
+#[cfg(test)]
+impl Place {
+    /// As if this thread followed a program.
+    pub(crate) fn follow_here(&self) {
+        self.thread.set((gettid(), sched_getaffinity(None).unwrap())).unwrap();
+        self.follows.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_recalled(&self) -> bool {
+        self.recalled.load(Ordering::SeqCst)
     }
 }
 
@@ -84,9 +110,20 @@ pub(crate) fn allowed() -> bool {
     trial.is_ok_and(|trial| trial.join().unwrap_or(false))
 }
 
+/// Who has made a request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asker {
+    /// The thread that waits for the answer; 0 where none does.
+    pub(crate) thread: u32,
+    /// Whether it can be looked at now.
+    pub(crate) shown: bool,
+}
+
 /// What one thread has learnt.
 pub(crate) struct Near<'a> {
     place: &'a Place,
+    /// What it reads its requests from: as long as it follows, without waiting for one.
+    device: BorrowedFd<'a>,
     /// Where it may be; `None` where it follows nobody.
     free: Option<CpuSet>,
     /// Whose processor it is on.
@@ -108,7 +145,7 @@ pub(crate) struct Near<'a> {
 
 impl<'a> Near<'a> {
     /// Of this thread.
-    pub(crate) fn new(place: &'a Place, allowed: bool) -> Near<'a> {
+    pub(crate) fn new(place: &'a Place, device: BorrowedFd<'a>, allowed: bool) -> Near<'a> {
         let free = if allowed { sched_getaffinity(None).ok() } else { None };
         let free = free.filter(|free| free.count() > 1);
         if let Some(free) = free {
@@ -116,6 +153,7 @@ impl<'a> Near<'a> {
         }
         Near {
             place,
+            device,
             free,
             at: None,
             caller: 0,
@@ -130,36 +168,43 @@ impl<'a> Near<'a> {
         }
     }
 
-    /// Whether it is where the program is; to be asked before the next request is waited for.
-    pub(crate) fn settled(&mut self, device: BorrowedFd<'_>) -> bool {
-        if self.at.is_some() && !ready(device) {
-            // As long as this thread runs the program does not, or is on another processor.
-            self.strayed = true;
-        }
+    /// Whether it is where the program is.
+    pub(crate) fn settled(&self) -> bool {
         self.at.is_some()
     }
 
-    /// A thread, 0 where none waits that can be looked at, has made a request of `len` bytes.
-    pub(crate) fn came(&mut self, caller: u32, len: usize) {
-        if self.free.is_none() || caller == 0 {
-            return;
+    /// Waits for a request, where none was there.
+    pub(crate) fn wait(&mut self) {
+        // As long as this thread runs the program does not, or is on another processor.
+        self.strayed = true;
+        let mut asked = [PollFd::from_borrowed_fd(self.device, PollFlags::IN)];
+        // An error is for the read to find.
+        let _ = poll(&mut asked, None);
+    }
+
+    /// Somebody has made a request of `len` bytes.
+    pub(crate) fn came(&mut self, asker: Asker, len: usize) {
+        if self.at.is_some() && !self.place.follows() {
+            self.leave();
         }
         if self.place.recalled.swap(false, Ordering::SeqCst) {
-            self.leave();
             self.shy = (self.shy * 2).clamp(SHY, SHIEST);
             (self.again, self.well) = (Some(Instant::now() + self.shy), 0);
+        }
+        if self.free.is_none() || asker.thread == 0 {
+            return;
         }
         if len > LARGE {
             self.row = 0;
             self.speak_against();
-        } else if caller == self.caller {
+        } else if asker.thread == self.caller {
             self.row = self.row.saturating_add(1);
         } else {
-            (self.caller, self.row) = (caller, 1);
+            (self.caller, self.row) = (asker.thread, 1);
             self.speak_against();
         }
         self.wait = self.wait.saturating_sub(1);
-        let due = self.at.is_none() || self.strayed && self.wait == 0;
+        let due = asker.shown && (self.at.is_none() || self.strayed && self.wait == 0);
         if self.row >= ROW && due && self.again.is_none_or(|again| Instant::now() >= again) {
             self.follow();
         }
@@ -186,18 +231,22 @@ impl<'a> Near<'a> {
         let mut set = CpuSet::new();
         set.set(cpu);
         self.place.follows.store(true, Ordering::SeqCst);
-        match sched_setaffinity(None, &set) {
-            Ok(()) => (self.at, self.wait, self.waited) = (Some(cpu), 0, 0),
-            Err(_) => self.leave(),
+        let last = || sys::yield_always(None, true).is_ok();
+        let at_once = || fcntl_setfl(self.device, OFlags::NONBLOCK).is_ok();
+        let there =
+            sched_setaffinity(None, &set).is_ok() && (self.at.is_some() || last() && at_once());
+        (self.at, self.wait, self.waited) = (Some(cpu), 0, 0);
+        if !there || !self.place.follows() {
+            self.leave();
         }
     }
 
     /// Is anywhere again.
-    fn leave(&mut self) {
-        if let Some(free) = &self.free {
-            let _ = sched_setaffinity(None, free);
+    pub(crate) fn leave(&mut self) {
+        if self.at.is_some() {
+            self.place.rest();
+            let _ = fcntl_setfl(self.device, OFlags::empty());
         }
-        self.place.follows.store(false, Ordering::SeqCst);
         (self.at, self.row, self.strayed) = (None, 0, false);
     }
 
@@ -213,11 +262,9 @@ impl<'a> Near<'a> {
         if self.at.is_none() {
             return write();
         }
-        self.place.yields.store(true, Ordering::SeqCst);
-        let _ = sys::yield_always(None, true);
+        self.place.hands_over.store(true, Ordering::SeqCst);
         write();
-        let _ = sys::yield_always(None, false);
-        self.place.yields.store(false, Ordering::SeqCst);
+        self.place.hands_over.store(false, Ordering::SeqCst);
         self.well = self.well.saturating_add(1);
         if self.well >= WELL {
             self.shy = Duration::ZERO;
@@ -239,10 +286,17 @@ fn processor(thread: u32) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
     use super::*;
 
     fn own() -> u32 {
         gettid().as_raw_nonzero().get().cast_unsigned()
+    }
+
+    fn by(thread: u32) -> Asker {
+        Asker { thread, shown: true }
     }
 
     fn can_follow() -> bool {
@@ -281,31 +335,34 @@ mod tests {
             return;
         }
         let (place, all) = (Place::default(), may_be());
-        let mut near = Near::new(&place, true);
+        let (device, _asker) = std::io::pipe().unwrap();
+        let mut near = Near::new(&place, device.as_fd(), true);
         for _ in 1..ROW {
-            near.came(own(), 64);
+            near.came(by(own()), 64);
             assert_eq!(may_be(), all);
         }
-        near.came(own(), 64);
+        near.came(Asker { thread: own(), shown: false }, 64);
+        assert_eq!(may_be(), all, "who cannot be looked at is not");
+        near.came(by(own()), 64);
         assert_eq!(may_be(), 1);
         let mut yields = false;
-        near.hand_over(16, || yields = place.yields());
-        assert!(yields && !place.yields());
+        near.hand_over(16, || yields = place.hands_over());
+        assert!(yields && place.follows() && !place.hands_over());
         near.hand_over(LARGE + 1, || ());
-        near.came(0, 64);
+        near.came(by(0), 64);
         assert_eq!(may_be(), 1, "one large answer, and one that nobody waits for, change nothing");
         for other in 0..AGAINST {
-            near.came(u32::MAX - other, 64);
+            near.came(by(u32::MAX - other), 64);
         }
         assert_eq!(may_be(), all);
-        (0..ROW).for_each(|_| near.came(own(), 64));
+        (0..ROW).for_each(|_| near.came(by(own()), 64));
         assert_eq!(may_be(), 1);
-        (0..AGAINST).for_each(|_| near.came(own(), LARGE + 1));
+        (0..AGAINST).for_each(|_| near.came(by(own()), LARGE + 1));
         assert_eq!(may_be(), all, "much to copy is copied elsewhere");
-        (0..ROW).for_each(|_| near.came(own(), 64));
+        (0..ROW).for_each(|_| near.came(by(own()), 64));
         assert_eq!(may_be(), 1);
         for _ in 0..AGAINST {
-            near.came(own(), 64);
+            near.came(by(own()), 64);
             near.hand_over(LARGE + 1, || ());
         }
         assert_eq!(may_be(), all, "also where it is in the answers");
@@ -317,29 +374,59 @@ mod tests {
             return;
         }
         let (place, all) = (Place::default(), may_be());
-        let mut near = Near::new(&place, true);
-        (0..ROW).for_each(|_| near.came(own(), 64));
+        let (device, _asker) = std::io::pipe().unwrap();
+        let mut near = Near::new(&place, device.as_fd(), true);
+        (0..ROW).for_each(|_| near.came(by(own()), 64));
         assert_eq!(may_be(), 1);
         place.recall();
         assert_eq!(may_be(), all);
         // Longer than this test takes.
         near.shy = Duration::from_secs(3600);
-        (0..ROW * 2).for_each(|_| near.came(own(), 64));
+        (0..ROW * 2).for_each(|_| near.came(by(own()), 64));
         assert!(near.again.is_some());
         near.again = None;
-        (0..ROW).for_each(|_| near.came(own(), 64));
+        (0..ROW).for_each(|_| near.came(by(own()), 64));
         assert_eq!(may_be(), 1);
+    }
+
+    #[test]
+    fn who_follows_goes_last_and_waits_for_no_request_until_it_is_to_rest() {
+        if !can_follow() {
+            return;
+        }
+        let (place, all) = (Place::default(), may_be());
+        let (device, mut asker) = std::io::pipe().unwrap();
+        let mut near = Near::new(&place, device.as_fd(), true);
+        (0..ROW).for_each(|_| near.came(by(own()), 64));
+        assert!(near.settled() && place.follows() && !sys::runs_as_others());
+        let read = || rustix::io::read(device.as_fd(), &mut [0; 1]);
+        assert_eq!(read(), Err(rustix::io::Errno::AGAIN));
+        asker.write_all(b"x").unwrap();
+        near.wait();
+        assert_eq!(read(), Ok(1));
+        place.rest();
+        assert!(sys::runs_as_others() && !place.follows());
+        assert_eq!(may_be(), all);
+        near.came(by(own()), 64);
+        assert!(!near.settled() && !ready(device.as_fd()));
+        (1..ROW).for_each(|_| near.came(by(own()), 64));
+        assert!(near.settled(), "who rested is not to be shy");
+        near.leave();
+        assert!(sys::runs_as_others() && !near.settled());
+        // As long as nobody asks, it sleeps.
+        assert!(!rustix::fs::fcntl_getfl(device.as_fd()).unwrap().contains(OFlags::NONBLOCK));
     }
 
     #[test]
     fn who_may_not_come_back_stays_as_it_is() {
         let (place, all) = (Place::default(), may_be());
-        let mut near = Near::new(&place, false);
-        (0..ROW * 2).for_each(|_| near.came(own(), 64));
+        let (device, _asker) = std::io::pipe().unwrap();
+        let mut near = Near::new(&place, device.as_fd(), false);
+        (0..ROW * 2).for_each(|_| near.came(by(own()), 64));
         place.recall();
         assert_eq!(may_be(), all);
         let mut yields = true;
-        near.hand_over(16, || yields = place.yields());
+        near.hand_over(16, || yields = place.hands_over());
         assert!(!yields);
     }
 }

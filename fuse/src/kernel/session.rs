@@ -14,7 +14,7 @@ use crate::kernel::crew::Crew;
 use crate::kernel::device::Device;
 use crate::kernel::dispatch::{Answer, Dispatch, MAX_REQUEST, REPLY_ROOM};
 use crate::kernel::linger::{Linger, Lookout};
-use crate::kernel::near::{self, Near};
+use crate::kernel::near::{self, Asker, Near};
 use crate::kernel::pipe::Pipe;
 use crate::kernel::wire::{self, Header, Reader, Reply, init, op};
 
@@ -81,7 +81,7 @@ fn panicked() -> io::Error {
 fn greet(device: &Device, keeping: Keeping) -> io::Result<bool> {
     let mut request = vec![0; MAX_REQUEST + REQUEST_HEAD];
     loop {
-        let len = receive(device, &mut request)?
+        let len = receive(device, &mut request, || ())?
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
         let (head, mut body) = Reader::request(request.get(..len).unwrap_or_default())?;
         let (major, minor) = (body.u32()?, body.u32()?);
@@ -141,13 +141,19 @@ fn wanted(keeping: Keeping) -> u64 {
         | init::DIRECT_IO_ALLOW_MMAP
 }
 
-/// The next request; `None` when the mount is gone.
-fn receive(device: &Device, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+/// The next request; `None` when the mount is gone. `wait` is called where there is none yet and the device is
+/// not waited for.
+fn receive(
+    device: &Device,
+    buffer: &mut [u8],
+    mut wait: impl FnMut(),
+) -> io::Result<Option<usize>> {
     loop {
         match read(device.as_fd(), &mut *buffer) {
             Ok(len) => return Ok(Some(len)),
+            Err(Errno::AGAIN) => wait(),
             // The request was interrupted before anybody took it.
-            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => {}
+            Err(Errno::NOENT | Errno::INTR) => {}
             // The same of a request that the unmount finds just taken from the queue.
             Err(Errno::NODEV | Errno::CONNABORTED) => return Ok(None),
             Err(error) => return Err(error.into()),
@@ -165,37 +171,38 @@ struct Post<'a> {
     near: bool,
 }
 
-/// The thread that made a request, where it runs a program; else 0. One that is just becoming another program
-/// (execve(2)) cannot be looked at until it is, and what it asks for meanwhile has to be answered first: it closes
-/// files, whose last times are told then, and asks whose the program is.
-fn runs(head: &Header) -> u32 {
-    match head.opcode {
+/// Who made a request. A thread that is just becoming another program (execve(2)) cannot be looked at until it
+/// is, and what it asks for meanwhile has to be answered first: it closes files, whose last times are told then,
+/// and asks whose the program is.
+fn asker(head: &Header) -> Asker {
+    let shown = matches!(
+        head.opcode,
         op::LOOKUP
-        | op::READLINK
-        | op::SYMLINK
-        | op::MKNOD
-        | op::MKDIR
-        | op::UNLINK
-        | op::RMDIR
-        | op::RENAME
-        | op::RENAME2
-        | op::LINK
-        | op::OPEN
-        | op::CREATE
-        | op::TMPFILE
-        | op::READ
-        | op::WRITE
-        | op::READDIR
-        | op::READDIRPLUS
-        | op::FSYNC
-        | op::FSYNCDIR
-        | op::SETXATTR
-        | op::REMOVEXATTR
-        | op::FALLOCATE
-        | op::LSEEK
-        | op::COPY_FILE_RANGE => head.caller.pid,
-        _ => 0,
-    }
+            | op::READLINK
+            | op::SYMLINK
+            | op::MKNOD
+            | op::MKDIR
+            | op::UNLINK
+            | op::RMDIR
+            | op::RENAME
+            | op::RENAME2
+            | op::LINK
+            | op::OPEN
+            | op::CREATE
+            | op::TMPFILE
+            | op::READ
+            | op::WRITE
+            | op::READDIR
+            | op::READDIRPLUS
+            | op::FSYNC
+            | op::FSYNCDIR
+            | op::SETXATTR
+            | op::REMOVEXATTR
+            | op::FALLOCATE
+            | op::LSEEK
+            | op::COPY_FILE_RANGE
+    );
+    Asker { thread: head.caller.pid, shown }
 }
 
 /// Answers requests until the mount is gone.
@@ -205,20 +212,22 @@ fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>)
     let (mut request, mut buffer) = (Vec::new(), Vec::new());
     let (mut linger, mut pipe) = (Linger::default(), Pipe::default());
     let Some(place) = post.crew.place(post.number) else { return Ok(()) };
-    let mut near = Near::new(place, post.near);
+    let mut near = Near::new(place, device.as_fd(), post.near);
     while let Some(duty) = post.crew.enter(post.number) {
         // Not before it is needed: some never are.
         request.resize(MAX_REQUEST + REQUEST_HEAD, 0);
         buffer.reserve(REPLY_ROOM);
         loop {
-            if !near.settled(device.as_fd()) {
+            if !near.settled() {
                 linger.look(post.lookout, device.as_fd());
             }
-            let Some(len) = receive(device, &mut request)? else { return Ok(()) };
+            let Some(len) = receive(device, &mut request, || near.wait())? else {
+                return Ok(());
+            };
             linger.came();
             duty.begin();
             let (head, body) = Reader::request(request.get(..len).unwrap_or_default())?;
-            near.came(runs(&head), len);
+            near.came(asker(&head), len);
             let mut out = Reply::new(buffer);
             match dispatch.answer(&head, body, &mut out, &mut pipe) {
                 Answer::Reply => {
@@ -238,6 +247,7 @@ fn worker(device: &Device, files: &dyn Files, keeping: Keeping, post: &Post<'_>)
                 break;
             }
         }
+        near.leave();
     }
     Ok(())
 }

@@ -34,7 +34,9 @@ enum Real {
 /// An open file.
 struct Open {
     node: Arc<Node>,
-    real: RwLock<Real>,
+    /// Nothing yet where the kernel was given a lower file's contents before: whoever reads that asks for
+    /// nothing.
+    real: RwLock<Option<Real>>,
     writable: bool,
     /// Whether it can be changed in memory: mmap(2) asks for reading, too.
     mapper: bool,
@@ -111,14 +113,14 @@ impl Table {
     pub(crate) fn upper_writable(&self, handle: u64) -> Option<Arc<File>> {
         let open = self.get(handle).ok().filter(|open| open.writable)?;
         match open.real() {
-            Real::Upper(file) => Some(file),
-            Real::Lower(_) => None,
+            Some(Real::Upper(file)) => Some(file),
+            Some(Real::Lower(_)) | None => None,
         }
     }
 }
 
 impl Open {
-    fn real(&self) -> Real {
+    fn real(&self) -> Option<Real> {
         self.real.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -139,8 +141,9 @@ impl Overlay {
         }
         let mut state = node.lock();
         let real = match made {
-            Some(file) if flags & KEPT & !libc::O_ACCMODE == 0 => Real::Upper(Arc::new(file)),
-            _ => self.real(node, &state, flags & KEPT)?,
+            Some(file) if flags & KEPT & !libc::O_ACCMODE == 0 => Some(Real::Upper(Arc::new(file))),
+            None if state.access.given == Some(true) && !node.has_upper() => None,
+            _ => Some(self.real(node, &state, flags & KEPT)?),
         };
         if cut && kill_privileges {
             self.kill_privileges(caller, self.held(node, &state)?.spot())?;
@@ -156,12 +159,18 @@ impl Overlay {
         Ok(opened)
     }
 
-    fn opened(&self, node: &Arc<Node>, state: &mut State, real: Real, flags: i32) -> Opened {
+    fn opened(
+        &self,
+        node: &Arc<Node>,
+        state: &mut State,
+        real: Option<Real>,
+        flags: i32,
+    ) -> Opened {
         let (writable, mapper) = (flags & libc::O_ACCMODE != libc::O_RDONLY, is_mapper(flags));
-        let access = self.access(state, &real, mapper);
+        let access = self.access(state, real.as_ref(), mapper);
         let backed = matches!(access, Access::Backed(_));
         if !writable && matches!(access, Access::Cached) && flags & libc::O_DIRECT == 0 {
-            self.give_contents(node, state, &real);
+            self.give_contents(node, state, real.as_ref());
         }
         let open = Open { node: node.clone(), real: RwLock::new(real), writable, mapper, backed };
         Opened { handle: self.open.insert(open), access }
@@ -171,12 +180,14 @@ impl Overlay {
     /// stays the same for good; one of a lower layer only where nothing is ever copied up: all
     /// openings of a file must have the same file in its place, and whoever reads one that somebody
     /// then changes is to see the change.
-    fn access(&self, state: &mut State, real: &Real, mapper: bool) -> Access {
+    fn access(&self, state: &mut State, real: Option<&Real>, mapper: bool) -> Access {
         let opens = &mut state.access;
         let lasting = match real {
-            Real::Upper(file) => Some(file.as_fd()),
-            Real::Lower(file) if self.upper.is_none() => file.fd().filter(|fd| keeps_times(*fd)),
-            Real::Lower(_) => None,
+            Some(Real::Upper(file)) => Some(file.as_fd()),
+            Some(Real::Lower(file)) if self.upper.is_none() => {
+                file.fd().filter(|fd| keeps_times(*fd))
+            }
+            Some(Real::Lower(_)) | None => None,
         };
         if opens.cached == 0
             && let Some(file) = lasting
@@ -198,18 +209,18 @@ impl Overlay {
 
     /// A file that was just made in the upper layer.
     pub(crate) fn opened_upper(&self, node: &Arc<Node>, file: File, flags: i32) -> Opened {
-        self.opened(node, &mut node.lock(), Real::Upper(Arc::new(file)), flags)
+        self.opened(node, &mut node.lock(), Some(Real::Upper(Arc::new(file))), flags)
     }
 
     /// Hands the contents of a small lower file to the kernel before the first who opens it can
     /// ask for them: most who open a file read it. Nobody else has it open, and nobody can open it
     /// meanwhile: its state is locked.
-    fn give_contents(&self, node: &Node, state: &mut State, real: &Real) {
-        let (Real::Lower(file), Some(kernel)) = (real, self.kernel.get()) else { return };
-        if state.access.stored || state.access.cached != 1 || state.data.is_some() {
+    fn give_contents(&self, node: &Node, state: &mut State, real: Option<&Real>) {
+        let (Some(Real::Lower(file)), Some(kernel)) = (real, self.kernel.get()) else { return };
+        if state.access.given.is_some() || state.access.cached != 1 || state.data.is_some() {
             return;
         }
-        state.access.stored = true;
+        state.access.given = Some(false);
         let Ok(size) = file.attr().map(|attr| attr.size) else { return };
         let Some(size) = usize::try_from(size).ok().filter(|size| (1..=SMALL).contains(size))
         else {
@@ -220,7 +231,7 @@ impl Overlay {
             let Some(place) = buffer.get_mut(..size) else { return };
             if file.read_at(0, place).is_ok_and(|len| len == size) {
                 // What was not taken is asked for.
-                let _ = kernel.store(node.id, 0, place);
+                state.access.given = Some(kernel.store(node.id, 0, place).is_ok());
             }
         });
     }
@@ -240,13 +251,14 @@ impl Overlay {
 
     /// Where the bytes of an open file are now.
     fn current(&self, open: &Open) -> io::Result<Real> {
-        let real = open.real();
-        if matches!(real, Real::Upper(_)) || !open.node.has_upper() {
-            return Ok(real);
+        match open.real() {
+            Some(real @ Real::Upper(_)) => return Ok(real),
+            Some(real @ Real::Lower(_)) if !open.node.has_upper() => return Ok(real),
+            Some(Real::Lower(_)) | None => {}
         }
         let state = open.node.lock();
         let fresh = self.real(&open.node, &state, libc::O_RDONLY)?;
-        *open.real.write().unwrap_or_else(PoisonError::into_inner) = fresh.clone();
+        *open.real.write().unwrap_or_else(PoisonError::into_inner) = Some(fresh.clone());
         Ok(fresh)
     }
 

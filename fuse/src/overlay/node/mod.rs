@@ -231,8 +231,8 @@ pub(crate) struct Opens {
     pub(crate) backing: Option<Arc<Backing>>,
     /// Whether pages of the kernel's may be older than the file.
     pub(crate) stale: bool,
-    /// Whether the kernel was given the contents.
-    pub(crate) stored: bool,
+    /// Whether the kernel was given the contents; `None` before the first who reads the file has opened it.
+    pub(crate) given: Option<bool>,
 }
 
 /// A file that has several names of which some may not have been copied up.
