@@ -79,8 +79,10 @@ fn random_calls_are_answered_as_by_the_kernels_overlayfs_and_leave_the_same() {
         std::env::var(name).ok().map_or(otherwise, |word| word.parse::<u64>().unwrap())
     };
     let (runs, first) = (number("VDISK_OVERLAY_RUNS", 8), number("VDISK_OVERLAY_SEED", 1));
+    // These have found faults: what a rename that cannot be is refused for.
+    let known = [22754, 51043];
     with_own_mounts(|| {
-        for seed in first..first + runs {
+        for seed in known.into_iter().chain(first..first + runs) {
             // Whether allocated space is a hole depends on who has read it, but in memory.
             let work = Work::below(Path::new("/dev/shm"));
             agree(seed, 300, work.dir(), &by_helper(work.dir()));

@@ -96,17 +96,25 @@ impl Overlay {
         }
         let upper = self.upper()?;
         // Nobody makes a name in a directory that goes. That it is not empty is found out before anything
-        // is copied up, which may fail.
+        // is copied up, which may fail, where lower layers have to do with it: else the upper one says so,
+        // afterwards.
         let goes = victim.as_ref().filter(|_| !exchange);
-        let _inside = goes.and_then(|victim| victim.dir.as_deref()).map(|dir| dir.changing());
-        if let Some(victim) = goes.filter(|victim| victim.is_dir())
-            && !self.list(victim)?.is_empty()
-        {
-            return Err(errno(libc::ENOTEMPTY));
-        }
+        let gone = goes.and_then(|victim| victim.dir.as_deref().map(|dir| (victim, dir)));
+        let _inside = gone.map(|(_, dir)| dir.changing());
+        let check = |early: bool| match gone {
+            Some((victim, dir))
+                if early == (!victim.has_upper() || !dir.lowers.is_empty())
+                    && !self.list(victim)?.is_empty() =>
+            {
+                Err(errno(libc::ENOTEMPTY))
+            }
+            _ => Ok(()),
+        };
+        check(true)?;
         self.copy_up(from.parent)?;
         self.copy_up(to.parent)?;
         self.raise(from, moved)?;
+        check(false)?;
         let end = |Side { parent, name }| -> io::Result<End<'_>> {
             let place = parent.upper_dir(&self.recent)?;
             let below = self.lower_has(parent, name)?;
