@@ -273,6 +273,12 @@ fn ratios() {
         |s| reads(&disk, s),
         |s| blocks(s).for_each(|at| beneath.read(at, &mut buffer)),
     );
+    let mut other = [0; BLOCK as usize];
+    claim(
+        "the same without the engine on either side: what chance makes up",
+        |s| blocks(s).for_each(|at| beneath.read(at, &mut other)),
+        |s| blocks(s).for_each(|at| beneath.read(at, &mut buffer)),
+    );
     claim(
         "4 KiB random writes in place, engine / pwrite of the same bytes",
         |s| writes(&disk, s),

@@ -109,6 +109,7 @@ fn read_further_ahead(root: &OwnedFd) {
 /// The most that the kernel asks for at once, in bytes: half of what it reads ahead, so that one request is
 /// answered while what the one before it brought is read, and so little that it fits into a pipe.
 const MAX_READ: usize = 512 << 10;
+const _: () = assert!(MAX_READ <= crate::kernel::MOST_PIPED);
 
 /// Whether the kernel lets this process mount by itself.
 pub(crate) fn privileged() -> bool {

@@ -17,6 +17,7 @@ use rustix::io::writev;
 
 use crate::kernel::device::BackingNumber;
 pub use crate::kernel::device::Device;
+pub(crate) use crate::kernel::pipe::MOST as MOST_PIPED;
 use wire::Reply;
 
 /// The kernel's side of a served tree, for the tree to speak to.

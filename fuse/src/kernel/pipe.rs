@@ -14,6 +14,8 @@ pub(crate) const LEAST: usize = 64 << 10;
 /// As much as everybody may have, in bytes: pipe(7). A page of it is the header's.
 const SIZE: usize = 1 << 20;
 const PAGE: usize = 4096;
+/// What surely fits in bytes: what begins or ends within a page takes that page as well.
+pub(crate) const MOST: usize = SIZE - 2 * PAGE;
 
 /// A pipe, empty between requests.
 #[derive(Debug, Default)]
@@ -69,8 +71,7 @@ impl Pipe {
         offset: u64,
         len: usize,
     ) -> bool {
-        // Bytes that begin or end within pages take one more.
-        if !(LEAST..=SIZE - 2 * PAGE).contains(&len) {
+        if !(LEAST..=MOST).contains(&len) {
             return false;
         }
         if let Pipe::None = self {
