@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::files::{Job, compared, lower, worked};
+use super::files::{Job, Work, compared, lower, worked};
 
 /// How often each side is measured.
 const ROUNDS: usize = 3;
@@ -36,16 +36,23 @@ impl Side {
     }
 }
 
-const JOBS: [Job; 9] = [
-    Job { what: "make 9,000 files", shell: "cp -a d* new/" },
-    Job { what: "find -ls", shell: "find d* -ls >/dev/null" },
-    Job { what: "find -ls again", shell: "find d* -ls >/dev/null" },
-    Job { what: "read every file", shell: "cat d*/* >/dev/null" },
-    Job { what: "append to 3,000 files", shell: "for f in d2*/*; do echo x >> $f; done" },
-    Job { what: "write 128 MiB, fsync", shell: "dd if=large of=big bs=1M count=128 conv=fsync" },
-    Job { what: "read 256 MiB in order", shell: "cat large >/dev/null" },
-    Job { what: "du", shell: "du -s new >/dev/null" },
-    Job { what: "rm -rf", shell: "rm -rf d*" },
+const JOBS: &[Job] = &[
+    Job { what: "make 9,000 files", work: Work::Shell("cp -a d* new/") },
+    Job { what: "find -ls", work: Work::Shell("find d* -ls >/dev/null") },
+    Job { what: "find -ls again", work: Work::Shell("find d* -ls >/dev/null") },
+    Job { what: "read every file", work: Work::Shell("cat d*/* >/dev/null") },
+    Job {
+        what: "append to 3,000 files",
+        work: Work::Shell("for f in d2*/*; do echo x >> $f; done"),
+    },
+    Job {
+        what: "write 128 MiB, fsync",
+        work: Work::Shell("dd if=large of=big bs=1M count=128 conv=fsync"),
+    },
+    Job { what: "read 256 MiB in order", work: Work::Shell("cat large >/dev/null") },
+    Job { what: "20,000 random reads of 4 KiB", work: Work::RandomReads },
+    Job { what: "du", work: Work::Shell("du -s new >/dev/null") },
+    Job { what: "rm -rf", work: Work::Shell("rm -rf d*") },
 ];
 
 /// One round of every job on one side, in seconds.
@@ -56,7 +63,7 @@ fn round(side: Side, dir: &Path, disk: &Path) -> Vec<f64> {
     let copied = Command::new("cp").arg("--sparse=always").args([disk, &own]).status().unwrap();
     assert!(copied.success());
     side.mount(&own, &at);
-    let times = worked(&JOBS, &at);
+    let times = worked(JOBS, &at);
     // A server that is still busy would be in the next one's way.
     std::thread::sleep(std::time::Duration::from_millis(500));
     times
@@ -83,5 +90,5 @@ pub fn table() {
             rounds.push(round(*side, dir.path(), &disk));
         }
     }
-    compared("fuse2fs", &JOBS, &times);
+    compared("fuse2fs", JOBS, &times);
 }

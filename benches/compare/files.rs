@@ -52,20 +52,36 @@ impl Side {
 /// A job on a mounted overlay.
 pub struct Job {
     pub what: &'static str,
-    /// Words for a shell that stands at its root.
-    pub shell: &'static str,
+    pub work: Work,
 }
 
-const JOBS: [Job; 9] = [
-    Job { what: "make 9,000 files", shell: "cp -a d* new/" },
-    Job { what: "find -ls", shell: "find . -path ./new -prune -o -ls >/dev/null" },
-    Job { what: "find -ls again", shell: "find . -path ./new -prune -o -ls >/dev/null" },
-    Job { what: "read every file", shell: "cat d*/* >/dev/null" },
-    Job { what: "copy-up of 3,000 files", shell: "touch d1*/*" },
-    Job { what: "append to 3,000 files", shell: "for f in d2*/*; do echo x >> $f; done" },
-    Job { what: "read 256 MiB in order", shell: "cat large >/dev/null" },
-    Job { what: "du", shell: "du -s new >/dev/null" },
-    Job { what: "rm -rf", shell: "rm -rf d*" },
+/// What is done.
+pub enum Work {
+    /// By a shell that stands at the root.
+    Shell(&'static str),
+    /// Reads of 4 KiB, anywhere in the large file.
+    RandomReads,
+}
+
+const JOBS: &[Job] = &[
+    Job { what: "make 9,000 files", work: Work::Shell("cp -a d* new/") },
+    Job { what: "find -ls", work: Work::Shell("find . -path ./new -prune -o -ls >/dev/null") },
+    Job {
+        what: "find -ls again",
+        work: Work::Shell("find . -path ./new -prune -o -ls >/dev/null"),
+    },
+    Job { what: "read every file", work: Work::Shell("cat d*/* >/dev/null") },
+    Job { what: "copy-up of 3,000 files", work: Work::Shell("touch d1*/*") },
+    Job {
+        what: "append to 3,000 files",
+        work: Work::Shell("for f in d2*/*; do echo x >> $f; done"),
+    },
+    Job { what: "read 256 MiB in order", work: Work::Shell("cat large >/dev/null") },
+    // From what the kernel has of it by now, without a word to any server.
+    Job { what: "read 256 MiB again", work: Work::Shell("cat large >/dev/null") },
+    Job { what: "20,000 random reads of 4 KiB", work: Work::RandomReads },
+    Job { what: "du", work: Work::Shell("du -s new >/dev/null") },
+    Job { what: "rm -rf", work: Work::Shell("rm -rf d*") },
 ];
 
 fn shell(words: &str, at: &Path) {
@@ -102,13 +118,16 @@ pub fn lower(dir: &Path) -> PathBuf {
     lower
 }
 
-/// Seconds of each job at a mount, random reads after the seventh; it is unmounted then.
-pub fn worked(jobs: &[Job; 9], at: &Path) -> Vec<f64> {
+/// Seconds of each job at a mount; it is unmounted then.
+pub fn worked(jobs: &[Job], at: &Path) -> Vec<f64> {
     fs::create_dir(at.join("new")).unwrap();
-    let (before, after) = jobs.split_at(7);
-    let mut times: Vec<f64> = before.iter().map(|job| seconds(|| shell(job.shell, at))).collect();
-    times.push(seconds(|| random_reads(at)));
-    times.extend(after.iter().map(|job| seconds(|| shell(job.shell, at))));
+    let times = jobs.iter().map(|job| {
+        seconds(|| match job.work {
+            Work::Shell(words) => shell(words, at),
+            Work::RandomReads => random_reads(at),
+        })
+    });
+    let times = times.collect();
     assert!(Command::new("umount").arg(at).status().unwrap().success());
     times
 }
@@ -121,7 +140,7 @@ fn round(side: Side, dir: &Path, lower: &Path) -> Vec<f64> {
         fs::create_dir(here.path().join(name)).unwrap();
     }
     side.mount(here.path(), lower, &at);
-    let times = worked(&JOBS, &at);
+    let times = worked(JOBS, &at);
     // A server that is still busy would be in the next one's way.
     std::thread::sleep(std::time::Duration::from_millis(300));
     times
@@ -141,15 +160,13 @@ pub fn table() {
             rounds.push(round(*side, dir.path(), &lower));
         }
     }
-    compared("fuse-overlayfs", &JOBS, &times);
+    compared("fuse-overlayfs", JOBS, &times);
 }
 
-/// Prints a table of the jobs, random reads after the seventh, by the kernel, a peer and vdisk.
+/// Prints a table of the jobs by the kernel, a peer and vdisk.
 pub fn compared(peer: &str, jobs: &[Job], times: &[Vec<Vec<f64>>]) {
-    let mut names: Vec<&str> = jobs.iter().map(|job| job.what).collect();
-    names.insert(7, "20,000 random reads of 4 KiB");
     println!("{:<32} {:>10} {:>15} {:>8} {:>8}", "", "kernel", peer, "vdisk", "faster");
-    for (number, name) in names.iter().enumerate() {
+    for (number, Job { what, .. }) in jobs.iter().enumerate() {
         let median = |rounds: &Vec<Vec<f64>>| {
             let mut all: Vec<f64> = rounds.iter().map(|round| round[number]).collect();
             all.sort_by(f64::total_cmp);
@@ -157,6 +174,6 @@ pub fn compared(peer: &str, jobs: &[Job], times: &[Vec<Vec<f64>>]) {
         };
         let [kernel, other, ours] = [0, 1, 2].map(|side: usize| median(&times[side]));
         let (a, b, c) = (other / kernel, ours / kernel, other / ours);
-        println!("{name:<32} {kernel:>8.3} s {a:>13.2} x {b:>6.2} x {c:>8.2}");
+        println!("{what:<32} {kernel:>8.3} s {a:>13.2} x {b:>6.2} x {c:>8.2}");
     }
 }
