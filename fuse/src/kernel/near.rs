@@ -13,7 +13,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -43,6 +43,9 @@ pub(crate) struct Place {
     thread: OnceLock<(Pid, CpuSet)>,
     /// Whether it is bound to the processor of a program, and lets everybody go first.
     follows: AtomicBool,
+    /// How often it was made to rest: a rest that was still going on when it began to follow leaves it
+    /// neither here nor there.
+    rests: AtomicU32,
     /// Whether it hands over an answer: then all that is left to do is to come back.
     hands_over: AtomicBool,
     recalled: AtomicBool,
@@ -67,13 +70,14 @@ impl Place {
         self.rest();
     }
 
-    /// Lets the thread run where and as any other does. One that was just about to follow undoes that; until
-    /// it can, who finds that it has not moved calls again.
+    /// Lets the thread run where and as any other does. One that begins to follow meanwhile finds that out with
+    /// its next request; until it comes to that, who finds that it has not moved calls again.
     pub(crate) fn rest(&self) {
         let Some((thread, free)) = self.thread.get() else { return };
         self.follows.store(false, Ordering::SeqCst);
         let _ = sys::yield_always(Some(*thread), false);
         let _ = sched_setaffinity(Some(*thread), free);
+        self.rests.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -126,8 +130,9 @@ pub(crate) struct Near<'a> {
     device: BorrowedFd<'a>,
     /// Where it may be; `None` where it follows nobody.
     free: Option<CpuSet>,
-    /// Whose processor it is on.
+    /// Whose processor it is on, and how often it had been made to rest before.
     at: Option<usize>,
+    rests: u32,
     /// Who asked last, and how often in a row.
     caller: u32,
     row: u32,
@@ -156,6 +161,7 @@ impl<'a> Near<'a> {
             device,
             free,
             at: None,
+            rests: 0,
             caller: 0,
             row: 0,
             against: 0,
@@ -184,7 +190,7 @@ impl<'a> Near<'a> {
 
     /// Somebody has made a request of `len` bytes.
     pub(crate) fn came(&mut self, asker: Asker, len: usize) {
-        if self.at.is_some() && !self.place.follows() {
+        if self.at.is_some() && !self.undisturbed() {
             self.leave();
         }
         if self.place.recalled.swap(false, Ordering::SeqCst) {
@@ -230,15 +236,20 @@ impl<'a> Near<'a> {
         let Some(cpu) = there else { return self.leave() };
         let mut set = CpuSet::new();
         set.set(cpu);
+        self.rests = self.place.rests.load(Ordering::SeqCst);
         self.place.follows.store(true, Ordering::SeqCst);
-        let last = || sys::yield_always(None, true).is_ok();
-        let at_once = || fcntl_setfl(self.device, OFlags::NONBLOCK).is_ok();
-        let there =
-            sched_setaffinity(None, &set).is_ok() && (self.at.is_some() || last() && at_once());
+        let there = sched_setaffinity(None, &set).is_ok()
+            && sys::yield_always(None, true).is_ok()
+            && fcntl_setfl(self.device, OFlags::NONBLOCK).is_ok();
         (self.at, self.wait, self.waited) = (Some(cpu), 0, 0);
-        if !there || !self.place.follows() {
+        if !there || !self.undisturbed() {
             self.leave();
         }
+    }
+
+    /// Whether nobody has made this thread rest since it began to follow.
+    fn undisturbed(&self) -> bool {
+        self.place.follows() && self.place.rests.load(Ordering::SeqCst) == self.rests
     }
 
     /// Is anywhere again.
@@ -330,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_in_a_row_is_followed_until_others_do() {
+    fn who_asks_in_a_row_undisturbed_until_others_do() {
         if !can_follow() {
             return;
         }
@@ -411,6 +422,13 @@ mod tests {
         assert!(!near.settled() && !ready(device.as_fd()));
         (1..ROW).for_each(|_| near.came(by(own()), 64));
         assert!(near.settled(), "who rested is not to be shy");
+        // Somebody began to make it rest before it followed, and ended afterwards.
+        sys::yield_always(None, false).unwrap();
+        place.rests.fetch_add(1, Ordering::SeqCst);
+        near.came(by(own()), 64);
+        assert!(!near.settled() && !place.follows());
+        (1..ROW).for_each(|_| near.came(by(own()), 64));
+        assert!(near.settled() && !sys::runs_as_others());
         near.leave();
         assert!(sys::runs_as_others() && !near.settled());
         // As long as nobody asks, it sleeps.
