@@ -121,13 +121,11 @@ pub fn lower(dir: &Path) -> PathBuf {
 /// Seconds of each job at a mount; it is unmounted then.
 pub fn worked(jobs: &[Job], at: &Path) -> Vec<f64> {
     fs::create_dir(at.join("new")).unwrap();
-    let times = jobs.iter().map(|job| {
-        seconds(|| match job.work {
-            Work::Shell(words) => shell(words, at),
-            Work::RandomReads => random_reads(at),
-        })
-    });
-    let times = times.collect();
+    let done = |work: &Work| match work {
+        Work::Shell(words) => shell(words, at),
+        Work::RandomReads => random_reads(at),
+    };
+    let times = jobs.iter().map(|job| seconds(|| done(&job.work))).collect();
     assert!(Command::new("umount").arg(at).status().unwrap().success());
     times
 }

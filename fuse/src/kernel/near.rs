@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_in_a_row_undisturbed_until_others_do() {
+    fn who_asks_in_a_row_is_followed_until_others_do() {
         if !can_follow() {
             return;
         }

@@ -95,26 +95,26 @@ impl Overlay {
             _ => {}
         }
         let upper = self.upper()?;
-        // Nobody makes a name in a directory that goes. That it is not empty is found out before anything
-        // is copied up, which may fail, where lower layers have to do with it: else the upper one says so,
-        // afterwards.
+        // Nobody makes a name in a directory that goes.
         let goes = victim.as_ref().filter(|_| !exchange);
         let gone = goes.and_then(|victim| victim.dir.as_deref().map(|dir| (victim, dir)));
         let _inside = gone.map(|(_, dir)| dir.changing());
-        let check = |early: bool| match gone {
-            Some((victim, dir))
-                if early == (!victim.has_upper() || !dir.lowers.is_empty())
-                    && !self.list(victim)?.is_empty() =>
-            {
-                Err(errno(libc::ENOTEMPTY))
-            }
+        let check_empty = || match gone {
+            Some((victim, _)) if !self.list(victim)?.is_empty() => Err(errno(libc::ENOTEMPTY)),
             _ => Ok(()),
         };
-        check(true)?;
+        // Copying up may fail. That the directory is not empty is told before where lower layers have to do
+        // with it, and only after where the upper one alone does.
+        let lower = gone.is_some_and(|(victim, dir)| !victim.has_upper() || !dir.lowers.is_empty());
+        if lower {
+            check_empty()?;
+        }
         self.copy_up(from.parent)?;
         self.copy_up(to.parent)?;
         self.raise(from, moved)?;
-        check(false)?;
+        if !lower {
+            check_empty()?;
+        }
         let end = |Side { parent, name }| -> io::Result<End<'_>> {
             let place = parent.upper_dir(&self.recent)?;
             let below = self.lower_has(parent, name)?;
