@@ -333,3 +333,56 @@ fn an_overlay_over_a_disk_leaves_the_disk_as_it_is() {
     assert_eq!(work.bytes("up/a"), b"changed");
     work.vdisk("check disk.q").succeeds();
 }
+
+#[test]
+fn what_is_copied_within_a_mount_is_copied_by_its_server_and_reading_around_is_no_access() {
+    if !can_mount() {
+        return;
+    }
+    let work = disk("-t ext4");
+    work.vdisk("mount --user-space disk.q at").succeeds();
+    let at = |name: &str| work.path("at").join(name);
+    let bytes = noise(2, 3_500_000);
+    fs::write(at("from"), &bytes).unwrap();
+    fs::write(at("to"), noise(3, 5000)).unwrap();
+    fs::set_permissions(at("to"), fs::Permissions::from_mode(0o6755)).unwrap();
+    let (from, to) = (File::open(at("from")).unwrap(), File::options().write(true).open(at("to")));
+    let to = to.unwrap();
+    let copy = |read: u64, write: u64, len: usize| {
+        let (mut read, mut write) = (read, write);
+        rustix::fs::copy_file_range(&from, Some(&mut read), &to, Some(&mut write), len).unwrap()
+    };
+    // From and to odd places, to the end and past it; what was just written comes along.
+    assert_eq!(copy(1001, 3003, 1 << 30), bytes.len() - 1001);
+    assert_eq!(copy(bytes.len() as u64, 0, 10), 0);
+    rustix::io::pwrite(File::options().write(true).open(at("from")).unwrap(), b"new", 0).unwrap();
+    assert_eq!(copy(0, 0, 3), 3);
+    let mut wanted = noise(3, 5000);
+    wanted.truncate(3003);
+    wanted.extend_from_slice(&bytes[1001..]);
+    wanted[..3].copy_from_slice(b"new");
+    assert!(fs::read(at("to")).unwrap() == wanted);
+    let mode = || fs::metadata(at("to")).unwrap().mode() & 0o7777;
+    assert_eq!(mode(), 0o6755, "the superuser's change leaves them");
+
+    // Of a hole, zeroes are written.
+    File::create(at("hole")).unwrap().set_len(2 * MIB).unwrap();
+    let (hole, flat) = (File::open(at("hole")).unwrap(), File::create(at("flat")).unwrap());
+    let copied = rustix::fs::copy_file_range(&hole, None, &flat, None, 2 << 20).unwrap();
+    assert_eq!((copied, fs::metadata(at("flat")).unwrap().blocks()), (2 << 20, 2 * MIB / 512));
+    drop((from, to, hole, flat));
+
+    // Who adds to a file reads nothing of it.
+    let long_ago = fs::FileTimes::new().set_accessed(std::time::UNIX_EPOCH);
+    File::open(at("to")).unwrap().set_times(long_ago).unwrap();
+    work.vdisk("umount at").succeeds();
+    work.vdisk("mount --user-space disk.q at").succeeds();
+    File::options().append(true).open(at("to")).unwrap().write_all(b"x").unwrap();
+    work.vdisk("umount at").succeeds();
+    work.vdisk("mount --user-space disk.q at").succeeds();
+    assert_eq!(fs::metadata(at("to")).unwrap().atime(), 0);
+    assert!(fs::read(at("to")).unwrap().ends_with(b"x"));
+    assert_ne!(fs::metadata(at("to")).unwrap().atime(), 0);
+    work.vdisk("umount at").succeeds();
+    is_clean(&work, "disk.q");
+}

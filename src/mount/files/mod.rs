@@ -6,6 +6,7 @@
 //! written bytes for a while, and whoever looks for holes in a file that is being written has them
 //! written out first.
 
+mod copy;
 mod privilege;
 mod tree;
 
@@ -27,8 +28,9 @@ use crate::filesystem::ext4::mounted::{self, Attributes, Mounted, New};
 
 /// How long changes may wait for a commit that nobody asks for.
 const COMMIT: Duration = Duration::from_secs(5);
-/// Set in a handle that may write.
+/// Set in a handle that may write, and in one that may read.
 const WRITES: u64 = 1 << 32;
+const READS: u64 = 1 << 33;
 
 /// The files in a disk.
 pub struct DiskFiles {
@@ -156,15 +158,16 @@ impl DiskFiles {
 
     fn open_handle(&self, inode: u32, flags: i32) -> u64 {
         self.fs.hold(inode, 1);
-        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let how = flags & libc::O_ACCMODE;
+        let (writes, reads) = (how != libc::O_RDONLY, how != libc::O_WRONLY);
         if writes {
             *lock(&self.writers).entry(inode).or_insert(0) += 1;
         }
-        u64::from(inode) | if writes { WRITES } else { 0 }
+        u64::from(inode) | if writes { WRITES } else { 0 } | if reads { READS } else { 0 }
     }
 
     fn close_handle(&self, handle: u64) {
-        let inode = handle as u32;
+        let inode = inode_of(handle);
         if handle & WRITES != 0 {
             let mut writers = lock(&self.writers);
             if let Some(count) = writers.get_mut(&inode) {
@@ -232,6 +235,11 @@ impl DiskFiles {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The inode that is open by a handle.
+fn inode_of(handle: u64) -> u32 {
+    handle as u32
 }
 
 /// The inode that a node stands for; 0, which is none, for a number that no node has.

@@ -34,6 +34,13 @@ pub(super) fn without_after_chown(caller: Caller, mode: u16, gid: u32) -> u16 {
 }
 
 impl DiskFiles {
+    /// As [`drop_privileges`](DiskFiles::drop_privileges), where the kernel does not say whether the caller may
+    /// keep them. To find that out takes long; few files have any.
+    pub(super) fn drop_privileges_of(&self, inode: u32, caller: Caller) -> Result<()> {
+        let any = self.fs.attributes(inode)?.mode & SET_ID != 0;
+        self.drop_privileges(inode, (any && !caller.keeps_set_id()).then_some(caller))
+    }
+
     /// Takes capabilities from a file, and with them set-user-id and set-group-id where it was
     /// `caller` who changed it and may not keep them.
     pub(super) fn drop_privileges(&self, inode: u32, caller: Option<Caller>) -> Result<()> {

@@ -6,12 +6,14 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use vdisk_fuse::attr::{Attr, DirEntry, SetAttr, SetTime, StatFs};
-use vdisk_fuse::files::{Access, Caller, Entry, Files, Name, NewName, Opened, SetXattr, Write};
+use vdisk_fuse::files::{
+    Access, Caller, Copy, Entry, Files, Name, NewName, Opened, SetXattr, Write,
+};
 use vdisk_fuse::kernel::Kernel;
 
 use super::super::layer::stat_fs;
 use super::privilege::{without, without_after_chown};
-use super::{DiskFiles, WRITES, inode};
+use super::{DiskFiles, READS, inode, inode_of};
 use crate::error::Result;
 use crate::filesystem::ext4::mounted::{Allocation, Change, Need, New, Onto, Place, Seek};
 
@@ -194,16 +196,18 @@ impl Files for DiskFiles {
     }
 
     fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-        let number = handle as u32;
+        let number = inode_of(handle);
         let len = self.done(self.fs.read(number, offset, buf))?;
-        if len > 0 && self.done(self.fs.note_access(number))? {
+        // For who only writes, the kernel reads what stands around it.
+        let reads = len > 0 && handle & READS != 0;
+        if reads && self.done(self.fs.note_access(number))? {
             self.changed();
         }
         Ok(len)
     }
 
     fn write(&self, handle: u64, write: &Write<'_>) -> io::Result<usize> {
-        let number = handle as u32;
+        let number = inode_of(handle);
         self.changed();
         let killed = write.kill_privileges.then_some(write.caller);
         self.done(self.drop_privileges(number, killed))?;
@@ -301,9 +305,8 @@ impl Files for DiskFiles {
             _ => return Err(refused(libc::EOPNOTSUPP)),
         };
         self.changed();
-        let number = handle as u32;
-        let killed = (!caller.keeps_set_id()).then_some(caller);
-        self.done(self.drop_privileges(number, killed))?;
+        let number = inode_of(handle);
+        self.done(self.drop_privileges_of(number, caller))?;
         self.done(self.fs.allocate(number, offset, len, how, keep))
     }
 
@@ -313,7 +316,7 @@ impl Files for DiskFiles {
             libc::SEEK_HOLE => Seek::Hole,
             _ => return Err(refused(libc::EINVAL)),
         };
-        let number = (handle & !WRITES) as u32;
+        let number = inode_of(handle);
         if self.write_out(number) {
             return self.done(self.fs.seek(number, offset, what));
         }
@@ -324,6 +327,10 @@ impl Files for DiskFiles {
             (true, Seek::Data) => Ok(offset),
             (true, Seek::Hole) => Ok(size),
         }
+    }
+
+    fn copy_file_range(&self, copy: &Copy) -> io::Result<u64> {
+        self.copy(copy)
     }
 
     fn end(&self) {
