@@ -359,6 +359,13 @@ pub trait Files: Send + Sync {
         Err(unsupported())
     }
 
+    /// How many file systems may be stacked with ours on top of what the kernel uses in the place of our files
+    /// ([`Kernel::back`](crate::kernel::Kernel::back)): 1 where those stand on no other, or 2, on which the
+    /// kernel lays no more.
+    fn backing_depth(&self) -> u32 {
+        1
+    }
+
     /// The mount is gone: nothing comes any more.
     fn end(&self) {}
 }

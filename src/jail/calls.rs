@@ -72,9 +72,10 @@ impl Work {
             Work::Machine => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL, GUEST]),
             Work::Server => (&[BASIC, NAMES, SOCKETS], &[PLAIN, TERMINAL]),
             Work::Files => (&[BASIC, NAMES, SOCKETS, FOLLOW], &[PLAIN, CHANNEL]),
-            Work::Overlay => {
-                (&[BASIC, NAMES, SOCKETS, FOLLOW, KINDS, HANDLES, MASK], &[PLAIN, CHANNEL, BACKING])
-            }
+            Work::Overlay => (
+                &[BASIC, NAMES, BENEATH, SOCKETS, FOLLOW, KINDS, HANDLES, MASK],
+                &[PLAIN, CHANNEL, BACKING],
+            ),
             Work::Command => (&[BASIC, NAMES, BENEATH], &[PLAIN, TERMINAL]),
             Work::Trees => (&[BASIC, NAMES, BENEATH, KINDS], &[PLAIN, TERMINAL]),
             Work::Broker => (&[BROKER, BENEATH], &[]),

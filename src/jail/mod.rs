@@ -75,7 +75,7 @@ impl Jail {
     }
 
     /// Lets through an open directory with all below it.
-    fn reach_open(&mut self, dir: OwnedFd, reach: Reach) {
+    pub fn reach_open(&mut self, dir: OwnedFd, reach: Reach) {
         self.files.add_open(dir, reach);
     }
 

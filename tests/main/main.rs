@@ -84,6 +84,7 @@ mod serve_guest;
 mod serve_tls;
 mod snapshots;
 mod space;
+mod stand_ins;
 mod targets;
 mod turns;
 mod undo;

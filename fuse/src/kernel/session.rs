@@ -31,7 +31,7 @@ pub(crate) fn serve(
     keeping: Keeping,
     threads: usize,
 ) -> io::Result<JoinHandle<io::Result<()>>> {
-    let passthrough = greet(&device, keeping)?;
+    let passthrough = greet(&device, keeping, files.backing_depth())?;
     let device = Arc::new(device);
     files.start(Kernel { device: device.clone(), passthrough });
     let mut channels = vec![device.clone()];
@@ -78,7 +78,7 @@ fn panicked() -> io::Error {
 }
 
 /// FUSE_INIT. Returns whether the kernel can use other files in the place of ours.
-fn greet(device: &Device, keeping: Keeping) -> io::Result<bool> {
+fn greet(device: &Device, keeping: Keeping, depth: u32) -> io::Result<bool> {
     let mut request = vec![0; MAX_REQUEST + REQUEST_HEAD];
     loop {
         let len = receive(device, &mut request, || ())?
@@ -109,9 +109,8 @@ fn greet(device: &Device, keeping: Keeping) -> io::Result<bool> {
         out.u32(7).u32(wire::MINOR).u32(MAX_REQUEST as u32).u32(flags as u32);
         out.u16(MAX_BACKGROUND).u16(MAX_BACKGROUND / 4 * 3);
         out.u32(MAX_REQUEST as u32).u32(1).u16((MAX_REQUEST / 4096) as u16).u16(0);
-        // Backing files may not stand on a stacked file system; in turn this one may be stacked.
         let passthrough = flags & init::PASSTHROUGH != 0;
-        out.u32((flags >> 32) as u32).u32(u32::from(passthrough)).bytes(&[0; 24]);
+        out.u32((flags >> 32) as u32).u32(if passthrough { depth } else { 0 }).bytes(&[0; 24]);
         writev(device.as_fd(), &[IoSlice::new(out.finish(head.unique, 0))])?;
         return Ok(passthrough);
     }
@@ -196,7 +195,9 @@ fn asker(head: &Header) -> Asker {
             | op::READDIRPLUS
             | op::FSYNC
             | op::FSYNCDIR
+            | op::STATFS
             | op::SETXATTR
+            | op::LISTXATTR
             | op::REMOVEXATTR
             | op::FALLOCATE
             | op::LSEEK

@@ -15,6 +15,7 @@ use super::contents::{Copied, copy_data};
 use super::marks::Origin;
 use super::node::UPPER_DEVICE;
 use super::node::{Alias, Held, Index, LowerDir, LowerFile, Node, State, Tri};
+use super::stand_in::Lent;
 use super::{Overlay, Upper};
 use crate::attr::{Attr, SetTime};
 use crate::host::{HostDir, Spot, split_names};
@@ -52,6 +53,8 @@ struct Made {
     temporary: Option<OsString>,
     /// A regular file, open for reading and writing.
     file: Option<File>,
+    /// Whether it has its contents already.
+    filled: bool,
 }
 
 impl Upper {
@@ -62,7 +65,7 @@ impl Upper {
         if regular && self.unnamed.get() != Some(false) && source.place_in_index(self).is_none() {
             // It costs the work directory nothing, which else were made durable with each file.
             match self.work.tmpfile(OFlags::RDWR, 0o600) {
-                Ok(file) => return Ok(Made { temporary: None, file: Some(file) }),
+                Ok(file) => return Ok(Made { temporary: None, file: Some(file), filled: false }),
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {
                     self.unnamed.set(false);
                 }
@@ -79,7 +82,23 @@ impl Upper {
             }
             _ => self.work.mknod(&name, attr.mode & !0o7777 | 0o600, attr.rdev)?,
         }
-        Ok(Made { temporary: Some(name), file })
+        Ok(Made { temporary: Some(name), file, filled: false })
+    }
+
+    /// Takes the copy of a file that the kernel reads in a stand-in: all of it, as whoever has it open goes on in
+    /// it, also where it then finds no place.
+    fn take(&self, lent: &mut Lent, lower: &LowerFile) -> io::Result<Made> {
+        let name = match &lent.copy {
+            Some(name) => name.clone(),
+            None => {
+                let stand_in = self.stand_in(lent.layer).ok_or_else(|| errno(libc::EIO))?;
+                let name = self.temporary();
+                stand_in.copy(&lent.file, &lower.path(), &self.work, &name)?;
+                lent.copy.insert(name).clone()
+            }
+        };
+        let file = self.work.at(&name).open(OFlags::RDWR)?;
+        Ok(Made { temporary: Some(name), file: Some(file), filled: true })
     }
 }
 
@@ -186,7 +205,10 @@ impl Overlay {
     ) -> io::Result<Option<File>> {
         let lower = state.lower.clone().ok_or_else(|| errno(libc::EIO))?;
         let source = self.source(&lower.dir, Some(&lower.name), len)?;
-        let made = upper.make(&source)?;
+        let made = match &mut state.access.lent {
+            Some(lent) => upper.take(lent, &lower)?,
+            None => upper.make(&source)?,
+        };
         let mut fill = || {
             self.fill(upper, &made, &source, state.data.as_ref())?;
             if state.names.is_empty() {
@@ -198,9 +220,15 @@ impl Overlay {
             self.put_file(upper, node, state, &made, &source)
         };
         match fill() {
-            Ok(()) => Ok(made.file),
+            Ok(()) => {
+                state.access.lent = None;
+                Ok(made.file)
+            }
             Err(e) => {
-                let _ = made.discard(upper);
+                // Whoever has it open is in that copy already: the next to change it goes on from there.
+                if !made.filled {
+                    let _ = made.discard(upper);
+                }
                 Err(e)
             }
         }
@@ -216,6 +244,13 @@ impl Overlay {
     ) -> io::Result<()> {
         let own = source.name.as_deref().unwrap_or_default();
         match &made.file {
+            Some(to) if made.filled => {
+                if source.origin.is_none() {
+                    let _ = Spot::File(to.as_fd()).remove_xattr(&self.words.origin);
+                }
+                self.copy_attributes(Spot::File(to.as_fd()), source, None)?;
+                self.settle(upper, to, Copied::Until(source.len))
+            }
             Some(to) => {
                 let len = source.len.min(source.attr.size);
                 // Of nothing, nothing is missing.

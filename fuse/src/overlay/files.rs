@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::node::Node;
+use super::stand_in::StandIns;
 use super::{Overlay, create};
 use crate::attr::{Attr, DirEntry, SetAttr, StatFs};
 use crate::files::{Caller, Copy, Entry, Files, Name, NewName, Opened, SetXattr, TakeFile, Write};
@@ -194,9 +195,17 @@ impl Files for Overlay {
         self.copy_open(copy)
     }
 
+    fn backing_depth(&self) -> u32 {
+        let stand_ins = self.upper.as_ref().and_then(|upper| upper.stand_ins.as_ref());
+        1 + u32::from(stand_ins.is_some_and(StandIns::any))
+    }
+
     fn end(&self) {
         // The last words of a mount; whoever waits for its end waits for this.
         let _ = self.sync();
+        if let Some(stand_ins) = self.upper.as_ref().and_then(|upper| upper.stand_ins.as_ref()) {
+            let _ = stand_ins.clear();
+        }
     }
 }
 

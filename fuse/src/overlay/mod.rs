@@ -20,12 +20,13 @@ mod order;
 mod owners;
 mod remove;
 mod rename;
+mod stand_in;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -41,6 +42,7 @@ use node::recent::Recent;
 use node::table::Table;
 use node::{Dir, Fresh, LowerDir, State, Tri, UPPER_DEVICE};
 use order::Order;
+use stand_in::{StandIn, StandIns};
 
 /// The most lower layers.
 pub const MAX_LOWERS: usize = 500;
@@ -61,6 +63,8 @@ pub struct Layers {
 pub struct UpperDirs {
     upper: HostLayer,
     work: HostLayer,
+    work_path: PathBuf,
+    stand_ins: Option<StandIns>,
 }
 
 /// One lower layer.
@@ -90,6 +94,8 @@ pub(crate) struct Upper {
     owner: Option<(u32, u32)>,
     /// What it takes that a copy is on the disk before its name.
     order: Order,
+    /// What lower files are open in for the kernel.
+    stand_ins: Option<StandIns>,
     /// Numbers for names in `work`.
     next: AtomicU64,
     /// Locked as long as the overlay is served.
@@ -130,14 +136,49 @@ impl UpperDirs {
     /// Where one of them is no directory, or cannot be opened.
     pub fn open(upper: &Path, work: &Path) -> io::Result<UpperDirs> {
         const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
-        let dirs = UpperDirs { upper: HostLayer::open(upper)?, work: HostLayer::open(work)? };
+        let dirs = UpperDirs {
+            upper: HostLayer::open(upper)?,
+            work: HostLayer::open(work)?,
+            work_path: work.to_path_buf(),
+            stand_ins: None,
+        };
         let kind = rustix::fs::fstatfs(dirs.upper.directory().as_fd())?.f_type as u64;
         if IN_MEMORY.contains(&kind)
             && let Ok([upper, work]) = detached_pair(upper, work)
         {
-            return Ok(UpperDirs { upper: HostLayer::of(upper)?, work: HostLayer::of(work)? });
+            let (upper, work) = (HostLayer::of(upper)?, HostLayer::of(work)?);
+            return Ok(UpperDirs { upper, work, ..dirs });
         }
         Ok(dirs)
+    }
+
+    /// Lets the kernel read large files of the lower layer at `lower` by itself: of number `number`, uppermost
+    /// first, and in which nothing is mounted. To be called before the overlay is made. `user_xattrs` says whether its own
+    /// attributes are `user.overlay.*`.
+    ///
+    /// The kernel's overlayfs cannot be laid over the overlay then, which is too deep for it.
+    ///
+    /// # Errors
+    /// Where it cannot: for one who is not the superuser of the host, before Linux 6.13, and for layers that
+    /// the kernel's overlayfs does not take. The overlay is as good without.
+    pub fn stand_in(&mut self, number: usize, lower: &Path, user_xattrs: bool) -> io::Result<()> {
+        if !is_host_root() {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
+        }
+        let stand_ins = match &mut self.stand_ins {
+            Some(stand_ins) => stand_ins,
+            None => {
+                let new = StandIns::new(&self.work_path, self.work.directory())?;
+                self.stand_ins.insert(new)
+            }
+        };
+        stand_ins.add(number, lower, user_xattrs)
+    }
+
+    /// The roots of what lower files are open in: they are opened there, for reading and for writing, and
+    /// for others to run.
+    pub fn stand_ins(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.stand_ins.iter().flat_map(StandIns::roots)
     }
 }
 
@@ -229,6 +270,14 @@ impl Overlay {
     }
 }
 
+/// Whether this process is the superuser of the host, and not of a user namespace only: the first is the only
+/// one that has all ids there are.
+fn is_host_root() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    rustix::process::geteuid().is_root()
+        && map.split_ascii_whitespace().eq(["0", "0", "4294967295"])
+}
+
 fn root(lowers: &[Lower], upper: Option<&Upper>) -> io::Result<Fresh> {
     let top = lowers.first().ok_or_else(|| invalid("no lower layer"))?;
     let attr = top.layer.root()?.attr(None)?.unwrap_or_default();
@@ -251,7 +300,7 @@ impl Upper {
     /// Opens the upper layer, clears what a crash has left in its work directory, and finds out
     /// what its file system can do. Also returns whether its attributes are any user's.
     fn open(dirs: UpperDirs, user: Option<bool>) -> io::Result<(Upper, bool)> {
-        let UpperDirs { upper: layer, work: base } = dirs;
+        let UpperDirs { upper: layer, work: base, stand_ins, .. } = dirs;
         if base.device() != layer.device() {
             return Err(invalid("the work directory is not on the upper directory's file system"));
         }
@@ -270,6 +319,7 @@ impl Upper {
         };
         let (work, index) = (made("work")?, made("index")?);
         clear(&work, 0)?;
+        stand_in::clear_others(base.directory(), stand_ins.as_ref())?;
         let mut upper = Upper {
             layer,
             work,
@@ -279,6 +329,7 @@ impl Upper {
             unnamed: Tri::default(),
             owner: None,
             order: Order::of(lock.as_fd()),
+            stand_ins,
             next: AtomicU64::new(0),
             _lock: lock,
         };
@@ -311,6 +362,11 @@ impl Upper {
             }
             None => !works(false) && (works(true) || !rustix::process::geteuid().is_root()),
         }
+    }
+
+    /// What the files of a lower layer are open in for the kernel.
+    fn stand_in(&self, layer: usize) -> Option<&StandIn> {
+        self.stand_ins.as_ref()?.get(layer)
     }
 
     /// A name in the work directory that nobody uses.

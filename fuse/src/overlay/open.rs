@@ -12,8 +12,10 @@ use rustix::fs::{FallocateFlags, OFlags, StatVfsMountFlags, fstatvfs};
 
 use super::Overlay;
 use super::node::{Node, State};
+use super::stand_in::Lent;
 use crate::files::{Access, Caller, Copy, Opened, TakeFile, Write};
 use crate::host::{Spot, read_full, seek};
+use crate::kernel::Backing;
 use crate::layer::LayerFile;
 
 /// The flags of open(2) that count for the file in the layer.
@@ -54,7 +56,8 @@ struct Slots {
     free: Vec<usize>,
 }
 
-/// Up to here a file's contents are handed to the kernel as it is opened.
+/// Up to here a lower file's contents are handed to the kernel as it is opened, in bytes; larger ones it reads by
+/// itself where it can.
 const SMALL: usize = 128 << 10;
 
 thread_local! {
@@ -142,7 +145,7 @@ impl Overlay {
         let mut state = node.lock();
         let real = match made {
             Some(file) if flags & KEPT & !libc::O_ACCMODE == 0 => Some(Real::Upper(Arc::new(file))),
-            None if state.access.given == Some(true) && !node.has_upper() => None,
+            None if state.access.spares_opening() && !node.has_upper() => None,
             _ => Some(self.real(node, &state, flags & KEPT)?),
         };
         if cut && kill_privileges {
@@ -176,35 +179,49 @@ impl Overlay {
         Opened { handle: self.open.insert(open), access }
     }
 
-    /// How the kernel is to reach the bytes. A file of the upper layer it can use by itself, as it
-    /// stays the same for good; one of a lower layer only where nothing is ever copied up: all
-    /// openings of a file must have the same file in its place, and whoever reads one that somebody
-    /// then changes is to see the change.
+    /// How the kernel is to reach the bytes: by itself where it can.
     fn access(&self, state: &mut State, real: Option<&Real>, mapper: bool) -> Access {
+        if state.access.cached == 0 && state.access.backing.is_none() {
+            state.access.backing = real.and_then(|real| self.back(state, real));
+        }
         let opens = &mut state.access;
-        let lasting = match real {
-            Some(Real::Upper(file)) => Some(file.as_fd()),
-            Some(Real::Lower(file)) if self.upper.is_none() => {
-                file.fd().filter(|fd| keeps_times(*fd))
-            }
-            Some(Real::Lower(_)) | None => None,
-        };
-        if opens.cached == 0
-            && let Some(file) = lasting
-        {
-            if opens.backing.is_none() {
-                let kernel = self.kernel.get();
-                opens.backing = kernel.and_then(|kernel| kernel.back(file).ok());
-            }
-            if let Some(backing) = &opens.backing {
-                opens.backed += 1;
-                opens.mappers += u32::from(mapper);
-                opens.stale = true;
-                return Access::Backed(backing.clone());
-            }
+        if let Some(backing) = &opens.backing {
+            opens.backed += 1;
+            opens.mappers += u32::from(mapper);
+            opens.stale = true;
+            return Access::Backed(backing.clone());
         }
         opens.cached += 1;
         if std::mem::take(&mut opens.stale) { Access::Refreshed } else { Access::Cached }
+    }
+
+    /// A file for the kernel to use by itself. All openings of ours must have the same one in its place, and
+    /// whoever reads what somebody then changes is to see the change: an upper file stays the same for good, a
+    /// lower one where nothing is ever copied up. In the place of others there are stand-ins.
+    fn back(&self, state: &mut State, real: &Real) -> Option<Arc<Backing>> {
+        let kernel = self.kernel.get()?;
+        let lower = match real {
+            Real::Upper(file) => return kernel.back(file.as_fd()).ok(),
+            Real::Lower(file) => file,
+        };
+        let Some(upper) = &self.upper else {
+            return kernel.back(lower.fd().filter(|fd| keeps_times(*fd))?).ok();
+        };
+        let of = state.lower.as_ref().filter(|_| state.data.is_none())?;
+        let layer = usize::from(of.dir.layer);
+        let stand_in = upper.stand_in(layer)?;
+        let attr = lower.attr().ok().filter(|attr| attr.size > SMALL as u64)?;
+        let file = stand_in.open(&of.path(), &attr).ok()?;
+        match kernel.back(file.as_fd()) {
+            Ok(backing) => {
+                state.access.lent = Some(Lent { file, layer, copy: None });
+                Some(backing)
+            }
+            Err(_) => {
+                stand_in.refuse();
+                None
+            }
+        }
     }
 
     /// A file that was just made in the upper layer.
@@ -311,6 +328,12 @@ impl Overlay {
         }
         if opens.backed == 0 {
             opens.backing = None;
+            if let Some(upper) = &self.upper
+                && let Some(copy) = opens.lent.take().and_then(|lent| lent.copy)
+            {
+                // One that could not be put in its place.
+                let _ = upper.work.unlink(&copy);
+            }
         }
     }
 

@@ -11,12 +11,14 @@ pub(crate) mod table;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::host::{HostDir, Spot};
 use crate::kernel::Backing;
 use crate::layer::{Layer, LayerDir};
+use crate::overlay::stand_in::Lent;
 use listing::Listing;
 use recent::{Kept, Recent};
 
@@ -125,6 +127,19 @@ pub(crate) struct LowerFile {
     pub(crate) name: Box<OsStr>,
 }
 
+impl LowerFile {
+    /// Where it stands in its layer.
+    pub(crate) fn path(&self) -> PathBuf {
+        let mut names = vec![self.name.clone()];
+        let mut place = self.dir.beside();
+        while let Some((dir, name)) = place {
+            names.push(name);
+            place = dir.beside();
+        }
+        names.iter().rev().map(AsRef::<OsStr>::as_ref).collect()
+    }
+}
+
 /// A name of a node.
 pub(crate) struct Alias {
     pub(crate) parent: Arc<Node>,
@@ -229,10 +244,19 @@ pub(crate) struct Opens {
     pub(crate) mappers: u32,
     /// That file.
     pub(crate) backing: Option<Arc<Backing>>,
+    /// What it is in the place of a lower file.
+    pub(crate) lent: Option<Lent>,
     /// Whether pages of the kernel's may be older than the file.
     pub(crate) stale: bool,
     /// Whether the kernel was given the contents; `None` before the first who reads the file has opened it.
     pub(crate) given: Option<bool>,
+}
+
+impl Opens {
+    /// Whether the kernel has all that a lower file holds, or reads it by itself: then it need not be opened.
+    pub(crate) fn spares_opening(&self) -> bool {
+        self.given == Some(true) || self.lent.is_some()
+    }
 }
 
 /// A file that has several names of which some may not have been copied up.

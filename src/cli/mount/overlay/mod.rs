@@ -143,7 +143,7 @@ impl Wanted {
     }
 
     fn option(&mut self, word: &str) -> Result<()> {
-        const KNOWN: [&str; 13] = [
+        const KNOWN: [&str; 14] = [
             "ro",
             "rw",
             "suid",
@@ -154,6 +154,7 @@ impl Wanted {
             "noexec",
             "userxattr",
             "volatile",
+            "stackable",
             "allow_other",
             "fsync",
             "nofsync",

@@ -27,7 +27,11 @@ pub struct Ready {
 
 /// A lower layer.
 enum Below {
-    Directory(PathBuf, Arc<HostLayer>),
+    Directory {
+        path: PathBuf,
+        layer: Arc<HostLayer>,
+        plain: bool,
+    },
     /// The files in a disk.
     Disk(PathBuf, Arc<Chain>),
 }
@@ -41,18 +45,27 @@ impl Ready {
             if !lower.is_dir() {
                 return Ok(Below::Disk(lower.clone(), wanted.of_disk.disk(lower)?));
             }
-            let layer = match plain.contains(&lower.as_path()) {
+            let plain = plain.contains(&lower.as_path());
+            let layer = match plain {
                 true => HostLayer::open_detached(lower),
                 false => HostLayer::open(lower),
             };
             let layer = layer
                 .map_err(|e| Error::io("cannot use this lower directory", e).at_path(lower))?;
-            Ok(Below::Directory(lower.clone(), Arc::new(layer)))
+            Ok(Below::Directory { path: lower.clone(), layer: Arc::new(layer), plain })
         });
-        let below = below.collect::<Result<_>>()?;
+        let below = below.collect::<Result<Vec<_>>>()?;
         let upper = wanted.upper.as_deref().zip(wanted.work.as_deref());
         let upper = upper.map(|(upper, work)| UpperDirs::open(upper, work));
-        let upper = upper.transpose().map_err(|e| unlaid(&wanted, e))?;
+        let mut upper = upper.transpose().map_err(|e| unlaid(&wanted, e))?;
+        if let Some(upper) = upper.as_mut().filter(|_| !wanted.has("stackable")) {
+            for (number, below) in below.iter().enumerate() {
+                if let Below::Directory { path, plain: true, .. } = below {
+                    // Files of other layers are read through this process.
+                    let _ = upper.stand_in(number, path, wanted.has("userxattr"));
+                }
+            }
+        }
         Ok(Ready { wanted, below, upper })
     }
 
@@ -61,13 +74,20 @@ impl Ready {
         let mut jail = Jail::new(Work::Overlay);
         for below in &self.below {
             match below {
-                Below::Directory(lower, _) => jail.reach(lower, Reach::Lend),
+                Below::Directory { path, .. } => jail.reach(path, Reach::Lend),
                 Below::Disk(_, disk) => jail::disk(&mut jail, disk, false)?,
             }
         }
         for own in self.wanted.upper.iter().chain(&self.wanted.work) {
             jail.reach(own, Reach::Tree);
             jail.reach(own, Reach::Lend);
+        }
+        for stand_in in self.upper.iter().flat_map(UpperDirs::stand_ins) {
+            for reach in [Reach::Lend, Reach::Write] {
+                let root = stand_in.try_clone_to_owned();
+                let root = root.map_err(|e| Error::io("cannot lay this overlay", e))?;
+                jail.reach_open(root, reach);
+            }
         }
         for device in ["/dev/fuse", "/dev/null"] {
             jail.reach(Path::new(device), Reach::Write);
@@ -106,7 +126,7 @@ impl Below {
     /// Its files, for reading. `device` tells those of a disk from other layers'.
     fn layer(&self, wanted: &Wanted, device: u64) -> Result<Arc<dyn Layer>> {
         match self {
-            Below::Directory(_, layer) => Ok(layer.clone()),
+            Below::Directory { layer, .. } => Ok(layer.clone()),
             Below::Disk(path, disk) => {
                 let fs = filesystem::open(disk.clone(), wanted.of_disk.partition, true);
                 let fs = fs.map_err(|e| e.at_path(path))?;
