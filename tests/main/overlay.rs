@@ -464,8 +464,12 @@ fn a_server_that_is_killed_while_it_copies_up_leaves_the_old_file_or_the_new() {
     let laid = Laid::new();
     let bytes = crate::twin::noise(1, 24 << 20);
     fs::write(laid.path("lower/big"), &bytes).unwrap();
-    for pause in [0, 2, 5, 10, 20, 40] {
+    // Also while somebody reads it: then the kernel makes the copy.
+    for (pause, reads) in
+        [0, 2, 5, 10, 20, 40].map(|pause| [(pause, false), (pause, true)]).concat()
+    {
         laid.mount();
+        let reader = reads.then(|| File::open(laid.path("at/big")).unwrap());
         let append = {
             let path = laid.path("at/big");
             std::thread::spawn(move || fs::OpenOptions::new().append(true).open(path).map(drop))
@@ -474,6 +478,7 @@ fn a_server_that_is_killed_while_it_copies_up_leaves_the_old_file_or_the_new() {
         let server = server_of(&laid.path("upper"));
         nix::sys::signal::kill(server, nix::sys::signal::Signal::SIGKILL).unwrap();
         let _ = append.join().unwrap();
+        drop(reader);
         let _ = Command::new("umount").arg("-l").arg(laid.path("at")).output();
         if let Ok(copy) = fs::read(laid.path("upper/big")) {
             assert!(copy == bytes, "half a file after {pause} ms");
@@ -483,6 +488,9 @@ fn a_server_that_is_killed_while_it_copies_up_leaves_the_old_file_or_the_new() {
         laid.umount();
         let left = fs::read_dir(laid.path("upper.work/work")).unwrap().count();
         assert_eq!(left, 0, "leftovers are cleared with the next mount");
+        let names = fs::read_dir(laid.path("upper.work")).unwrap();
+        let names: Vec<_> = names.map(|name| name.unwrap().file_name()).collect();
+        assert!(names.iter().all(|name| name == "work" || name == "index"), "{names:?}");
     }
 }
 
