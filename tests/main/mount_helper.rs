@@ -140,6 +140,8 @@ fn install_umount(work: &Work) {
         format!("#!/bin/bash\necho \"$0\" >>{}\nexec -a \"$0\" {VDISK} \"$@\"\n", ran.display());
     for kind in ["vdisk", "vdisk-overlay"] {
         let helper = new.join(format!("umount.fuse.{kind}"));
+        // Where it is installed: not through the link.
+        let _ = fs::remove_file(&helper);
         fs::write(&helper, &script).unwrap();
         fs::set_permissions(&helper, fs::Permissions::from_mode(0o755)).unwrap();
     }

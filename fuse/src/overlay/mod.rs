@@ -67,6 +67,15 @@ pub struct UpperDirs {
     stand_ins: Option<StandIns>,
 }
 
+/// How the kernel is to read large lower files by itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Lending {
+    /// Whether the overlay's own attributes are `user.overlay.*`.
+    pub user_xattrs: bool,
+    /// Whether what is written need not last: nothing is synced then, whoever asks for it.
+    pub volatile: bool,
+}
+
 /// One lower layer.
 struct Lower {
     layer: Arc<dyn Layer>,
@@ -153,15 +162,14 @@ impl UpperDirs {
     }
 
     /// Lets the kernel read large files of the lower layer at `lower` by itself: of number `number`, uppermost
-    /// first, and in which nothing is mounted. To be called before the overlay is made. `user_xattrs` says whether its own
-    /// attributes are `user.overlay.*`.
+    /// first, and in which nothing is mounted. To be called before the overlay is made.
     ///
     /// The kernel's overlayfs cannot be laid over the overlay then, which is too deep for it.
     ///
     /// # Errors
     /// Where it cannot: for one who is not the superuser of the host, before Linux 6.13, and for layers that
     /// the kernel's overlayfs does not take. The overlay is as good without.
-    pub fn stand_in(&mut self, number: usize, lower: &Path, user_xattrs: bool) -> io::Result<()> {
+    pub fn lend(&mut self, number: usize, lower: &Path, lending: Lending) -> io::Result<()> {
         if !is_host_root() {
             return Err(io::Error::from_raw_os_error(libc::EPERM));
         }
@@ -172,7 +180,7 @@ impl UpperDirs {
                 self.stand_ins.insert(new)
             }
         };
-        stand_ins.add(number, lower, user_xattrs)
+        stand_ins.add(number, lower, lending)
     }
 
     /// The roots of what lower files are open in: they are opened there, for reading and for writing, and
@@ -319,6 +327,10 @@ impl Upper {
         };
         let (work, index) = (made("work")?, made("index")?);
         clear(&work, 0)?;
+        let stand_ins = match stand_ins {
+            Some(stand_ins) if stand_ins.stand()? => Some(stand_ins),
+            _ => None,
+        };
         stand_in::clear_others(base.directory(), stand_ins.as_ref())?;
         let mut upper = Upper {
             layer,

@@ -36,8 +36,8 @@ enum Real {
 /// An open file.
 struct Open {
     node: Arc<Node>,
-    /// Nothing yet where the kernel was given a lower file's contents before: whoever reads that asks for
-    /// nothing.
+    /// Nothing yet where the kernel was given a lower file's contents before, or reads it by itself: whoever
+    /// reads that asks for nothing.
     real: RwLock<Option<Real>>,
     writable: bool,
     /// Whether it can be changed in memory: mmap(2) asks for reading, too.
@@ -175,6 +175,9 @@ impl Overlay {
         if !writable && matches!(access, Access::Cached) && flags & libc::O_DIRECT == 0 {
             self.give_contents(node, state, real.as_ref());
         }
+        // Nobody asks for the bytes of one that is lent, or seldom: it takes no second descriptor.
+        let real =
+            real.filter(|real| matches!(real, Real::Upper(_)) || state.access.lent.is_none());
         let open = Open { node: node.clone(), real: RwLock::new(real), writable, mapper, backed };
         Opened { handle: self.open.insert(open), access }
     }

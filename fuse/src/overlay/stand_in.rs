@@ -19,7 +19,7 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen,
 };
 
-use super::clear;
+use super::{Lending, clear};
 use crate::attr::Attr;
 use crate::host::{HostDir, Spot};
 
@@ -101,7 +101,7 @@ impl StandIns {
     }
 
     /// Mounts one for the layer at `lower`. Takes `CAP_SYS_ADMIN`, and Linux 6.13.
-    pub(super) fn add(&mut self, number: usize, lower: &Path, user: bool) -> io::Result<()> {
+    pub(super) fn add(&mut self, number: usize, lower: &Path, lending: Lending) -> io::Result<()> {
         if self.layers.len() >= MOST {
             return Ok(());
         }
@@ -114,8 +114,6 @@ impl StandIns {
         fsconfig_set_fd(&fs, "lowerdir+", File::open(lower)?)?;
         fsconfig_set_fd(&fs, "upperdir", File::open(place.join("upper"))?)?;
         fsconfig_set_fd(&fs, "workdir", File::open(place.join("work"))?)?;
-        // What is copied is made to last where it takes its place.
-        fsconfig_set_flag(&fs, "volatile")?;
         for (key, value) in [
             ("redirect_dir", "nofollow"),
             ("index", "off"),
@@ -125,14 +123,23 @@ impl StandIns {
         ] {
             fsconfig_set_string(&fs, key, value)?;
         }
-        if user {
-            fsconfig_set_flag(&fs, "userxattr")?;
+        // A volatile one heeds no O_DSYNC: whoever has a copy open writes to it through this mount.
+        for (flag, set) in [("userxattr", lending.user_xattrs), ("volatile", lending.volatile)] {
+            if set {
+                fsconfig_set_flag(&fs, flag)?;
+            }
         }
         fsconfig_create(&fs)?;
         let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
         let root = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
         self.layers.push((number, StandIn { root, copies, refused: AtomicBool::new(false) }));
         Ok(())
+    }
+
+    /// Whether they are still there: who had the directory to work in before may have cleared them away.
+    pub(super) fn stand(&self) -> io::Result<bool> {
+        let (there, own) = (self.work.look(&self.name)?, self.own.this().stat()?);
+        Ok(there.is_some_and(|there| there.ino == own.ino))
     }
 
     /// Whether there is any.

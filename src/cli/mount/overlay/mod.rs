@@ -113,6 +113,11 @@ impl Wanted {
         self.options.iter().any(|other| other == option)
     }
 
+    /// Whether what is written may be lost with the machine.
+    fn is_volatile(&self) -> bool {
+        self.has("volatile") || self.has("nofsync")
+    }
+
     /// Whether an option is on, by itself or by default; the last word counts.
     fn on(&self, option: &str, otherwise: bool) -> bool {
         let off = format!("no{option}");

@@ -13,7 +13,7 @@ use vdisk::mount::table;
 use vdisk::{Error, Result};
 use vdisk_fuse::host::HostLayer;
 use vdisk_fuse::layer::Layer;
-use vdisk_fuse::overlay::{Layers, Overlay, UpperDirs};
+use vdisk_fuse::overlay::{Layers, Lending, Overlay, UpperDirs};
 
 use super::Wanted;
 use crate::cli::open::jail;
@@ -59,10 +59,12 @@ impl Ready {
         let upper = upper.map(|(upper, work)| UpperDirs::open(upper, work));
         let mut upper = upper.transpose().map_err(|e| unlaid(&wanted, e))?;
         if let Some(upper) = upper.as_mut().filter(|_| !wanted.has("stackable")) {
+            let volatile = wanted.is_volatile();
+            let lending = Lending { user_xattrs: wanted.has("userxattr"), volatile };
             for (number, below) in below.iter().enumerate() {
                 if let Below::Directory { path, plain: true, .. } = below {
                     // Files of other layers are read through this process.
-                    let _ = upper.stand_in(number, path, wanted.has("userxattr"));
+                    let _ = upper.lend(number, path, lending);
                 }
             }
         }
@@ -110,7 +112,7 @@ impl Ready {
         let half = usize::try_from(limit.unwrap_or(u64::MAX) / 2).unwrap_or(usize::MAX);
         let descriptors = half.min(8192);
         let overlay = Overlay::new(layers, descriptors).map_err(|e| unlaid(&wanted, e))?;
-        if wanted.has("volatile") || wanted.has("nofsync") {
+        if wanted.is_volatile() {
             overlay.set_volatile();
         }
         Ok(Arc::new(overlay))
