@@ -21,6 +21,7 @@ use rustix::mount::{
 use crate::apart::Apart;
 use crate::kernel::device::Device;
 use crate::server::shown;
+use crate::sys;
 
 /// How a file system is mounted. The kernel always decides by mode, owner and ACL who may do what.
 #[derive(Debug, Clone)]
@@ -155,11 +156,13 @@ pub fn detached_on(device: &Device, options: &MountOptions) -> io::Result<OwnedF
     Ok(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes.collect())?)
 }
 
-/// A directory in a copy of the mount on which it stands, without what is mounted in it. The copy stands in no
-/// mount namespace, and nobody can ask for it to be unmounted.
+/// A directory in a copy of the mount on which it stands, without what is mounted in it: for reading, which leaves
+/// no trace. The copy stands in no mount namespace, and nobody can ask for it to be unmounted.
 pub(crate) fn detached_copy(directory: &Path) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let copy = open_tree(CWD, directory, flags)?;
+    // In a user namespace the times may not be this process's to decide about.
+    let _ = sys::only_read(copy.as_fd());
     // Once the descriptor that made it is closed, the copy takes no part in what is mounted elsewhere.
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(openat(&copy, ".", flags, Mode::empty())?)

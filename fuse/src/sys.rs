@@ -47,6 +47,23 @@ pub(crate) fn chmod_at(dir: BorrowedFd<'_>, name: &[u8], mode: u32) -> io::Resul
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// mount_setattr(2): nothing is changed any more by way of an open mount, and reading there leaves the times of
+/// files as they are.
+pub(crate) fn only_read(mount: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOATIME,
+        attr_clr: libc::MOUNT_ATTR__ATIME,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    let (fd, flags, len) = (mount.as_raw_fd(), libc::AT_EMPTY_PATH, size_of_val(&attr));
+    // SAFETY: the path ends in NUL, `attr` is as long as `len` says, and the kernel only reads it.
+    let result = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw mut attr, len)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Writes out what the page cache holds of an open file and waits for it: its bytes are with the disk
 /// then, maybe in the disk's own memory, and what says where they are may not be.
 pub(crate) fn write_out(file: BorrowedFd<'_>) -> io::Result<()> {

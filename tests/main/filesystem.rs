@@ -365,6 +365,13 @@ fn what_is_copied_within_a_mount_is_copied_by_its_server_and_reading_around_is_n
     let mode = || fs::metadata(at("to")).unwrap().mode() & 0o7777;
     assert_eq!(mode(), 0o6755, "the superuser's change leaves them");
 
+    // Of much, a part at a time.
+    File::create(at("much")).unwrap().set_len(20 * MIB).unwrap();
+    let (much, all) = (File::open(at("much")).unwrap(), File::create(at("all")).unwrap());
+    let copy = || rustix::fs::copy_file_range(&much, None, &all, None, 1 << 30).unwrap() as u64;
+    assert_eq!([copy(), copy(), copy()], [16 * MIB, 4 * MIB, 0]);
+    drop((much, all));
+
     // Of a hole, zeroes are written.
     File::create(at("hole")).unwrap().set_len(2 * MIB).unwrap();
     let (hole, flat) = (File::open(at("hole")).unwrap(), File::create(at("flat")).unwrap());

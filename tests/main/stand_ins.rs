@@ -49,6 +49,21 @@ impl Overlay {
         names.filter(|name| name.starts_with("#stand-ins.")).count()
     }
 
+    /// What an open file holds, read while nobody could answer.
+    fn read_unserved(&self, file: &File) -> Vec<u8> {
+        let server = self.server();
+        kill(server, Signal::SIGSTOP).unwrap();
+        let (told, waited) = std::sync::mpsc::channel();
+        let file = file.try_clone().unwrap();
+        std::thread::spawn(move || {
+            let mut all = vec![0; SIZE];
+            let _ = told.send(file.read_exact_at(&mut all, 0).map(|()| all));
+        });
+        let seen = waited.recv_timeout(Duration::from_secs(20));
+        kill(server, Signal::SIGCONT).unwrap();
+        seen.expect("the kernel reads by itself").unwrap()
+    }
+
     /// The process that serves it.
     fn server(&self) -> Pid {
         let at = self.path("at");
@@ -117,18 +132,7 @@ fn a_large_lower_file_is_read_without_its_server_and_whoever_has_it_open_sees_ch
         all
     };
 
-    // Nobody could answer.
-    let server = overlay.server();
-    kill(server, Signal::SIGSTOP).unwrap();
-    let (told, waited) = std::sync::mpsc::channel();
-    let file = kept.try_clone().unwrap();
-    std::thread::spawn(move || {
-        let mut all = vec![0; SIZE];
-        let _ = told.send(file.read_exact_at(&mut all, 0).map(|()| all));
-    });
-    let seen = waited.recv_timeout(Duration::from_secs(20));
-    kill(server, Signal::SIGCONT).unwrap();
-    assert!(seen.expect("the kernel reads by itself").unwrap() == bytes);
+    assert!(overlay.read_unserved(&kept) == bytes);
 
     // One opening sees what another writes, also under the file's other name.
     let writer = File::options().write(true).open(overlay.path("at/other")).unwrap();
@@ -280,4 +284,28 @@ fn an_overlay_can_be_stacked_further_where_it_is_asked_to() {
         }
         overlay.umount();
     }
+}
+
+#[test]
+fn what_cannot_be_changed_is_read_without_its_server_and_keeps_its_times() {
+    if !can() {
+        return;
+    }
+    let overlay = Overlay::new();
+    let (bytes, lower) = (noise(1, SIZE), overlay.path("lower/big"));
+    fs::write(&lower, &bytes).unwrap();
+    File::open(&lower)
+        .unwrap()
+        .set_times(fs::FileTimes::new().set_accessed(std::time::UNIX_EPOCH))
+        .unwrap();
+    let helper = overlay.path("vdisk-overlay");
+    std::os::unix::fs::symlink(crate::host::VDISK, &helper).unwrap();
+    let layer = format!("lowerdir={}", overlay.path("lower").display());
+    let mut mount = Command::new(&helper);
+    assert!(mount.args(["-o", &layer]).arg(overlay.path("at")).status().unwrap().success());
+    let file = File::open(overlay.path("at/big")).unwrap();
+    assert!(overlay.read_unserved(&file) == bytes);
+    drop(file);
+    overlay.umount();
+    assert_eq!(fs::metadata(&lower).unwrap().atime(), 0);
 }

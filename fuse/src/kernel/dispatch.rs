@@ -16,6 +16,9 @@ use crate::kernel::wire::{
 
 /// The largest read or write, and the largest reply but a directory's.
 pub(crate) const MAX_REQUEST: usize = 1 << 20;
+/// The most that is copied for one request, in bytes; the program asks for the rest. Until it is answered it
+/// cannot be killed, and a thread answers nobody else.
+const MOST_COPIED: u64 = 16 << 20;
 
 /// What a request comes to.
 pub(crate) enum Answer {
@@ -317,8 +320,7 @@ impl Dispatch<'_> {
                 let from = (body.u64()?, body.u64()?);
                 body.u64()?;
                 let to = (body.u64()?, body.u64()?);
-                // The reply has 32 bits for what was copied.
-                let len = body.u64()?.min(1 << 30);
+                let len = body.u64()?.min(MOST_COPIED);
                 let len =
                     self.files.copy_file_range(&Copy { caller: head.caller, from, to, len })?;
                 out.u32(u32::try_from(len).unwrap_or(0)).u32(0);

@@ -5,7 +5,6 @@
 //! The layers are ours alone while the overlay is served: nobody else may change them.
 
 mod attributes;
-mod contents;
 mod copy_up;
 mod create;
 mod enter;
@@ -16,7 +15,6 @@ mod lookup;
 pub mod marks;
 mod node;
 mod open;
-mod order;
 mod owners;
 mod remove;
 mod rename;
@@ -37,11 +35,11 @@ use crate::host::{HostDir, HostLayer};
 use crate::kernel::Kernel;
 use crate::layer::Layer;
 use crate::mount::detached_pair;
+use copy_up::order::Order;
 use marks::Words;
 use node::recent::Recent;
 use node::table::Table;
 use node::{Dir, Fresh, LowerDir, State, Tri, UPPER_DEVICE};
-use order::Order;
 use stand_in::{StandIn, StandIns};
 
 /// The most lower layers.

@@ -11,8 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use rustix::fs::{FallocateFlags, OFlags, StatVfsMountFlags, fstatvfs};
 
 use super::Overlay;
-use super::node::{Node, State};
-use super::stand_in::Lent;
+use super::node::{Lent, Node, State};
 use crate::files::{Access, Caller, Copy, Opened, TakeFile, Write};
 use crate::host::{Spot, read_full, seek};
 use crate::kernel::Backing;

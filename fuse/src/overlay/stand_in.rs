@@ -54,15 +54,6 @@ pub(super) struct StandIns {
     layers: Vec<(usize, StandIn)>,
 }
 
-/// A file that is open in a stand-in.
-pub(crate) struct Lent {
-    pub(super) file: File,
-    /// The number of the layer.
-    pub(super) layer: usize,
-    /// What its copy is called in the directory to work in, once there is one that has no place yet.
-    pub(super) copy: Option<OsString>,
-}
-
 fn made(dir: &HostDir, name: &str) -> io::Result<HostDir> {
     let name = OsStr::new(name);
     dir.mkdir(name, 0o700)?;

@@ -8,7 +8,8 @@ pub(crate) mod listing;
 pub(crate) mod recent;
 pub(crate) mod table;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -18,7 +19,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use crate::host::{HostDir, Spot};
 use crate::kernel::Backing;
 use crate::layer::{Layer, LayerDir};
-use crate::overlay::stand_in::Lent;
 use listing::Listing;
 use recent::{Kept, Recent};
 
@@ -250,6 +250,15 @@ pub(crate) struct Opens {
     pub(crate) stale: bool,
     /// Whether the kernel was given the contents; `None` before the first who reads the file has opened it.
     pub(crate) given: Option<bool>,
+}
+
+/// A lower file that is open in its layer's stand-in ([`stand_in`](super::stand_in)) for the kernel.
+pub(crate) struct Lent {
+    pub(crate) file: File,
+    /// The number of the layer.
+    pub(crate) layer: usize,
+    /// What its copy is called in the directory to work in, once there is one that has no place yet.
+    pub(crate) copy: Option<OsString>,
 }
 
 impl Opens {

@@ -2,6 +2,9 @@
 //! copy is made whole in the work directory, without a name where it can be, and then takes its place in
 //! one step.
 
+mod contents;
+pub(super) mod order;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -11,11 +14,11 @@ use std::sync::atomic::Ordering;
 
 use rustix::fs::OFlags;
 
-use super::contents::{Copied, copy_data};
+use contents::{Copied, copy_data};
+
 use super::marks::Origin;
 use super::node::UPPER_DEVICE;
-use super::node::{Alias, Held, Index, LowerDir, LowerFile, Node, State, Tri};
-use super::stand_in::Lent;
+use super::node::{Alias, Held, Index, Lent, LowerDir, LowerFile, Node, State, Tri};
 use super::{Overlay, Upper};
 use crate::attr::{Attr, SetTime};
 use crate::host::{HostDir, Spot, split_names};

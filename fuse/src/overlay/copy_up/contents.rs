@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 
-use super::node::Tri;
 use crate::layer::LayerFile;
+use crate::overlay::node::Tri;
 
 /// How much of a file is read at a time where the kernel cannot copy it alone.
 const CHUNK: usize = 1 << 20;
