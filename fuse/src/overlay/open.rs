@@ -211,7 +211,7 @@ impl Overlay {
         };
         let of = state.lower.as_ref().filter(|_| state.data.is_none())?;
         let layer = usize::from(of.dir.layer);
-        let stand_in = upper.stand_in(layer)?;
+        let stand_in = upper.stand_in(layer).filter(|stand_in| stand_in.lends())?;
         let attr = lower.attr().ok().filter(|attr| attr.size > SMALL as u64)?;
         let file = stand_in.open(&of.path(), &attr).ok()?;
         match kernel.back(file.as_fd()) {

@@ -138,10 +138,9 @@ impl StandIns {
         !self.layers.is_empty()
     }
 
-    /// The one for a layer, unless the kernel cannot use it.
+    /// The one for a layer.
     pub(super) fn get(&self, layer: usize) -> Option<&StandIn> {
-        let found = self.layers.iter().find(|(number, _)| *number == layer).map(|(_, one)| one)?;
-        (!found.refused.load(Ordering::Relaxed)).then_some(found)
+        self.layers.iter().find(|(number, _)| *number == layer).map(|(_, one)| one)
     }
 
     /// The roots of their mounts.
@@ -157,6 +156,11 @@ impl StandIns {
 }
 
 impl StandIn {
+    /// Whether the kernel has taken all files of it.
+    pub(super) fn lends(&self) -> bool {
+        !self.refused.load(Ordering::Relaxed)
+    }
+
     /// Opens a file, which is to be the one with these attributes in the layer.
     pub(super) fn open(&self, path: &Path, like: &Attr) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
@@ -169,7 +173,7 @@ impl StandIn {
         }
     }
 
-    /// The kernel does not take files of it.
+    /// The kernel did not take a file of it: no more are opened. Those that it has go on.
     pub(super) fn refuse(&self) {
         self.refused.store(true, Ordering::Relaxed);
     }
@@ -184,11 +188,9 @@ impl StandIn {
         name: &OsStr,
     ) -> io::Result<()> {
         drop(Spot::Open(file.as_fd()).open(OFlags::WRONLY)?);
-        let (above, own) = (path.parent(), path.file_name().unwrap_or_default());
-        let above = above.filter(|above| !above.as_os_str().is_empty());
+        let above = Path::new(".").join(path.parent().unwrap_or(Path::new("")));
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = above.unwrap_or(Path::new("."));
-        let dir = openat2(&self.copies, dir, flags, Mode::empty(), INSIDE)?;
-        HostDir::from(dir).rename(own, to, name, 0)
+        let dir = openat2(&self.copies, &above, flags, Mode::empty(), INSIDE)?;
+        HostDir::from(dir).rename(path.file_name().unwrap_or_default(), to, name, 0)
     }
 }

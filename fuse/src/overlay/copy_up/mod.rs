@@ -14,8 +14,6 @@ use std::sync::atomic::Ordering;
 
 use rustix::fs::OFlags;
 
-use contents::{Copied, copy_data};
-
 use super::marks::Origin;
 use super::node::UPPER_DEVICE;
 use super::node::{Alias, Held, Index, Lent, LowerDir, LowerFile, Node, State, Tri};
@@ -23,6 +21,7 @@ use super::{Overlay, Upper};
 use crate::attr::{Attr, SetTime};
 use crate::host::{HostDir, Spot, split_names};
 use crate::layer::{LayerDir, LayerFile};
+use contents::{Copied, copy_data};
 
 fn errno(number: i32) -> io::Error {
     io::Error::from_raw_os_error(number)
