@@ -25,10 +25,12 @@ impl DiskFiles {
         let mut copied = 0;
         while copied < len {
             let most = (len - copied).min(PIECE) as usize;
-            let step = self.copy_piece((from, copy.from.1 + copied), (to, copy.to.1 + copied), {
-                piece.get_mut(..most).unwrap_or_default()
+            let piece = piece.get_mut(..most).unwrap_or_default();
+            let read = self.fs.read(from, copy.from.1 + copied, piece);
+            let written = read.and_then(|read| {
+                self.fs.write(to, copy.to.1 + copied, piece.get(..read).unwrap_or_default())
             });
-            match step {
+            match self.done(written) {
                 // The file has become shorter.
                 Ok(0) => break,
                 Ok(done) => copied += done as u64,
@@ -39,10 +41,5 @@ impl DiskFiles {
         }
         let _ = self.done(self.fs.note_access(from));
         Ok(copied)
-    }
-
-    fn copy_piece(&self, from: (u32, u64), to: (u32, u64), piece: &mut [u8]) -> io::Result<usize> {
-        let read = self.done(self.fs.read(from.0, from.1, piece))?;
-        self.done(self.fs.write(to.0, to.1, piece.get(..read).unwrap_or_default()))
     }
 }
