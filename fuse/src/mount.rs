@@ -117,6 +117,13 @@ pub(crate) fn privileged() -> bool {
     fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
 }
 
+/// Whether this process is the superuser of the host, and not of a user namespace only: the kernel's first is
+/// the only one that has all ids there are.
+pub fn is_host_root() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    geteuid().is_root() && map.split_ascii_whitespace().eq(["0", "0", "4294967295"])
+}
+
 /// Mounts a connection in no mount namespace: the root of that mount. Needs `CAP_SYS_ADMIN`.
 ///
 /// It lives as long as its root or a file in it is open anywhere, and leaves nothing behind when who serves

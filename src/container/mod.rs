@@ -62,6 +62,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vdisk_fuse::apart::Apart;
+use vdisk_fuse::mount::is_host_root;
 
 pub use caps::Capabilities;
 pub use cgroup::Limits;
@@ -193,7 +194,7 @@ impl Outset {
         mask.extend(FORWARDED);
         mask.thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        let scratch = Scratch::find(namespace::is_host_root())?;
+        let scratch = Scratch::find(is_host_root())?;
         let (ids, why_one) = namespace::enter()?;
         // While it is alone in its control group.
         let room = cgroup::make_room(limits);

@@ -11,27 +11,17 @@ use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::geteuid;
 use vdisk_fuse::apart::Apart;
+use vdisk_fuse::mount::is_host_root;
 
 use super::change;
 use super::ids::{Ids, Mapper};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Whether this process is the host's superuser, who needs no user namespace.
-pub(super) fn is_host_root() -> bool {
-    geteuid().is_root() && in_first_namespace()
-}
-
-/// The kernel's first user namespace is the only one that has all ids there are.
-fn in_first_namespace() -> bool {
-    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    map.split_ascii_whitespace().eq(["0", "0", "4294967295"])
-}
-
 /// Moves this process, which must have one thread, into a user namespace unless it has the right to
 /// mount. Besides, why there is only one user in it where that is so.
 pub(super) fn enter() -> Result<(Ids, Option<String>)> {
     if geteuid().is_root() {
-        return Ok((if in_first_namespace() { Ids::Host } else { found_ids() }, None));
+        return Ok((if is_host_root() { Ids::Host } else { found_ids() }, None));
     }
     let mapper = Mapper::start()?;
     unshare(CloneFlags::CLONE_NEWUSER).map_err(refused)?;

@@ -34,7 +34,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use crate::host::{HostDir, HostLayer};
 use crate::kernel::Kernel;
 use crate::layer::Layer;
-use crate::mount::detached_pair;
+use crate::mount::{detached_pair, is_host_root};
 use copy_up::order::Order;
 use marks::Words;
 use node::recent::Recent;
@@ -274,14 +274,6 @@ impl Overlay {
         self.touched.store(true, Ordering::Relaxed);
         self.upper.as_ref().ok_or_else(|| io::Error::from_raw_os_error(libc::EROFS))
     }
-}
-
-/// Whether this process is the superuser of the host, and not of a user namespace only: the first is the only
-/// one that has all ids there are.
-fn is_host_root() -> bool {
-    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    rustix::process::geteuid().is_root()
-        && map.split_ascii_whitespace().eq(["0", "0", "4294967295"])
 }
 
 fn root(lowers: &[Lower], upper: Option<&Upper>) -> io::Result<Fresh> {

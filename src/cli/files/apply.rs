@@ -8,6 +8,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use vdisk::change::apply::{Applied, apply};
 use vdisk::{Error, ErrorKind, Result, filesystem};
+use vdisk_fuse::mount::is_host_root;
 use vdisk_fuse::overlay::marks::Words;
 
 use super::changes::{self, Changes};
@@ -91,9 +92,7 @@ pub fn run(args: &ApplyArgs) -> Result<u8> {
 /// Whether this process sees `trusted.*` attributes, as root does outside of user namespaces: then its
 /// overlays' own attributes are such, and `user.overlay.*` is any program's.
 fn is_trusted() -> bool {
-    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let whole = map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
-    nix::unistd::geteuid().is_root() && whole
+    is_host_root()
 }
 
 /// Keeps overlays away from the directory as long as what is returned lives.

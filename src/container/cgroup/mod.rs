@@ -16,8 +16,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use vdisk_fuse::mount::is_host_root;
 
-use super::namespace::is_host_root;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mountinfo::{self, Mount};
 use room::Room;

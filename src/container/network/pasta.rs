@@ -26,7 +26,7 @@ pub(super) fn connect(program: &Path, network: &Path, publish: &[Publish]) -> Re
             command.args([option, &format!("{address}{}:{}", one.host, one.container)]);
         }
     }
-    if super::super::namespace::is_host_root() {
+    if vdisk_fuse::mount::is_host_root() {
         command.args(["--runas", "0:0"]);
     }
     command.args(["--netns-only", "--netns"]).arg(network);
