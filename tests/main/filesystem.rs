@@ -6,10 +6,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use crate::host::{VDISK, Work};
-use crate::mount::{MIB, is_beside, noise, soon};
+use crate::mount::{MIB, noise, server, soon};
 use crate::require::{Need, have};
 use crate::twin::json;
 
@@ -34,20 +33,6 @@ fn is_clean(work: &Work, disk: &str) {
     let features = work.run("dumpe2fs", ["-h", "flat.raw"]).succeeds().out();
     assert!(!features.contains("needs_recovery"), "{features}");
     work.run("e2fsck", ["-f", "-n", "flat.raw"]).succeeds();
-}
-
-/// The process that serves the mount at a directory.
-fn server(at: &Path) -> Pid {
-    let processes = fs::read_dir("/proc").unwrap().flatten();
-    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let found = numbers.into_iter().find(|pid| {
-        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
-        words.get(1) == Some(&b"mount-daemon".as_slice())
-            && words.contains(&at.to_str().unwrap().as_bytes())
-            && !is_beside(*pid)
-    });
-    Pid::from_raw(found.expect("a process serves the mount"))
 }
 
 fn can_mount() -> bool {
@@ -168,7 +153,7 @@ fn what_was_synced_outlives_the_process_that_served_it() {
     open.write_all(&bytes).unwrap();
     fs::remove_file(at.join("open")).unwrap();
     open.sync_all().unwrap();
-    kill(server(&at), Signal::SIGKILL).unwrap();
+    kill(server(&at).unwrap(), Signal::SIGKILL).unwrap();
     drop((synced, open));
     work.run("umount", ["-l", "at"]).succeeds();
     soon("the disk's freedom", || work.vdisk("ls disk.q:/").code == Some(0));

@@ -18,13 +18,13 @@ use crate::same_calls::{Call, Side};
 use crate::same_overlay::{Layers, Mounting, agree, umount};
 
 /// Directories for an overlay, and what is mounted there.
-struct Laid {
-    work: Work,
+pub struct Laid {
+    pub work: Work,
 }
 
 impl Laid {
     /// Empty directories `lower`, `upper` and `at`.
-    fn new() -> Laid {
+    pub fn new() -> Laid {
         let work = Work::new();
         for name in ["lower", "upper", "at"] {
             fs::create_dir(work.path(name)).unwrap();
@@ -32,15 +32,15 @@ impl Laid {
         Laid { work }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.work.path(name)
     }
 
-    fn mount(&self) {
+    pub fn mount(&self) {
         self.work.vdisk("mount --overlay upper --lower lower at").succeeds();
     }
 
-    fn umount(&self) {
+    pub fn umount(&self) {
         self.work.vdisk("umount at").succeeds();
     }
 }

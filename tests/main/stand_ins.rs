@@ -3,42 +3,38 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::ops::Deref;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::host::Work;
-use crate::mount::noise;
+use crate::mount::{noise, server};
+use crate::overlay::Laid;
 use crate::require::{Need, have, skipped};
 
-/// An overlay over `lower`, mounted at `at`.
+/// An overlay, and what is mounted beside it.
 struct Overlay {
-    work: Work,
+    laid: Laid,
+}
+
+impl Deref for Overlay {
+    type Target = Laid;
+
+    fn deref(&self) -> &Laid {
+        &self.laid
+    }
 }
 
 impl Overlay {
     fn new() -> Overlay {
-        let work = Work::new();
-        for name in ["lower/d", "upper", "at", "over"] {
-            fs::create_dir_all(work.path(name)).unwrap();
+        let laid = Laid::new();
+        for name in ["lower/d", "over"] {
+            fs::create_dir(laid.path(name)).unwrap();
         }
-        Overlay { work }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.work.path(name)
-    }
-
-    fn mount(&self) {
-        self.work.vdisk("mount --overlay upper --lower lower at").succeeds();
-    }
-
-    fn umount(&self) {
-        self.work.vdisk("umount at").succeeds();
+        Overlay { laid }
     }
 
     /// How many overlays have copies in a directory, in the one to work in that is in it.
@@ -66,22 +62,13 @@ impl Overlay {
 
     /// The process that serves it.
     fn server(&self) -> Pid {
-        let at = self.path("at");
-        let numbers = fs::read_dir("/proc").unwrap().flatten();
-        let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let found = numbers.into_iter().find(|pid| {
-            let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
-            words.get(1) == Some(&b"overlay-daemon".as_slice())
-                && words.contains(&at.to_str().unwrap().as_bytes())
-                && !crate::mount::is_beside(*pid)
-        });
-        Pid::from_raw(found.expect("a process serves the overlay"))
+        server(&self.path("at")).expect("a process serves the overlay")
     }
 }
 
 impl Drop for Overlay {
     fn drop(&mut self) {
+        // Innermost first: what they stand on goes with `laid`.
         for name in ["over", "at", "small"] {
             let _ = Command::new("umount").arg("-l").arg(self.path(name)).output();
         }
@@ -96,12 +83,11 @@ fn can() -> bool {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let mut numbers = release.split(['.', '-']).map(|word| word.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    let map = fs::read_to_string("/proc/self/uid_map").unwrap();
-    let whole = map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
-    if version < (6, 15) || !whole {
+    let can = version >= (6, 15) && vdisk_fuse::mount::is_host_root();
+    if !can {
         skipped("needs Linux 6.15 and the superuser of the host");
     }
-    version >= (6, 15) && whole
+    can
 }
 
 const SIZE: usize = 600_000;
